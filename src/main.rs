@@ -1,0 +1,2 @@
+//! The `daxcrypt` program.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Mapping, persistence and probing of a backing.

@@ -1,0 +1,1 @@
+//! The decrypted view of an unlocked namespace.

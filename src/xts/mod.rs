@@ -1,0 +1,1 @@
+//! AES-XTS over runs of data units.
