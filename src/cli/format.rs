@@ -1,0 +1,139 @@
+//! `daxcrypt format`: make a namespace.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::{Args, ValueEnum};
+
+use super::credentials::{KeyArgs, Prompt};
+use super::error::Error;
+use super::size::ByteSize;
+use crate::namespace::{self, Cipher, FormatOptions, KdfCost};
+use crate::pmem::{Access, Allocation, Backing};
+
+/// The header area in front of the data, which `--size` does not count.
+pub(crate) const HEADER_AREA_BYTES: u64 = namespace::HEADER_AREA_BYTES;
+
+#[derive(Args, Debug)]
+pub(crate) struct FormatArgs {
+    /// File or device to format; a file is made when it does not exist
+    path: PathBuf,
+    /// Decrypted size, such as 4G (the file is 2 MiB larger); without it, an existing file or device is used whole
+    #[arg(long)]
+    size: Option<ByteSize>,
+    #[command(flatten)]
+    key: KeyArgs,
+    /// Name of the namespace and of its export (the file's stem when not given)
+    #[arg(long)]
+    label: Option<String>,
+    /// Cipher
+    #[arg(long, value_enum, default_value_t = CipherArg::Aes256Xts)]
+    cipher: CipherArg,
+    /// Bytes under one XTS tweak
+    #[arg(long, value_parser = ["512", "4096"], default_value = "4096")]
+    unit: String,
+    /// Leave holes instead of allocating all blocks now (a full disk is then an error at some later write)
+    #[arg(long)]
+    sparse: bool,
+    /// Let TRIM punch holes, which read as zeroes: shows on media which units are unused
+    #[arg(long)]
+    allow_discards: bool,
+    /// Memory that Argon2id needs for a passphrase
+    #[arg(long, value_name = "SIZE")]
+    kdf_memory: Option<ByteSize>,
+    /// Passes of Argon2id over that memory
+    #[arg(long, value_name = "PASSES")]
+    kdf_time: Option<u32>,
+    /// Overwrite whatever is there
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum CipherArg {
+    #[value(name = "aes-128-xts")]
+    Aes128Xts,
+    #[value(name = "aes-256-xts")]
+    Aes256Xts,
+}
+
+impl From<CipherArg> for Cipher {
+    fn from(cipher: CipherArg) -> Self {
+        match cipher {
+            CipherArg::Aes128Xts => Self::Aes128Xts,
+            CipherArg::Aes256Xts => Self::Aes256Xts,
+        }
+    }
+}
+
+pub(crate) fn run(args: &FormatArgs) -> Result<(), Error> {
+    let options = args.options()?;
+    // The key comes before the file: a typing error must not leave a file behind.
+    let credential = args.key.read(Prompt::Twice, &args.path.display().to_string())?;
+    let backing = Arc::new(args.backing()?);
+    let namespace = namespace::format(Arc::clone(&backing), &options, &credential)
+        .map_err(|source| Error::Namespace { path: args.path.clone(), source })?;
+    for warning in namespace.header().warnings() {
+        eprintln!("daxcrypt: warning: {warning}");
+    }
+    println!(
+        "{path}: namespace {uuid}, {size}, {cipher}, {unit}-byte units",
+        path = args.path.display(),
+        uuid = namespace.header().uuid(),
+        size = ByteSize(namespace.geometry().size_bytes()),
+        cipher = namespace.header().cipher(),
+        unit = namespace.geometry().unit_bytes(),
+    );
+    Ok(())
+}
+
+impl FormatArgs {
+    fn options(&self) -> Result<FormatOptions, Error> {
+        let mut cost = KdfCost::default();
+        if let Some(ByteSize(bytes)) = self.kdf_memory {
+            cost.memory_kib = u32::try_from(bytes >> 10)
+                .map_err(|_| Error::Usage(format!("--kdf-memory {} is too much", ByteSize(bytes))))?;
+        }
+        if let Some(passes) = self.kdf_time {
+            cost.time = passes;
+        }
+        Ok(FormatOptions {
+            label: self.label.clone().unwrap_or_else(|| stem(&self.path)),
+            cipher: self.cipher.into(),
+            unit_bytes: if self.unit == "512" { 512 } else { 4096 },
+            size_bytes: self.size.map(|ByteSize(bytes)| bytes),
+            kdf_cost: cost,
+            allow_discards: self.allow_discards,
+        })
+    }
+
+    /// Opens or makes the file, and refuses one that holds something.
+    fn backing(&self) -> Result<Backing, Error> {
+        let allocation = if self.sparse { Allocation::Sparse } else { Allocation::Full };
+        let failed = |source| Error::Open { path: self.path.clone(), source };
+        if !self.path.exists() {
+            let Some(ByteSize(size)) = self.size else {
+                return Err(Error::Usage(format!("{} does not exist: say how large with --size, such as --size 4G", self.path.display())));
+            };
+            let total = size.checked_add(HEADER_AREA_BYTES).ok_or_else(|| Error::Usage("--size is too large".into()))?;
+            return Backing::create(&self.path, total, allocation).map_err(failed);
+        }
+        let backing = Backing::open(&self.path, Access::ReadWrite).map_err(failed)?;
+        if !self.force
+            && let Some(signature) = namespace::signature_found(&backing)
+                .map_err(|source| Error::Media { path: self.path.clone(), source })?
+        {
+            return Err(Error::WouldOverwrite { path: self.path.clone(), signature });
+        }
+        if allocation == Allocation::Full {
+            backing.allocate(0..backing.len_bytes()).map_err(|source| Error::Media { path: self.path.clone(), source })?;
+        }
+        Ok(backing)
+    }
+}
+
+/// `vault` for `/srv/vault.img`.
+fn stem(path: &std::path::Path) -> String {
+    path.file_stem().map_or_else(|| "namespace".into(), |stem| stem.to_string_lossy().into_owned())
+}
+
