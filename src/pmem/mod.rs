@@ -1,1 +1,26 @@
 //! Mapping, persistence and probing of a backing.
+//!
+//! A [`Backing`] is a file or device that is opened, locked and mapped whole. Its bytes are reached through range-checked
+//! [`Source`](crate::memory::Source) and [`Target`](crate::memory::Target) only, and a media error under an access
+//! (SIGBUS) becomes a [`MediaError`] of that access. What makes a store durable is fixed when the backing is mapped: its
+//! [`Granularity`]. The durability words are those of PMDK: *store*, *flush*, *drain*, *persist* = flush + drain.
+//!
+//! This layer knows neither headers nor keys, and it orders nothing between threads: whoever shares a backing keeps
+//! overlapping accesses apart (the volume's range lock does).
+
+mod backing;
+mod bitmap;
+mod error;
+mod granularity;
+mod lock;
+mod mapping;
+mod medium;
+mod open;
+mod persist;
+mod probe;
+mod sigbus;
+mod sync;
+
+pub use backing::{Access, Allocation, Backing, BackingExtent, BackingKind, EXTENTS_MAX, OpenOptions};
+pub use error::{MediaError, OpenError};
+pub use granularity::{FORCE_GRANULARITY_VARIABLE, Granularity, GranularityReason};

@@ -1,0 +1,385 @@
+//! The backing: a file or device that holds ciphertext, opened, locked and mapped whole.
+//!
+//! All offsets are bytes from the start of the backing. Every range is checked here, once, before an address is made from
+//! it. A backing is shared between threads behind an `Arc`; it does not keep overlapping accesses apart.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use super::error::{MediaError, OpenError};
+use super::granularity::{FORCE_GRANULARITY_VARIABLE, Granularity, GranularityReason, parse_override};
+use super::lock::LockRange;
+use super::mapping::Mapping;
+use super::medium::KernelMedium;
+use super::open::{OpenedFile, create_locked, map, open_locked};
+use crate::memory::{Source, Target};
+
+/// The most extents that one call of [`Backing::extents`] returns.
+pub const EXTENTS_MAX: usize = 4096;
+
+/// What a backing is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reading, beside other readers.
+    ReadOnly,
+    /// Reading and writing, excluding everyone else.
+    ReadWrite,
+}
+
+/// Whether a new file gets its blocks at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allocation {
+    /// All blocks now: a full disk is an error now.
+    Full,
+    /// Holes, filled as they are written: a full disk is an error of a later write.
+    Sparse,
+}
+
+/// What a backing is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackingKind {
+    /// A regular file, on an ordinary or a DAX file system.
+    File,
+    /// A block device such as `/dev/pmem0` or a partition of one.
+    BlockDevice,
+    /// A device-DAX character device such as `/dev/dax0.0`.
+    DevDax,
+}
+
+/// A run of bytes of a backing that has blocks, or has none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackingExtent {
+    /// Bytes from the start of the backing.
+    pub range: Range<u64>,
+    /// Whether the bytes hold data. Those that do not read as zero bytes; blocks that were allocated but never written
+    /// may count among them.
+    pub allocated: bool,
+}
+
+/// How to open a backing, for callers that need more than [`Backing::open`].
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    access: Access,
+    lock: LockRange,
+    forced: Option<Granularity>,
+}
+
+impl OpenOptions {
+    /// Opens for `access`, locks everything, and detects the granularity.
+    #[must_use]
+    pub const fn new(access: Access) -> Self {
+        Self { access, lock: LockRange::Whole, forced: None }
+    }
+
+    /// Locks only these bytes, so that other users of the same backing can have the rest. A block device is then not
+    /// claimed from the kernel.
+    #[must_use]
+    pub fn lock_range(mut self, range: Range<u64>) -> Self {
+        self.lock = LockRange::Bytes(range);
+        self
+    }
+
+    /// Imposes a granularity, as `DAXCRYPT_FORCE_GRANULARITY` does; the environment variable has precedence. For tests
+    /// and measurements: durability is then not what the media give.
+    #[must_use]
+    pub const fn force_granularity(mut self, granularity: Granularity) -> Self {
+        self.forced = Some(granularity);
+        self
+    }
+
+    /// Opens, locks and maps what is at `path`.
+    ///
+    /// # Errors
+    ///
+    /// Every variant of [`OpenError`] but `AlreadyExists` and `NoSpace`.
+    pub fn open(&self, path: &Path) -> Result<Backing, OpenError> {
+        let forced = self.forced_granularity()?;
+        Backing::assemble(path, open_locked(path, self.access, &self.lock)?, self.access, forced)
+    }
+
+    fn forced_granularity(&self) -> Result<Option<Granularity>, OpenError> {
+        let variable = std::env::var_os(FORCE_GRANULARITY_VARIABLE);
+        Ok(parse_override(variable.as_deref())?.or(self.forced))
+    }
+}
+
+/// A file or device that is open, locked and mapped whole.
+#[derive(Debug)]
+pub struct Backing {
+    path: PathBuf,
+    kind: BackingKind,
+    access: Access,
+    reason: GranularityReason,
+    physical_address: Option<u64>,
+    len_bytes: AtomicU64,
+    growing: Mutex<()>,
+    mapping: Mapping,
+    medium: KernelMedium,
+}
+
+impl Backing {
+    /// Opens, locks and maps what is at `path`.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::Busy`] when another process (or another `Backing`) has it open for writing, or when this one is for
+    /// writing and another has it open at all; every other variant but `AlreadyExists` and `NoSpace`.
+    pub fn open(path: &Path, access: Access) -> Result<Self, OpenError> {
+        OpenOptions::new(access).open(path)
+    }
+
+    /// Creates a file of `len_bytes` zero bytes with mode 0600, durable by name, and opens it for writing.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::AlreadyExists`]; [`OpenError::NoSpace`] with [`Allocation::Full`] on a full disk; [`OpenError::Empty`]
+    /// for 0 bytes; others as for [`open`](Self::open). On an error no file is left behind.
+    pub fn create(path: &Path, len_bytes: u64, allocation: Allocation) -> Result<Self, OpenError> {
+        let access = Access::ReadWrite;
+        let forced = OpenOptions::new(access).forced_granularity()?;
+        let backing = Self::assemble(path, create_locked(path, len_bytes, allocation)?, access, forced);
+        if backing.is_err() {
+            let _ = std::fs::remove_file(path); // the first error is the one to report
+        }
+        backing
+    }
+
+    fn assemble(
+        path: &Path,
+        opened: OpenedFile,
+        access: Access,
+        forced: Option<Granularity>,
+    ) -> Result<Self, OpenError> {
+        let (mapping, finding) = map(&opened, access)?;
+        let reason = GranularityReason::new(finding, forced);
+        let OpenedFile { file, kind, len_bytes, physical_address } = opened;
+        let medium = KernelMedium::new(file, kind, reason.granularity(), mapping.len_bytes() as u64);
+        Ok(Self {
+            path: path.to_path_buf(),
+            kind,
+            access,
+            reason,
+            physical_address,
+            len_bytes: AtomicU64::new(len_bytes),
+            growing: Mutex::new(()),
+            mapping,
+            medium: medium.map_err(OpenError::Io)?,
+        })
+    }
+
+    /// The path that it was opened by.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its length in bytes.
+    #[must_use]
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes.load(Ordering::Acquire)
+    }
+
+    /// What it is.
+    #[must_use]
+    pub const fn kind(&self) -> BackingKind {
+        self.kind
+    }
+
+    /// What it was opened for.
+    #[must_use]
+    pub const fn access(&self) -> Access {
+        self.access
+    }
+
+    /// What makes a store durable on it.
+    #[must_use]
+    pub fn granularity(&self) -> Granularity {
+        self.reason.granularity()
+    }
+
+    /// Why it has that granularity.
+    #[must_use]
+    pub const fn granularity_reason(&self) -> GranularityReason {
+        self.reason
+    }
+
+    /// The granularity imposed by `DAXCRYPT_FORCE_GRANULARITY` (or by [`OpenOptions`]): a program reports it loudly.
+    #[must_use]
+    pub const fn granularity_forced(&self) -> Option<Granularity> {
+        self.reason.forced()
+    }
+
+    /// The physical address of the first byte, for a pmem block device, a partition of one, or device-DAX. `None` for
+    /// anything else, and without the permission to see it.
+    #[must_use]
+    pub const fn physical_address(&self) -> Option<u64> {
+        self.physical_address
+    }
+
+    /// Runs `f` on the bytes at `range`.
+    ///
+    /// The bytes must be touched by the CPU: a system call that is given their address fails with `EFAULT` on a media
+    /// error, which nobody here sees.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange`; `Fault` when the medium cannot supply the bytes: what `f` returned is then dropped, because it may
+    /// have seen zero bytes in their place.
+    pub fn read<R>(&self, range: Range<u64>, f: impl FnOnce(Source<'_>) -> R) -> Result<R, MediaError> {
+        let span = self.span(&range)?;
+        self.check_faults(&span)?;
+        let result = f(self.mapping.source(&span));
+        self.check_faults(&span)?;
+        Ok(result)
+    }
+
+    /// Runs `f` on the bytes at `range`, which it may change. Stores are durable after a `persist` or `sync_all`.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange`, `ReadOnly` and `NoSpace` before `f` runs; `Fault` when the medium could not take the bytes: some of
+    /// what `f` stored may then be lost.
+    pub fn write<R>(&self, range: Range<u64>, f: impl FnOnce(Target<'_>) -> R) -> Result<R, MediaError> {
+        let span = self.span(&range)?;
+        self.check_writable()?;
+        self.medium.prepare_store(&range, self.len_bytes())?;
+        self.check_faults(&span)?;
+        let result = f(self.mapping.target(&span));
+        self.check_faults(&span)?;
+        Ok(result)
+    }
+
+    /// Pushes earlier stores to `range` towards the medium: CLWB of its cache lines, or `msync` of its pages. At page
+    /// granularity they are durable when this returns; at cache-line granularity after a [`drain`](Self::drain) by the
+    /// same thread.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange`, `Fault`; `Flush` or `Shrunk` when stores may be lost, after which every flush is `Poisoned`.
+    pub fn flush(&self, range: Range<u64>) -> Result<(), MediaError> {
+        let span = self.span(&range)?;
+        self.check_faults(&span)?;
+        self.medium.flush(&self.mapping, &span, self.len_bytes())?;
+        self.check_faults(&span)
+    }
+
+    /// Waits until what this thread has flushed, and its non-temporal stores, are durable (SFENCE). At page granularity
+    /// there is nothing to wait for.
+    ///
+    /// # Errors
+    ///
+    /// `Poisoned`.
+    pub fn drain(&self) -> Result<(), MediaError> {
+        self.medium.drain()
+    }
+
+    /// Makes earlier stores to `range` durable: flush, then drain.
+    ///
+    /// # Errors
+    ///
+    /// As [`flush`](Self::flush).
+    pub fn persist(&self, range: Range<u64>) -> Result<(), MediaError> {
+        self.flush(range)?;
+        self.drain()
+    }
+
+    /// Makes all earlier stores durable.
+    ///
+    /// At page granularity this is `fdatasync` and covers the stores of all threads that happened before the call;
+    /// callers at the same time may share one. At cache-line granularity it is a fence of the calling thread: whoever
+    /// stores flushes (or stores non-temporally) and drains before it tells another thread.
+    ///
+    /// # Errors
+    ///
+    /// `Flush` or `Shrunk` when stores may be lost, `Poisoned` after that.
+    pub fn sync_all(&self) -> Result<(), MediaError> {
+        self.medium.sync_all(self.len_bytes())
+    }
+
+    /// Makes sure that `range` has blocks. Durable after [`sync_all`](Self::sync_all). Devices always have them.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange`, `ReadOnly`, `NoSpace`; `Unsupported` by the file system.
+    pub fn allocate(&self, range: Range<u64>) -> Result<(), MediaError> {
+        self.span(&range)?;
+        self.check_writable()?;
+        self.medium.allocate(&range)
+    }
+
+    /// Gives the blocks of `range` back: it reads as zero bytes. Durable after [`sync_all`](Self::sync_all). On a block
+    /// device the range must be aligned to its sectors.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange`, `ReadOnly`; `Unsupported` by the file system or device.
+    pub fn punch_hole(&self, range: Range<u64>) -> Result<(), MediaError> {
+        self.span(&range)?;
+        self.check_writable()?;
+        self.medium.punch_hole(&range)
+    }
+
+    /// Which bytes of `range` hold data, in ascending order without gaps. At most [`EXTENTS_MAX`] extents: when there are
+    /// more, they cover the beginning of `range`, and the caller asks again from their end.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange`, `Io`.
+    pub fn extents(&self, range: Range<u64>) -> Result<Vec<BackingExtent>, MediaError> {
+        self.span(&range)?;
+        self.medium.extents(&range)
+    }
+
+    /// Makes a file `len_bytes` long, or takes note that a block device has become so long, while it is in use. Durable
+    /// after [`sync_all`](Self::sync_all). Does nothing when it has that length already.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange` when `len_bytes` is less than the length or more than the address space that was kept for growth
+    /// (64 GiB, or as much again as the backing had when it was opened): reopening makes new room. `NoSpace`, `ReadOnly`,
+    /// `Unsupported` (device-DAX).
+    pub fn grow(&self, len_bytes: u64, allocation: Allocation) -> Result<(), MediaError> {
+        self.check_writable()?;
+        let _guard = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        let now_bytes = self.len_bytes();
+        if len_bytes < now_bytes || len_bytes > self.mapping.len_bytes() as u64 {
+            return Err(MediaError::OutOfRange { start: now_bytes, end: len_bytes, len_bytes: now_bytes });
+        }
+        if len_bytes > now_bytes {
+            self.medium.grow(now_bytes, len_bytes, allocation)?;
+            self.len_bytes.store(len_bytes, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    fn check_writable(&self) -> Result<(), MediaError> {
+        match self.access {
+            Access::ReadOnly => Err(MediaError::ReadOnly),
+            Access::ReadWrite => Ok(()),
+        }
+    }
+
+    /// The one check that turns offsets into positions in the mapping.
+    fn span(&self, range: &Range<u64>) -> Result<Range<usize>, MediaError> {
+        let len_bytes = self.len_bytes();
+        let out_of_range = || MediaError::OutOfRange { start: range.start, end: range.end, len_bytes };
+        if range.start > range.end || range.end > len_bytes {
+            return Err(out_of_range());
+        }
+        let start = usize::try_from(range.start).map_err(|_| out_of_range())?;
+        let end = usize::try_from(range.end).map_err(|_| out_of_range())?;
+        Ok(start..end)
+    }
+
+    fn check_faults(&self, span: &Range<usize>) -> Result<(), MediaError> {
+        match self.mapping.first_bad(span) {
+            None => Ok(()),
+            Some(offset) => Err(MediaError::Fault { offset: offset as u64 }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
