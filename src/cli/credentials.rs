@@ -11,11 +11,8 @@ use clap::Args;
 use zeroize::Zeroize;
 
 use super::error::Error;
-use crate::namespace::{Credential, KEY_FILE_BYTES_MAX, KEY_FILE_BYTES_MIN};
+use crate::namespace::{Credential, KEY_FILE_BYTES_MAX, KEY_FILE_BYTES_MIN, PASSPHRASE_BYTES_MAX};
 use crate::secret::SecretBytes;
-
-/// A longer passphrase file is a mistake, such as an image given for a passphrase.
-const PASSPHRASE_BYTES_MAX: u64 = 64 << 10;
 
 /// The options that say where the key comes from; without one, the terminal is asked.
 #[derive(Args, Debug)]
@@ -58,7 +55,7 @@ fn read_key_file(path: &Path) -> Result<SecretBytes, Error> {
     let file = File::open(path).map_err(failed)?;
     warn_if_others_can_read(&file, path);
     let key = read_at_most(file, KEY_FILE_BYTES_MAX).map_err(failed)?;
-    let len_bytes = key.len() as u64;
+    let len_bytes = key.len();
     if (KEY_FILE_BYTES_MIN..=KEY_FILE_BYTES_MAX).contains(&len_bytes) {
         return Ok(key);
     }
@@ -79,7 +76,7 @@ fn read_passphrase_file(path: &Path) -> Result<SecretBytes, Error> {
         warn_if_others_can_read(&file, path);
         read_at_most(file, PASSPHRASE_BYTES_MAX).map_err(failed)?
     };
-    if passphrase.len() as u64 > PASSPHRASE_BYTES_MAX {
+    if passphrase.len() > PASSPHRASE_BYTES_MAX {
         return Err(failed(io::Error::other("it is longer than 64 KiB, which no passphrase is")));
     }
     if passphrase.last() == Some(&b'\n') {
@@ -89,11 +86,18 @@ fn read_passphrase_file(path: &Path) -> Result<SecretBytes, Error> {
 }
 
 /// Reads up to one byte more than `limit_bytes`, so that the caller sees what is too long.
-fn read_at_most(mut from: impl Read, limit_bytes: u64) -> io::Result<SecretBytes> {
-    let room = usize::try_from(limit_bytes + 1).map_err(io::Error::other)?;
-    let mut secret = SecretBytes::zeroed(room);
+fn read_at_most(mut from: impl Read, limit_bytes: usize) -> io::Result<SecretBytes> {
+    let mut secret = SecretBytes::zeroed(4096.min(limit_bytes + 1));
     let mut filled = 0;
-    while filled < room {
+    loop {
+        if filled == secret.len() {
+            if filled > limit_bytes {
+                break;
+            }
+            let mut larger = SecretBytes::zeroed((2 * filled).min(limit_bytes + 1));
+            larger[..filled].copy_from_slice(&secret);
+            secret = larger;
+        }
         match from.read(&mut secret[filled..]) {
             Ok(0) => break,
             Ok(count) => filled += count,
@@ -101,14 +105,20 @@ fn read_at_most(mut from: impl Read, limit_bytes: u64) -> io::Result<SecretBytes
             Err(error) => return Err(error),
         }
     }
-    Ok(SecretBytes::copy_of(&secret[..filled]))
+    secret.truncate(filled);
+    Ok(secret)
 }
 
 fn warn_if_others_can_read(file: &File, path: &Path) {
     let Ok(metadata) = file.metadata() else { return };
     let mode = metadata.permissions().mode();
     if metadata.is_file() && mode & 0o077 != 0 {
-        eprintln!("daxcrypt: warning: {} can be read by others (mode {:03o}, owner {}): chmod 600 it", path.display(), mode & 0o777, metadata.uid());
+        eprintln!(
+            "daxcrypt: warning: {} can be read by others (mode {:03o}, owner {}): chmod 600 it",
+            path.display(),
+            mode & 0o777,
+            metadata.uid()
+        );
     }
 }
 
@@ -145,16 +155,19 @@ mod tests {
 
     #[test]
     fn a_passphrase_file_loses_one_newline_only() {
-        for (content, passphrase) in
-            [(&b"secret"[..], &b"secret"[..]), (b"secret\n", b"secret"), (b"secret\n\n", b"secret\n"), (b"a\nb", b"a\nb")]
-        {
+        for (content, passphrase) in [
+            (&b"secret"[..], &b"secret"[..]),
+            (b"secret\n", b"secret"),
+            (b"secret\n\n", b"secret\n"),
+            (b"a\nb", b"a\nb"),
+        ] {
             assert_eq!(&*read_passphrase_file(file_with(content).path()).unwrap(), passphrase);
         }
     }
 
     #[test]
     fn a_passphrase_file_that_is_too_long_is_refused() {
-        let limit = usize::try_from(PASSPHRASE_BYTES_MAX).unwrap();
+        let limit = PASSPHRASE_BYTES_MAX;
         assert!(read_passphrase_file(file_with(&vec![b'x'; limit]).path()).is_ok());
         let error = read_passphrase_file(file_with(&vec![b'x'; limit + 1]).path()).unwrap_err();
         assert!(matches!(error, Error::SecretFile { .. }), "{error}");
@@ -172,11 +185,11 @@ mod tests {
         let mut bytes = vec![7; 63];
         bytes.push(b'\n');
         assert_eq!(*read_key_file(file_with(&bytes).path()).unwrap(), bytes[..]);
-        let shortest = usize::try_from(KEY_FILE_BYTES_MIN).unwrap();
+        let shortest = KEY_FILE_BYTES_MIN;
         assert!(read_key_file(file_with(&vec![1; shortest]).path()).is_ok());
         let error = read_key_file(file_with(&vec![1; shortest - 1]).path()).unwrap_err();
         assert!(matches!(error, Error::KeyFileLength { len_bytes: 31, .. }), "{error}");
-        let longest = usize::try_from(KEY_FILE_BYTES_MAX).unwrap();
+        let longest = KEY_FILE_BYTES_MAX;
         let error = read_key_file(file_with(&vec![1; longest + 1]).path()).unwrap_err();
         assert!(matches!(error, Error::KeyFileLength { .. }), "{error}");
     }

@@ -4,8 +4,8 @@ use std::error::Error as StdError;
 use std::io;
 use std::path::PathBuf;
 
-use crate::namespace::{FormatError, Signature, UnlockError};
-use crate::nbd_server::ServerError;
+use crate::namespace::{self, FormatError, Signature, UnlockError};
+use crate::nbd_server::{ListenError, RegistryError, ServerError};
 use crate::pmem::{MediaError, OpenError};
 use crate::secret::KeyError;
 use crate::volume::VolumeError;
@@ -30,7 +30,7 @@ pub(crate) enum Error {
     #[error("cannot read the {what} {path}", path = path.display())]
     SecretFile { what: &'static str, path: PathBuf, source: io::Error },
     #[error("the key file {path} has {len_bytes} bytes, but must have {min_bytes} to {max_bytes}", path = path.display())]
-    KeyFileLength { path: PathBuf, len_bytes: u64, min_bytes: u64, max_bytes: u64 },
+    KeyFileLength { path: PathBuf, len_bytes: usize, min_bytes: usize, max_bytes: usize },
     #[error("the passphrase is empty")]
     EmptyPassphrase,
     #[error("the two passphrases differ")]
@@ -42,7 +42,9 @@ pub(crate) enum Error {
     #[error("{path} already holds data ({signature})", path = path.display())]
     WouldOverwrite { path: PathBuf, signature: Signature },
     #[error("{path}", path = path.display())]
-    Namespace { path: PathBuf, source: FormatError },
+    Namespace { path: PathBuf, source: namespace::OpenError },
+    #[error("cannot format {path}", path = path.display())]
+    Format { path: PathBuf, source: FormatError },
     #[error("cannot unlock {path}", path = path.display())]
     Unlock { path: PathBuf, source: UnlockError },
     #[error("{path}", path = path.display())]
@@ -53,6 +55,10 @@ pub(crate) enum Error {
     Backend(#[from] BackendError),
     #[error("cannot make a key")]
     Key(#[from] KeyError),
+    #[error("cannot serve {path}", path = path.display())]
+    Export { path: PathBuf, source: RegistryError },
+    #[error("cannot listen")]
+    Listen(#[from] ListenError),
     #[error("the NBD server failed")]
     Server(#[from] ServerError),
     #[error("{doing}")]
@@ -65,12 +71,20 @@ impl Error {
     /// The exit code for a script.
     pub(crate) fn exit(&self) -> Exit {
         match self {
-            Self::Usage(_) | Self::EmptyPassphrase | Self::PassphrasesDiffer | Self::WouldOverwrite { .. } => Exit::Usage,
-            Self::KeyFileLength { .. } | Self::Backend(_) => Exit::Usage,
-            Self::Open { source, .. } if matches!(source, OpenError::Busy { .. }) => Exit::Busy,
-            Self::Namespace { source, .. } => format_exit(source),
-            Self::Unlock { source, .. } => unlock_exit(source),
-            Self::Server(source) if source.is_busy() => Exit::Busy,
+            Self::Usage(_) | Self::PassphrasesDiffer | Self::WouldOverwrite { .. } | Self::EmptyPassphrase => {
+                Exit::Usage
+            }
+            Self::KeyFileLength { .. } | Self::Backend(_) | Self::Export { .. } => Exit::Usage,
+            Self::Open { source: OpenError::Busy, .. } | Self::Listen(ListenError::Busy { .. }) => Exit::Busy,
+            Self::Open { source: OpenError::Empty, .. } => Exit::Damaged,
+            Self::Namespace { source: namespace::OpenError::Media(_), .. } => Exit::Io,
+            Self::Namespace { .. } => Exit::Damaged,
+            Self::Format { source: FormatError::Write(_), .. } => Exit::Io,
+            Self::Format { .. } => Exit::Usage,
+            Self::Unlock { source: UnlockError::Forged | UnlockError::Erased | UnlockError::Key(_), .. } => {
+                Exit::Damaged
+            }
+            Self::Unlock { .. } => Exit::WrongKey,
             _ => Exit::Io,
         }
     }
@@ -78,19 +92,22 @@ impl Error {
     /// What the user can do about it.
     pub(crate) fn hint(&self) -> Option<String> {
         match self {
-            Self::SecretFile { what: "key file", path, source } if source.kind() == io::ErrorKind::NotFound => Some(format!(
-                "make a key with: (umask 077; head -c 64 /dev/urandom > {0}), and keep a copy of it elsewhere",
-                path.display()
-            )),
+            Self::SecretFile { what: "key file", path, source } if source.kind() == io::ErrorKind::NotFound => {
+                Some(format!(
+                    "make a key with: (umask 077; head -c 64 /dev/urandom > {0}), and keep a copy of it elsewhere",
+                    path.display()
+                ))
+            }
             Self::KeyFileLength { path, .. } => {
                 Some(format!("make a key with: (umask 077; head -c 64 /dev/urandom > {})", path.display()))
             }
             Self::Prompt(_) => Some("give --key-file FILE or --passphrase-file FILE where there is no terminal".into()),
-            Self::Open { source: OpenError::Busy { .. }, .. } => {
-                Some("stop the process that serves it first (fuser -v shows which), or open it with --read-only there".into())
-            }
+            Self::Open { source: OpenError::Busy, .. } => Some(
+                "stop the process that serves it first (fuser -v shows which), or open it with --read-only there"
+                    .into(),
+            ),
             Self::WouldOverwrite { .. } => Some("--force overwrites it, and what it holds is then lost".into()),
-            Self::Unlock { source, .. } if unlock_exit(source) == Exit::WrongKey => {
+            Self::Unlock { .. } if self.exit() == Exit::WrongKey => {
                 Some("try another passphrase or key file; `daxcrypt info` shows which slots there are".into())
             }
             _ => None,
@@ -111,14 +128,4 @@ impl Error {
         }
         text
     }
-}
-
-fn format_exit(error: &FormatError) -> Exit {
-    let _ = error;
-    Exit::Damaged
-}
-
-fn unlock_exit(error: &UnlockError) -> Exit {
-    let _ = error;
-    Exit::WrongKey
 }

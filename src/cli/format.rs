@@ -7,12 +7,11 @@ use clap::{Args, ValueEnum};
 
 use super::credentials::{KeyArgs, Prompt};
 use super::error::Error;
+use super::open;
+use super::serve::stem;
 use super::size::ByteSize;
-use crate::namespace::{self, Cipher, FormatOptions, KdfCost};
+use crate::namespace::{self, Cipher, DataUnit, FormatOptions, HEADER_AREA_BYTES, KdfCost};
 use crate::pmem::{Access, Allocation, Backing};
-
-/// The header area in front of the data, which `--size` does not count.
-pub(crate) const HEADER_AREA_BYTES: u64 = namespace::HEADER_AREA_BYTES;
 
 #[derive(Args, Debug)]
 pub(crate) struct FormatArgs {
@@ -70,9 +69,16 @@ pub(crate) fn run(args: &FormatArgs) -> Result<(), Error> {
     let options = args.options()?;
     // The key comes before the file: a typing error must not leave a file behind.
     let credential = args.key.read(Prompt::Twice, &args.path.display().to_string())?;
-    let backing = Arc::new(args.backing()?);
-    let namespace = namespace::format(Arc::clone(&backing), &options, &credential)
-        .map_err(|source| Error::Namespace { path: args.path.clone(), source })?;
+    let is_new = !args.path.exists();
+    let backing = if is_new { Arc::new(args.create()?) } else { args.open()? };
+    let formatted = namespace::format(backing, &options, &credential);
+    let namespace = formatted.map_err(|source| {
+        if is_new {
+            // A file that was made for a namespace that could not be made is of no use to anybody.
+            let _ = std::fs::remove_file(&args.path);
+        }
+        Error::Format { path: args.path.clone(), source }
+    })?;
     for warning in namespace.header().warnings() {
         eprintln!("daxcrypt: warning: {warning}");
     }
@@ -100,40 +106,39 @@ impl FormatArgs {
         Ok(FormatOptions {
             label: self.label.clone().unwrap_or_else(|| stem(&self.path)),
             cipher: self.cipher.into(),
-            unit_bytes: if self.unit == "512" { 512 } else { 4096 },
+            unit: if self.unit == "512" { DataUnit::Bytes512 } else { DataUnit::Bytes4096 },
             size_bytes: self.size.map(|ByteSize(bytes)| bytes),
             kdf_cost: cost,
             allow_discards: self.allow_discards,
         })
     }
 
-    /// Opens or makes the file, and refuses one that holds something.
-    fn backing(&self) -> Result<Backing, Error> {
-        let allocation = if self.sparse { Allocation::Sparse } else { Allocation::Full };
-        let failed = |source| Error::Open { path: self.path.clone(), source };
-        if !self.path.exists() {
-            let Some(ByteSize(size)) = self.size else {
-                return Err(Error::Usage(format!("{} does not exist: say how large with --size, such as --size 4G", self.path.display())));
-            };
-            let total = size.checked_add(HEADER_AREA_BYTES).ok_or_else(|| Error::Usage("--size is too large".into()))?;
-            return Backing::create(&self.path, total, allocation).map_err(failed);
-        }
-        let backing = Backing::open(&self.path, Access::ReadWrite).map_err(failed)?;
+    fn create(&self) -> Result<Backing, Error> {
+        let Some(ByteSize(size)) = self.size else {
+            let what = format!("{} does not exist: say how large it is to be, such as --size 4G", self.path.display());
+            return Err(Error::Usage(what));
+        };
+        let total = size.checked_add(HEADER_AREA_BYTES).ok_or_else(|| Error::Usage("--size is too large".into()))?;
+        Backing::create(&self.path, total, self.allocation())
+            .map_err(|source| Error::Open { path: self.path.clone(), source })
+    }
+
+    /// Opens what is there, and refuses it when it holds something.
+    fn open(&self) -> Result<Arc<Backing>, Error> {
+        let failed = |source| Error::Media { path: self.path.clone(), source };
+        let backing = open::backing(&self.path, Access::ReadWrite)?;
         if !self.force
-            && let Some(signature) = namespace::signature_found(&backing)
-                .map_err(|source| Error::Media { path: self.path.clone(), source })?
+            && let Some(signature) = namespace::signature_found(&backing, 0).map_err(failed)?
         {
             return Err(Error::WouldOverwrite { path: self.path.clone(), signature });
         }
-        if allocation == Allocation::Full {
-            backing.allocate(0..backing.len_bytes()).map_err(|source| Error::Media { path: self.path.clone(), source })?;
+        if self.allocation() == Allocation::Full {
+            backing.allocate(0..backing.len_bytes()).map_err(failed)?;
         }
         Ok(backing)
     }
-}
 
-/// `vault` for `/srv/vault.img`.
-fn stem(path: &std::path::Path) -> String {
-    path.file_stem().map_or_else(|| "namespace".into(), |stem| stem.to_string_lossy().into_owned())
+    const fn allocation(&self) -> Allocation {
+        if self.sparse { Allocation::Sparse } else { Allocation::Full }
+    }
 }
-

@@ -41,7 +41,13 @@ pub(crate) struct DataArea {
 
 impl DataArea {
     /// Joins what is on media with the expanded key.
-    pub(crate) const fn new(backing: Arc<Backing>, geometry: Geometry, unit: DataUnit, key: XtsKey, holes: bool) -> Self {
+    pub(crate) const fn new(
+        backing: Arc<Backing>,
+        geometry: Geometry,
+        unit: DataUnit,
+        key: XtsKey,
+        holes: bool,
+    ) -> Self {
         Self { backing, geometry, unit, key, holes }
     }
 
@@ -131,7 +137,7 @@ impl DataArea {
         self.backing.punch_hole(self.physical(range.start, range.end - range.start))
     }
 
-    /// Where the backing has no blocks, in logical `range`: lengths in order, with whether they are allocated.
+    /// Where the backing has blocks and where not, in logical `range`: runs in order.
     ///
     /// # Errors
     ///
@@ -165,7 +171,7 @@ impl DataArea {
         let skip = offset % self.unit.len_bytes() as u64;
         Span {
             unit: self.unit,
-            tweak: self.geometry.tweak_at(offset).get(),
+            tweak: self.geometry.tweak_at(offset).value(),
             skip_bytes: usize::try_from(skip).expect("less than a unit"),
         }
     }

@@ -18,12 +18,12 @@ use std::sync::Arc;
 
 use zeroize::Zeroizing;
 
-pub use self::error::VolumeError;
 use self::area::{BLOCK_BYTES, DataArea};
+pub use self::error::VolumeError;
 use self::range_lock::RangeLock;
 use crate::memory::{Source, Target};
-use crate::namespace::{Geometry, Header, LockedNamespace, Namespace, UnlockError};
-use crate::pmem::{Access, Backing, Granularity};
+use crate::namespace::{Credential, Geometry, Header, LockedNamespace, Namespace, UnlockError};
+use crate::pmem::{Access, Backing, Granularity, MediaError};
 use crate::xts::{Backend, DataUnit, XtsKey};
 
 /// An unlocked namespace: plaintext by logical offset.
@@ -51,7 +51,7 @@ impl LockedNamespace {
     ///
     /// [`UnlockError`] for a wrong credential or a forged header; [`VolumeError::Backend`] inside
     /// [`OpenError::Volume`] for an environment that names a backend that cannot run.
-    pub fn unlock(self, credential: &crate::namespace::Credential) -> Result<Volume, OpenError> {
+    pub fn unlock(self, credential: &Credential) -> Result<Volume, OpenError> {
         Ok(Volume::new(self.unlock_key(credential)?, Backend::from_env().map_err(VolumeError::from)?))
     }
 }
@@ -247,7 +247,7 @@ impl Volume {
         let _blocks = self.blocks.shared(units.clone());
         match self.area.punch(units.clone()) {
             Ok(()) => Ok(true),
-            Err(crate::pmem::MediaError::Unsupported) => Ok(false),
+            Err(MediaError::Unsupported) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }
@@ -268,7 +268,7 @@ impl Volume {
         }
         let extents = self.area.extents(range)?;
         let runs = extents.iter().take(count_max);
-        Ok(runs.map(|run| VolumeExtent { len_bytes: run.len_bytes, hole: !run.allocated }).collect())
+        Ok(runs.map(|run| VolumeExtent { len_bytes: run.range.end - run.range.start, hole: !run.allocated }).collect())
     }
 
     /// Makes what was written to `range` durable: flush and drain of that range.
@@ -317,7 +317,10 @@ impl Volume {
 
 impl fmt::Debug for Volume {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Volume").field("backing", &self.backing().path()).field("size", &self.size()).finish_non_exhaustive()
+        f.debug_struct("Volume")
+            .field("backing", &self.backing().path())
+            .field("size", &self.size())
+            .finish_non_exhaustive()
     }
 }
 

@@ -10,6 +10,7 @@ use xts_mode::Xts128;
 
 use super::*;
 use crate::memory::Source;
+use crate::namespace::DataUnit::{Bytes512, Bytes4096};
 use crate::namespace::{self, Cipher, Credential, FormatOptions, KdfCost};
 use crate::pmem::Allocation;
 use crate::secret::{SecretBytes, VolumeKey};
@@ -27,11 +28,11 @@ fn credential() -> Credential {
 }
 
 impl Fixture {
-    fn new(cipher: Cipher, unit_bytes: u32, discards: bool) -> Self {
+    fn new(cipher: Cipher, unit: namespace::DataUnit, discards: bool) -> Self {
         let options = FormatOptions {
             label: "test".into(),
             cipher,
-            unit_bytes,
+            unit,
             size_bytes: Some(SIZE),
             kdf_cost: KdfCost::default(),
             allow_discards: discards,
@@ -107,9 +108,8 @@ enum Op {
 fn offset() -> impl Strategy<Value = u64> {
     prop_oneof![
         0..SIZE,
-        (0..SIZE / 512, -17_i64..17).prop_map(|(sector, shift)| {
-            (sector * 512).saturating_add_signed(shift).min(SIZE - 1)
-        }),
+        (0..SIZE / 512, -17_i64..17)
+            .prop_map(|(sector, shift)| { (sector * 512).saturating_add_signed(shift).min(SIZE - 1) }),
     ]
 }
 
@@ -172,7 +172,10 @@ fn against_model(fixture: &Fixture, ops: &[Op]) {
     let open = volume.as_ref().unwrap();
     assert_eq!(plaintext(open), model);
     if !open.discards() {
-        assert!(ciphertext(open) == oracle(&key, fixture.options.unit_bytes, &model), "ciphertext differs from xts-mode");
+        assert!(
+            ciphertext(open) == oracle(&key, fixture.options.unit.bytes(), &model),
+            "ciphertext differs from xts-mode"
+        );
     }
 }
 
@@ -187,14 +190,14 @@ proptest! {
         ops in prop::collection::vec(op(), 1..40),
     ) {
         let cipher = if aes_256 { Cipher::Aes256Xts } else { Cipher::Aes128Xts };
-        let fixture = Fixture::new(cipher, if small_units { 512 } else { 4096 }, discards);
+        let fixture = Fixture::new(cipher, if small_units { Bytes512 } else { Bytes4096 }, discards);
         against_model(&fixture, &ops);
     }
 }
 
 #[test]
 fn writers_of_neighbouring_bytes_in_one_block_do_not_disturb_each_other() {
-    let fixture = Fixture::new(Cipher::Aes256Xts, 4096, false);
+    let fixture = Fixture::new(Cipher::Aes256Xts, Bytes4096, false);
     let (volume, _) = fixture.format();
     thread::scope(|scope| {
         for thread in 0..4_u8 {
@@ -222,7 +225,7 @@ fn writers_of_neighbouring_bytes_in_one_block_do_not_disturb_each_other() {
 
 #[test]
 fn ranges_past_the_end_are_refused_without_overflow() {
-    let fixture = Fixture::new(Cipher::Aes256Xts, 4096, false);
+    let fixture = Fixture::new(Cipher::Aes256Xts, Bytes4096, false);
     let (volume, _) = fixture.format();
     for (offset, len) in [(SIZE, 1), (SIZE - 1, 2), (u64::MAX, 1), (u64::MAX - 3, 8)] {
         let mut bytes = vec![0; len];
@@ -243,11 +246,13 @@ fn ranges_past_the_end_are_refused_without_overflow() {
 
 #[test]
 fn a_read_only_volume_refuses_every_write() {
-    let fixture = Fixture::new(Cipher::Aes128Xts, 512, true);
+    let fixture = Fixture::new(Cipher::Aes128Xts, Bytes512, true);
     drop(fixture.format());
     let volume = fixture.reopen(Access::ReadOnly);
     assert!(volume.read_only());
-    for result in [volume.write_at(&[1], 0), volume.write_zeroes(0, 1), volume.discard(0, 4096), volume.punch_zeroes(0, 9)] {
+    for result in
+        [volume.write_at(&[1], 0), volume.write_zeroes(0, 1), volume.discard(0, 4096), volume.punch_zeroes(0, 9)]
+    {
         assert!(matches!(result, Err(VolumeError::ReadOnly)), "{result:?}");
     }
     volume.flush().unwrap();
@@ -255,7 +260,7 @@ fn a_read_only_volume_refuses_every_write() {
 
 #[test]
 fn a_backing_that_shrinks_gives_errors_and_the_rest_goes_on() {
-    let fixture = Fixture::new(Cipher::Aes256Xts, 4096, false);
+    let fixture = Fixture::new(Cipher::Aes256Xts, Bytes4096, false);
     let (volume, _) = fixture.format();
     volume.write_at(&[1; 8192], 0).unwrap();
     volume.flush().unwrap();
@@ -270,7 +275,7 @@ fn a_backing_that_shrinks_gives_errors_and_the_rest_goes_on() {
 
 #[test]
 fn discards_punch_whole_units_and_read_as_zeroes() {
-    let fixture = Fixture::new(Cipher::Aes256Xts, 4096, true);
+    let fixture = Fixture::new(Cipher::Aes256Xts, Bytes4096, true);
     let (volume, _) = fixture.format();
     volume.write_at(&vec![0x77; usize::try_from(SIZE).unwrap()], 0).unwrap();
     volume.discard(4096 - 100, 8192 + 200).unwrap();
@@ -290,7 +295,7 @@ fn discards_punch_whole_units_and_read_as_zeroes() {
 
 #[test]
 fn without_discards_nothing_is_punched() {
-    let fixture = Fixture::new(Cipher::Aes256Xts, 4096, false);
+    let fixture = Fixture::new(Cipher::Aes256Xts, Bytes4096, false);
     let (volume, _) = fixture.format();
     volume.write_at(&[0x77; 8192], 0).unwrap();
     volume.discard(0, 8192).unwrap();
