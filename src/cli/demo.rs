@@ -12,6 +12,7 @@ use std::time::Instant;
 use nbd::client::{NbdClient, handshake};
 
 use super::error::Error;
+use super::info::cipher_name;
 use super::size::ByteSize;
 use crate::namespace::{self, Credential, DataUnit, FormatOptions, KEY_FILE_BYTES_MIN, LockedNamespace};
 use crate::nbd_server::{ExportInfo, Exports, Limits, Listener, Options, Server};
@@ -39,7 +40,7 @@ pub(crate) fn run() -> Result<(), Error> {
         "1. formatted {} and unlocked it: {} with {}, {} backend",
         path.display(),
         ByteSize(volume.size()),
-        volume.header().cipher(),
+        cipher_name(volume.header()),
         volume.xts_backend()
     );
     println!("   durability: {}", volume.backing().granularity_reason());
@@ -73,7 +74,7 @@ fn format_and_unlock(path: &Path, credential: &Credential) -> Result<Volume, Err
     };
     let backing = Backing::create(path, namespace::HEADER_AREA_BYTES + SIZE_BYTES, Allocation::Full)
         .map_err(|source| Error::Open { path: path.into(), source })?;
-    let namespace = namespace::format(Arc::new(backing), &options, credential)
+    let namespace = namespace::format(Arc::new(backing), options, credential)
         .map_err(|source| Error::Format { path: path.into(), source })?;
     Ok(Volume::new(namespace, Backend::from_env()?))
 }

@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 
 use super::credentials::{KeyArgs, Prompt};
 use super::error::Error;
+use super::info::cipher_name;
 use super::open;
 use super::serve::stem;
 use super::size::ByteSize;
@@ -71,7 +72,7 @@ pub(crate) fn run(args: &FormatArgs) -> Result<(), Error> {
     let credential = args.key.read(Prompt::Twice, &args.path.display().to_string())?;
     let is_new = !args.path.exists();
     let backing = if is_new { Arc::new(args.create()?) } else { args.open()? };
-    let formatted = namespace::format(backing, &options, &credential);
+    let formatted = namespace::format(backing, options, &credential);
     let namespace = formatted.map_err(|source| {
         if is_new {
             // A file that was made for a namespace that could not be made is of no use to anybody.
@@ -79,15 +80,15 @@ pub(crate) fn run(args: &FormatArgs) -> Result<(), Error> {
         }
         Error::Format { path: args.path.clone(), source }
     })?;
-    for warning in namespace.header().warnings() {
+    for warning in open::warnings(&namespace.header()) {
         eprintln!("daxcrypt: warning: {warning}");
     }
     println!(
         "{path}: namespace {uuid}, {size}, {cipher}, {unit}-byte units",
         path = args.path.display(),
-        uuid = namespace.header().uuid(),
+        uuid = namespace.header().uuid,
         size = ByteSize(namespace.geometry().size_bytes()),
-        cipher = namespace.header().cipher(),
+        cipher = cipher_name(&namespace.header()),
         unit = namespace.geometry().unit_bytes(),
     );
     Ok(())
@@ -110,6 +111,7 @@ impl FormatArgs {
             size_bytes: self.size.map(|ByteSize(bytes)| bytes),
             kdf_cost: cost,
             allow_discards: self.allow_discards,
+            ..FormatOptions::default()
         })
     }
 

@@ -1,5 +1,6 @@
 //! `daxcrypt info`: everything that can be told without the key.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -7,8 +8,9 @@ use clap::Args;
 use serde::Serialize;
 
 use super::error::Error;
+use super::open;
 use super::size::ByteSize;
-use crate::namespace::{Header, LockedNamespace};
+use crate::namespace::{Cipher, CopyState, Header, Kdf, LockedNamespace, SlotInfo};
 use crate::pmem::{Access, OpenOptions};
 use crate::xts::Backend;
 
@@ -59,31 +61,56 @@ pub(crate) fn run(args: &InfoArgs) -> Result<(), Error> {
     Ok(())
 }
 
+/// `aes-256-xts` for a key of 512 bits.
+pub(crate) const fn cipher_name(header: &Header) -> &'static str {
+    match header.key_bits {
+        Cipher::Aes128Xts => "aes-128-xts",
+        Cipher::Aes256Xts => "aes-256-xts",
+    }
+}
+
 fn print(info: &Info<'_>) {
     let header = info.header;
-    let geometry = header.geometry();
-    let line = |name: &str, value: &dyn std::fmt::Display| println!("{name:<14} {value}");
+    let line = |name: &str, value: &dyn Display| println!("{name:<14} {value}");
     line("namespace", &info.path.display());
-    line("label", &header.label());
-    line("uuid", &header.uuid());
-    line("size", &format_args!("{} ({} bytes)", ByteSize(geometry.size_bytes()), geometry.size_bytes()));
-    line("cipher", &header.cipher());
-    line("data unit", &format_args!("{} bytes", geometry.unit_bytes()));
-    line("base", &geometry.base());
-    line("data start", &geometry.data_start());
-    if let Some(address) = geometry.bound_address() {
+    line("label", &header.label);
+    line("uuid", &header.uuid);
+    line("size", &format_args!("{} ({} bytes)", ByteSize(header.size_bytes), header.size_bytes));
+    line("cipher", &cipher_name(header));
+    line("data unit", &format_args!("{} bytes", header.unit_bytes));
+    line("base", &header.base);
+    line("data offset", &header.data_offset);
+    if let Some(address) = header.bound_address {
         line("bound to", &format_args!("physical address {address:#x}"));
     }
-    line("discards", &if header.allows_discards() { "allowed: media shows which units are unused" } else { "off" });
-    for slot in header.slots() {
-        line("key slot", &slot);
+    line("discards", &if header.discards { "allowed: media shows which units are unused" } else { "off" });
+    for slot in &header.slots {
+        line(&format!("key slot {}", slot.id), &slot_line(slot));
     }
-    for (name, state) in header.copies() {
-        line(&format!("header copy {name}"), &state);
+    for (name, state) in ["A", "B"].into_iter().zip(&header.copies) {
+        match state {
+            CopyState::Good { sequence } => {
+                line(&format!("header copy {name}"), &format_args!("good, sequence {sequence}"))
+            }
+            CopyState::Bad { reason } => line(&format!("header copy {name}"), &format_args!("not usable: {reason}")),
+        }
     }
     line("granularity", &info.granularity_reason);
     line("AES-XTS", &info.xts_backend);
-    for warning in header.warnings() {
+    for warning in open::warnings(header) {
         line("warning", &warning);
     }
+}
+
+fn slot_line(slot: &SlotInfo) -> String {
+    let kind = match slot.kdf {
+        Kdf::Argon2id(cost) => format!(
+            "passphrase, Argon2id with {} and {} passes in {} lanes",
+            ByteSize(u64::from(cost.memory_kib) << 10),
+            cost.time,
+            cost.lanes
+        ),
+        Kdf::HkdfSha256 => "key file, HKDF-SHA256".to_owned(),
+    };
+    if slot.label.is_empty() { kind } else { format!("{kind} ({})", slot.label) }
 }

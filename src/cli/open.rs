@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::credentials::{KeyArgs, Prompt};
 use super::error::Error;
-use crate::namespace::{LockedNamespace, Namespace};
+use super::size::ByteSize;
+use crate::namespace::{CopyState, Header, LockedNamespace, Namespace, SIZE_BYTES_WARN};
 use crate::pmem::{Access, Backing};
 
 /// Opens and locks the backing, and says so when its granularity was forced.
@@ -22,9 +23,27 @@ pub(crate) fn namespace(path: &Path, access: Access, key: &KeyArgs) -> Result<Na
     let backing = backing(path, access)?;
     // The header is checked before the user is asked for a passphrase.
     let locked = LockedNamespace::open(backing).map_err(|source| Error::Namespace { path: path.into(), source })?;
-    for warning in locked.header().warnings() {
+    for warning in warnings(locked.header()) {
         eprintln!("daxcrypt: warning: {}: {warning}", path.display());
     }
     let credential = key.read(Prompt::Once, &path.display().to_string())?;
     locked.unlock_key(&credential).map_err(|source| Error::Unlock { path: path.into(), source })
+}
+
+/// What is worth knowing before using a namespace, in sentences.
+pub(crate) fn warnings(header: &Header) -> Vec<String> {
+    let mut warnings = Vec::new();
+    if header.size_bytes > SIZE_BYTES_WARN {
+        warnings.push(format!(
+            "one key encrypts {}, more than {}: smaller namespaces, each with its own key, are safer",
+            ByteSize(header.size_bytes),
+            ByteSize(SIZE_BYTES_WARN)
+        ));
+    }
+    for (name, copy) in ["A", "B"].into_iter().zip(&header.copies) {
+        if let CopyState::Bad { reason } = copy {
+            warnings.push(format!("header copy {name} is not usable: {reason}"));
+        }
+    }
+    warnings
 }

@@ -66,7 +66,7 @@ fn exports(args: &ServeArgs) -> Result<Exports, Error> {
     let mut exports = Exports::new();
     for path in &args.paths {
         let namespace = open::namespace(path, access, &args.key)?;
-        let label = namespace.header().label().to_owned();
+        let label = namespace.header().label;
         let name = if label.is_empty() { stem(path) } else { label };
         let volume = Volume::new(namespace, backend);
         if volume.discards() {

@@ -74,7 +74,7 @@ impl Volume {
     pub fn new(namespace: Namespace, backend: Backend) -> Self {
         let (backing, geometry, header, key) = namespace.into_parts();
         let unit = DataUnit::from_len_bytes(u64::from(geometry.unit_bytes())).expect("the geometry has a known unit");
-        let holes = header.allows_discards();
+        let holes = header.discards;
         let area = DataArea::new(backing, geometry, unit, XtsKey::new(&key, backend), holes);
         Self { area, header, blocks: RangeLock::default() }
     }

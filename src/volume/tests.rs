@@ -11,7 +11,7 @@ use xts_mode::Xts128;
 use super::*;
 use crate::memory::Source;
 use crate::namespace::DataUnit::{Bytes512, Bytes4096};
-use crate::namespace::{self, Cipher, Credential, FormatOptions, KdfCost};
+use crate::namespace::{self, Cipher, Credential, FormatOptions};
 use crate::pmem::Allocation;
 use crate::secret::{SecretBytes, VolumeKey};
 
@@ -20,7 +20,9 @@ const DATA: u64 = 2 << 20;
 
 struct Fixture {
     dir: tempfile::TempDir,
-    options: FormatOptions,
+    cipher: Cipher,
+    unit: namespace::DataUnit,
+    discards: bool,
 }
 
 fn credential() -> Credential {
@@ -29,15 +31,7 @@ fn credential() -> Credential {
 
 impl Fixture {
     fn new(cipher: Cipher, unit: namespace::DataUnit, discards: bool) -> Self {
-        let options = FormatOptions {
-            label: "test".into(),
-            cipher,
-            unit,
-            size_bytes: Some(SIZE),
-            kdf_cost: KdfCost::default(),
-            allow_discards: discards,
-        };
-        Self { dir: tempfile::tempdir().unwrap(), options }
+        Self { dir: tempfile::tempdir().unwrap(), cipher, unit, discards }
     }
 
     fn path(&self) -> std::path::PathBuf {
@@ -47,7 +41,14 @@ impl Fixture {
     /// A fresh volume, with a copy of its key for the oracle.
     fn format(&self) -> (Volume, VolumeKey) {
         let backing = Backing::create(&self.path(), DATA + SIZE, Allocation::Full).unwrap();
-        let namespace = namespace::format(Arc::new(backing), &self.options, &credential()).unwrap();
+        let options = FormatOptions {
+            cipher: self.cipher,
+            unit: self.unit,
+            size_bytes: Some(SIZE),
+            allow_discards: self.discards,
+            ..FormatOptions::default()
+        };
+        let namespace = namespace::format(Arc::new(backing), options, &credential()).unwrap();
         let key = VolumeKey::new(SecretBytes::copy_of(namespace.volume_key().bytes())).unwrap();
         (Volume::new(namespace, Backend::detect()), key)
     }
@@ -172,10 +173,7 @@ fn against_model(fixture: &Fixture, ops: &[Op]) {
     let open = volume.as_ref().unwrap();
     assert_eq!(plaintext(open), model);
     if !open.discards() {
-        assert!(
-            ciphertext(open) == oracle(&key, fixture.options.unit.bytes(), &model),
-            "ciphertext differs from xts-mode"
-        );
+        assert!(ciphertext(open) == oracle(&key, fixture.unit.bytes(), &model), "ciphertext differs from xts-mode");
     }
 }
 
