@@ -14,7 +14,7 @@ const VARIABLE: &str = "DAXCRYPT_XTS_BACKEND";
 #[non_exhaustive]
 pub enum BackendError {
     /// No backend has that name.
-    #[error("no AES-XTS backend is called {name:?}; there are portable, aesni, vaes256, vaes512 and armv8")]
+    #[error("no AES-XTS backend is called {name:?}; there are portable, vaes512 and armv8")]
     Unknown {
         /// What was asked for.
         name: Box<str>,
@@ -36,12 +36,14 @@ pub struct Backend(Kind);
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Kind {
     Portable,
+    #[cfg(target_arch = "x86_64")]
+    Vaes512,
     #[cfg(target_arch = "aarch64")]
     Armv8,
 }
 
 /// Every backend's name, best first within an architecture.
-const NAMES: [&str; 5] = ["vaes512", "vaes256", "aesni", "armv8", "portable"];
+const NAMES: [&str; 3] = ["vaes512", "armv8", "portable"];
 
 impl Backend {
     /// The fastest backend of this CPU.
@@ -56,7 +58,7 @@ impl Backend {
         NAMES.iter().filter_map(|name| Self::from_name(name).ok()).collect()
     }
 
-    /// The backend called `portable`, `aesni`, `vaes256`, `vaes512` (x86-64) or `armv8` (aarch64).
+    /// The backend called `portable`, `vaes512` (x86-64) or `armv8` (aarch64).
     ///
     /// `portable` and `armv8` run the same code over the `aes` crate, which picks the CPU's AES instructions by itself
     /// and constant-time software without them; `armv8` is the promise that the instructions are there.
@@ -67,6 +69,7 @@ impl Backend {
     pub fn from_name(name: &str) -> Result<Self, BackendError> {
         match name {
             "portable" => Ok(Self(Kind::Portable)),
+            "vaes512" => Self::vaes512(),
             "armv8" => Self::armv8(),
             _ => Err(BackendError::Unknown { name: name.into() }),
         }
@@ -89,9 +92,37 @@ impl Backend {
     pub const fn name(self) -> &'static str {
         match self.0 {
             Kind::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Vaes512 => "vaes512",
             #[cfg(target_arch = "aarch64")]
             Kind::Armv8 => "armv8",
         }
+    }
+
+    pub(super) const fn kind(self) -> Kind {
+        self.0
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn vaes512() -> Result<Self, BackendError> {
+        let features = [
+            ("aes", is_x86_feature_detected!("aes")),
+            ("avx", is_x86_feature_detected!("avx")),
+            ("avx512f", is_x86_feature_detected!("avx512f")),
+            ("avx512bw", is_x86_feature_detected!("avx512bw")),
+            ("avx512vl", is_x86_feature_detected!("avx512vl")),
+            ("vaes", is_x86_feature_detected!("vaes")),
+            ("vpclmulqdq", is_x86_feature_detected!("vpclmulqdq")),
+        ];
+        match features.into_iter().find(|(_, present)| !present) {
+            None => Ok(Self(Kind::Vaes512)),
+            Some((feature, _)) => Err(BackendError::Lacking { name: "vaes512", feature }),
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    const fn vaes512() -> Result<Self, BackendError> {
+        Err(BackendError::Lacking { name: "vaes512", feature: "the x86-64 instruction set" })
     }
 
     #[cfg(target_arch = "aarch64")]

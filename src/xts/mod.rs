@@ -11,8 +11,13 @@
 //! There is no ciphertext stealing, since units are whole blocks, and no knowledge of where a tweak value comes from.
 
 mod backend;
+mod dispatch;
 mod portable;
+#[cfg(target_arch = "x86_64")]
+mod schedule;
 mod tweak;
+#[cfg(target_arch = "x86_64")]
+mod vaes512;
 
 #[cfg(test)]
 mod tests;
@@ -20,10 +25,10 @@ mod tests;
 use std::fmt;
 
 use crate::memory::{Source, Store, Target};
-use crate::secret::{SecretBox, VolumeKey};
+use crate::secret::VolumeKey;
 
 pub use backend::{Backend, BackendError};
-use portable::PortableKey;
+use dispatch::Schedule;
 
 /// Bytes in an AES block: the smallest piece of ciphertext.
 pub const BLOCK_BYTES: usize = 16;
@@ -92,11 +97,6 @@ pub struct XtsKey {
     schedule: Schedule,
 }
 
-/// The expanded key, in the form that its backend reads.
-enum Schedule {
-    Portable(SecretBox<PortableKey>),
-}
-
 impl XtsKey {
     /// Expands `key` for `backend`.
     ///
@@ -110,7 +110,7 @@ impl XtsKey {
 
     /// [`Self::new`] without the promise that the halves differ.
     fn from_halves(data: &[u8], tweak: &[u8], backend: Backend) -> Self {
-        Self { backend, schedule: Schedule::Portable(PortableKey::boxed(data, tweak)) }
+        Self { backend, schedule: Schedule::new(data, tweak, backend) }
     }
 
     /// The backend that the key was expanded for.
@@ -175,38 +175,16 @@ impl XtsKey {
         let mut tweak = span.tweak;
         if !head.is_empty() {
             let first_block = span.skip_bytes / BLOCK_BYTES;
-            self.blocks(direction, tweak.into(), first_block, src.slice(0..head_bytes), head, store);
+            self.schedule.blocks(direction, tweak.into(), first_block, src.slice(0..head_bytes), head, store);
             tweak = tweak.wrapping_add(span.unit.tweak_step());
         }
         if !body.is_empty() {
-            self.units(direction, span.unit, tweak, src.slice(head_bytes..tail_at), body, store);
+            self.schedule.units(direction, span.unit, tweak, src.slice(head_bytes..tail_at), body, store);
             let unit_count = (body_bytes / unit_bytes) as u64;
             tweak = tweak.wrapping_add(unit_count.wrapping_mul(span.unit.tweak_step()));
         }
         if !tail.is_empty() {
-            self.blocks(direction, tweak.into(), 0, src.slice(tail_at..len_bytes), tail, store);
-        }
-    }
-
-    /// Blocks `first_block..` of the one unit whose 128-bit tweak is `tweak`.
-    fn blocks(
-        &self,
-        direction: Direction,
-        tweak: u128,
-        first_block: usize,
-        src: Source<'_>,
-        dst: Target<'_>,
-        _store: Store,
-    ) {
-        match &self.schedule {
-            Schedule::Portable(key) => key.blocks(direction, tweak, first_block, src, dst),
-        }
-    }
-
-    /// Whole units, the first of which has tweak value `tweak`.
-    fn units(&self, direction: Direction, unit: DataUnit, tweak: u64, src: Source<'_>, dst: Target<'_>, _store: Store) {
-        match &self.schedule {
-            Schedule::Portable(key) => key.units(direction, unit, tweak, src, dst),
+            self.schedule.blocks(direction, tweak.into(), 0, src.slice(tail_at..len_bytes), tail, store);
         }
     }
 }
