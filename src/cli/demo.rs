@@ -57,6 +57,8 @@ pub(crate) fn run() -> Result<(), Error> {
     handle.stop();
     served.join().map_err(|_| Error::Demo("the server thread panicked"))??;
     shown?;
+    // The backing stays locked as long as anybody holds the volume.
+    drop(handle);
     drop(volume);
 
     reopen(&path, &credential)?;
