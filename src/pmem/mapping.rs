@@ -102,6 +102,12 @@ impl Mapping {
         Self::register(Memory::Direct(DirectMemory { start: start.cast(), len_bytes }), page_bytes)
     }
 
+    /// Anonymous zeroed memory that stands for a medium in tests.
+    pub(super) fn anonymous(len_bytes: usize) -> io::Result<Self> {
+        let memory = MmapOptions::new().len(len_bytes).no_reserve_swap().map_anon()?.into();
+        Self::register(Memory::Ordinary(memory), rustix::param::page_size())
+    }
+
     fn register(memory: Memory, page_bytes: usize) -> io::Result<Self> {
         let bad_pages = Bitmap::new(memory.len_bytes().div_ceil(page_bytes))?;
         // SAFETY: the memory and the bitmap outlive the registration by the order of the fields, and this file makes no

@@ -19,6 +19,7 @@ mod open;
 mod persist;
 mod probe;
 mod sigbus;
+pub mod sim;
 mod sync;
 
 pub use backing::{Access, Allocation, Backing, BackingExtent, BackingKind, EXTENTS_MAX, OpenOptions};
