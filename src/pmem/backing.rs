@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::error::{MediaError, OpenError};
-use super::granularity::{FORCE_GRANULARITY_VARIABLE, Finding, Granularity, GranularityReason, parse_override};
-use super::lock::LockRange;
+use super::granularity::{Finding, Granularity, GranularityReason};
 use super::mapping::Mapping;
 use super::medium::KernelMedium;
-use super::open::{OpenedFile, create_locked, map, open_locked};
+use super::open::{OpenedFile, create_locked, map};
+use super::options::{Access, Allocation, OpenOptions};
 use super::persist::LINE_BYTES;
 use super::sim::{Event, Recorder, SimHandle, SimOptions};
 use crate::memory::{Source, Target};
@@ -23,24 +23,6 @@ pub const EXTENTS_MAX: usize = 4096;
 
 /// Room behind the end of a simulated backing, beyond as much again as it has.
 const SIMULATED_GROWTH_ROOM_BYTES: usize = 64 << 20;
-
-/// What a backing is opened for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// Reading, beside other readers.
-    ReadOnly,
-    /// Reading and writing, excluding everyone else.
-    ReadWrite,
-}
-
-/// Whether a new file gets its blocks at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Allocation {
-    /// All blocks now: a full disk is an error now.
-    Full,
-    /// Holes, filled as they are written: a full disk is an error of a later write.
-    Sparse,
-}
 
 /// What a backing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,53 +43,6 @@ pub struct BackingExtent {
     /// Whether the bytes hold data. Those that do not read as zero bytes; blocks that were allocated but never written
     /// may count among them.
     pub allocated: bool,
-}
-
-/// How to open a backing, for callers that need more than [`Backing::open`].
-#[derive(Clone, Debug)]
-pub struct OpenOptions {
-    access: Access,
-    lock: LockRange,
-    forced: Option<Granularity>,
-}
-
-impl OpenOptions {
-    /// Opens for `access`, locks everything, and detects the granularity.
-    #[must_use]
-    pub const fn new(access: Access) -> Self {
-        Self { access, lock: LockRange::Whole, forced: None }
-    }
-
-    /// Locks only these bytes, so that other users of the same backing can have the rest. A block device is then not
-    /// claimed from the kernel.
-    #[must_use]
-    pub fn lock_range(mut self, range: Range<u64>) -> Self {
-        self.lock = LockRange::Bytes(range);
-        self
-    }
-
-    /// Imposes a granularity, as `DAXCRYPT_FORCE_GRANULARITY` does; the environment variable has precedence. For tests
-    /// and measurements: durability is then not what the media give.
-    #[must_use]
-    pub const fn force_granularity(mut self, granularity: Granularity) -> Self {
-        self.forced = Some(granularity);
-        self
-    }
-
-    /// Opens, locks and maps what is at `path`.
-    ///
-    /// # Errors
-    ///
-    /// Every variant of [`OpenError`] but `AlreadyExists` and `NoSpace`.
-    pub fn open(&self, path: &Path) -> Result<Backing, OpenError> {
-        let forced = self.forced_granularity()?;
-        Backing::assemble(path, open_locked(path, self.access, &self.lock)?, self.access, forced)
-    }
-
-    fn forced_granularity(&self) -> Result<Option<Granularity>, OpenError> {
-        let variable = std::env::var_os(FORCE_GRANULARITY_VARIABLE);
-        Ok(parse_override(variable.as_deref())?.or(self.forced))
-    }
 }
 
 /// A file or device that is open, locked and mapped whole.
@@ -158,7 +93,7 @@ impl Backing {
         backing
     }
 
-    fn assemble(
+    pub(super) fn assemble(
         path: &Path,
         opened: OpenedFile,
         access: Access,

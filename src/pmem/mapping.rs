@@ -19,8 +19,8 @@ use memmap2::{MmapOptions, MmapRaw};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, MsyncFlags, ProtFlags, mmap, msync, munmap};
 
-use super::backing::Access;
 use super::bitmap::Bitmap;
+use super::options::Access;
 use super::persist;
 use super::sigbus::Registration;
 use crate::memory::{Source, Target};

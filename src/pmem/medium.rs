@@ -13,11 +13,12 @@ use std::sync::{Mutex, PoisonError};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fdatasync, fstat, ftruncate, seek};
 use rustix::io::Errno;
 
-use super::backing::{Allocation, BackingExtent, BackingKind, EXTENTS_MAX};
+use super::backing::{BackingExtent, BackingKind, EXTENTS_MAX};
 use super::bitmap::Bitmap;
 use super::error::MediaError;
 use super::granularity::Granularity;
 use super::mapping::Mapping;
+use super::options::Allocation;
 use super::persist;
 use super::sync::SharedSync;
 
