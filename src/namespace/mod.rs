@@ -1,1 +1,40 @@
-//! What is on media.
+//! What is on media: geometry, the header with its key slots, and how a namespace is made, opened and unlocked.
+//!
+//! `format` makes a [`Namespace`]; [`LockedNamespace::open`] finds one and checks what can be checked without a key, and
+//! [`LockedNamespace::unlock_key`] turns it into a [`Namespace`], which holds the volume key and may change the header.
+//! The bytes are specified in [`format`](mod@specification). This layer encrypts no data.
+#![deny(clippy::big_endian_bytes)]
+
+mod area;
+mod create;
+mod error;
+mod geometry;
+mod header;
+mod hex;
+mod info;
+mod kdf;
+mod metadata;
+mod open;
+mod signature;
+mod slot;
+#[doc = include_str!("format.md")]
+pub mod specification {}
+mod unlocked;
+
+pub use area::{CopyName, CopyState, WriteError};
+pub use create::{FormatOptions, format};
+pub use error::{FormatError, OpenError, UnlockError, UpdateError};
+pub use geometry::{
+    DATA_ALIGNMENT_BYTES, DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, OutOfRange, Placement, SIZE_BYTES_MAX,
+    SIZE_BYTES_WARN, TweakValue, data_offset_for, size_that_fits,
+};
+pub use header::{CopyFault, FORMAT_VERSION, TooLong};
+pub use info::{Header, SlotInfo};
+pub use kdf::{
+    CostError, Credential, CredentialError, KEY_FILE_BYTES_MAX, KEY_FILE_BYTES_MIN, Kdf, KdfCost, PASSPHRASE_BYTES_MAX,
+};
+pub use metadata::{Cipher, LABEL_BYTES_MAX, MetadataError, SLOT_COUNT_MAX};
+pub use open::LockedNamespace;
+pub use signature::{Signature, signature_found};
+pub use slot::SlotError;
+pub use unlocked::Namespace;

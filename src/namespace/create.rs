@@ -1,0 +1,154 @@
+//! Making a namespace: a fresh volume key, one key slot, and both header copies.
+
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::area::{CopyName, CopyState, HeaderArea};
+use super::error::FormatError;
+use super::geometry::{
+    DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, Placement, data_offset_for, size_that_fits,
+};
+use super::header::{self, MacKey};
+use super::kdf::{Credential, Kdf, KdfCost};
+use super::metadata::{Cipher, CipherName, Metadata, check_label};
+use super::slot::Slot;
+use super::unlocked::Namespace;
+use crate::pmem::Backing;
+use crate::secret::VolumeKey;
+
+const FIRST_SEQUENCE: u64 = 1;
+
+/// What a new namespace is to be.
+#[derive(Debug)]
+pub struct FormatOptions {
+    /// The cipher.
+    pub cipher: Cipher,
+    /// The data unit.
+    pub unit: DataUnit,
+    /// The user's name for the namespace, may be empty.
+    pub label: String,
+    /// What Argon2id costs, for a passphrase.
+    pub kdf_cost: KdfCost,
+    /// Size of the data area in bytes; without it, all that fits.
+    pub size_bytes: Option<u64>,
+    /// Where in the backing the namespace begins.
+    pub base: u64,
+    /// Bytes from the base that it may use; without it, up to the end of the backing.
+    pub available_bytes: Option<u64>,
+    /// Whether the tweaks are bound to the physical address of the backing.
+    pub bind_address: bool,
+    /// Whether discards punch holes, which then read as zeroes and show on media which units are unused.
+    pub allow_discards: bool,
+    /// The volume key to use; without it, a random one.
+    pub volume_key: Option<VolumeKey>,
+}
+
+impl Default for FormatOptions {
+    /// AES-256-XTS in units of 4096 bytes, over the whole backing.
+    fn default() -> Self {
+        Self {
+            cipher: Cipher::Aes256Xts,
+            unit: DataUnit::Bytes4096,
+            label: String::new(),
+            kdf_cost: KdfCost::default(),
+            size_bytes: None,
+            base: 0,
+            available_bytes: None,
+            bind_address: false,
+            allow_discards: false,
+            volume_key: None,
+        }
+    }
+}
+
+/// Writes a new namespace, unlocked by `credential`. The header area is overwritten; the data area is not touched.
+///
+/// Asking [`signature_found`](super::signature_found) first is the caller's part.
+///
+/// # Errors
+///
+/// [`FormatError`]; until the error is one of writing, nothing on media has changed.
+pub fn format(
+    backing: Arc<Backing>,
+    options: FormatOptions,
+    credential: &Credential,
+) -> Result<Namespace, FormatError> {
+    check_label(&options.label).map_err(FormatError::Label)?;
+    options.kdf_cost.check()?;
+    let rest_bytes = backing.len_bytes().saturating_sub(options.base);
+    let available_bytes = options.available_bytes.map_or(rest_bytes, |bytes| bytes.min(rest_bytes));
+    let geometry = place(&backing, &options, available_bytes)?;
+    let no_room = GeometryError::NoRoom { available_bytes, header_bytes: HEADER_AREA_BYTES };
+    let area = HeaderArea::new(backing, options.base).ok_or(no_room)?;
+    let kdf = match credential {
+        Credential::Passphrase(_) => Kdf::Argon2id(options.kdf_cost),
+        Credential::KeyFile(_) => Kdf::HkdfSha256,
+    };
+    let mut metadata = empty_metadata(&geometry, options.cipher, options.label, options.allow_discards);
+    let volume_key = volume_key(options.cipher, options.volume_key)?;
+    metadata.slots.push(Slot::create(0, "", kdf, credential, &metadata.purpose(), &volume_key)?);
+    let mac_key = MacKey::new(&volume_key, metadata.uuid);
+    let image = header::encode(FIRST_SEQUENCE, &metadata, &mac_key)?;
+    area.clear()?;
+    for name in CopyName::BOTH {
+        area.write_copy(name, &image)?;
+    }
+    Ok(Namespace {
+        area,
+        geometry,
+        metadata,
+        sequence: FIRST_SEQUENCE,
+        newest: CopyName::A,
+        copies: [const { CopyState::Good { sequence: FIRST_SEQUENCE } }; 2],
+        available_bytes,
+        volume_key,
+        mac_key,
+        slot_id: 0,
+    })
+}
+
+fn place(backing: &Backing, options: &FormatOptions, available_bytes: u64) -> Result<Geometry, FormatError> {
+    let data_offset = data_offset_for(options.base)?;
+    let size_bytes = match options.size_bytes {
+        Some(size_bytes) => size_bytes,
+        None => size_that_fits(data_offset, available_bytes, options.unit)?,
+    };
+    let bound_address = match (options.bind_address, backing.physical_address()) {
+        (false, _) => None,
+        (true, None) => return Err(FormatError::NoPhysicalAddress),
+        (true, address) => address,
+    };
+    let (base, unit) = (options.base, options.unit);
+    let placement = Placement { base, data_offset, size_bytes, unit, bound_address, detached: false };
+    Ok(Geometry::new(&placement, available_bytes)?)
+}
+
+fn volume_key(cipher: Cipher, given: Option<VolumeKey>) -> Result<VolumeKey, FormatError> {
+    let expected_bytes = cipher.key_bytes();
+    match given {
+        None => Ok(VolumeKey::generate(expected_bytes)?),
+        Some(key) if key.bytes().len() == expected_bytes => Ok(key),
+        Some(key) => Err(FormatError::KeyLength { key_bytes: key.bytes().len(), expected_bytes }),
+    }
+}
+
+fn empty_metadata(geometry: &Geometry, cipher: Cipher, label: String, allow_discards: bool) -> Metadata {
+    Metadata {
+        requirements: Vec::new(),
+        uuid: Uuid::new_v4(),
+        label,
+        cipher: CipherName::AesXtsPlain64,
+        key_bits: cipher,
+        unit_bytes: geometry.unit(),
+        base: geometry.base(),
+        data_offset: geometry.data_offset(),
+        size_bytes: geometry.size_bytes(),
+        bound_address: geometry.bound_address(),
+        detached: false,
+        ephemeral: false,
+        unclean: false,
+        discards: allow_discards,
+        slots: Vec::new(),
+    }
+}

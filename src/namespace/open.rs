@@ -1,0 +1,165 @@
+//! A namespace found on media and not yet unlocked: well-formed and where it should be, but not authenticated.
+
+use std::sync::Arc;
+
+use super::area::{Chosen, CopyName, HeaderArea, choose};
+use super::error::{OpenError, UnlockError};
+use super::geometry::{Geometry, HEADER_AREA_BYTES};
+use super::header::MacKey;
+use super::info::Header;
+use super::kdf::{self, Credential, Kdf};
+use super::signature::{Signature, known_format};
+use super::slot::Slot;
+use super::unlocked::Namespace;
+use crate::pmem::Backing;
+use crate::secret::{SecretBytes, VolumeKey};
+
+/// A namespace whose header is well-formed, fits its backing and is where it was written.
+#[derive(Debug)]
+pub struct LockedNamespace {
+    area: HeaderArea,
+    geometry: Geometry,
+    chosen: Chosen,
+    header: Header,
+    available_bytes: u64,
+}
+
+impl LockedNamespace {
+    /// Opens the namespace that takes a whole backing.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`]; nothing on media changes.
+    pub fn open(backing: Arc<Backing>) -> Result<Self, OpenError> {
+        let available_bytes = backing.len_bytes();
+        Self::open_at(backing, 0, available_bytes)
+    }
+
+    /// Opens the namespace in the `available_bytes` of the backing from `base` on: a partition.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`]; nothing on media changes.
+    pub fn open_at(backing: Arc<Backing>, base: u64, available_bytes: u64) -> Result<Self, OpenError> {
+        let available_bytes = available_bytes.min(backing.len_bytes().saturating_sub(base));
+        let too_small = OpenError::TooSmall { available_bytes, header_bytes: HEADER_AREA_BYTES };
+        if available_bytes < HEADER_AREA_BYTES {
+            return Err(too_small);
+        }
+        let area = HeaderArea::new(backing, base).ok_or(too_small)?;
+        let [a, b] = CopyName::BOTH.map(|name| area.read_copy(name));
+        let chosen = match choose(a, b) {
+            Err(OpenError::NotANamespace { .. }) => {
+                let found = known_format(area.backing(), base)?.map(Signature::Known);
+                return Err(OpenError::NotANamespace { found });
+            }
+            other => other?,
+        };
+        let metadata = &chosen.copy.metadata;
+        if metadata.detached {
+            return Err(OpenError::Detached);
+        }
+        if metadata.base != base {
+            return Err(OpenError::Relocated { header_base: metadata.base, actual_base: base });
+        }
+        let geometry = Geometry::new(&metadata.placement(), available_bytes)?;
+        check_address(&geometry, area.backing())?;
+        let header = Header::of(metadata, chosen.copy.sequence, &chosen.states);
+        Ok(Self { area, geometry, chosen, header, available_bytes })
+    }
+
+    /// What the header says.
+    #[must_use]
+    pub const fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Where the data is.
+    #[must_use]
+    pub const fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// Unlocks with any slot of the credential's kind, the lowest first, and authenticates the header.
+    ///
+    /// # Errors
+    ///
+    /// [`UnlockError::WrongCredential`] when no slot opens, [`UnlockError::Forged`] when the header is not genuine.
+    pub fn unlock_key(self, credential: &Credential) -> Result<Namespace, UnlockError> {
+        let slots = self.suitable_slots(credential)?;
+        self.unlock_with(credential, &slots)
+    }
+
+    /// Unlocks with slot `id` only.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::unlock_key`], and [`UnlockError::EmptySlot`].
+    pub fn unlock_slot(self, credential: &Credential, id: u32) -> Result<Namespace, UnlockError> {
+        if !self.header.slots.iter().any(|slot| slot.id == id) {
+            return Err(UnlockError::EmptySlot { id });
+        }
+        let slots: Vec<_> = self.suitable_slots(credential)?.into_iter().filter(|slot| slot.id == id).collect();
+        self.unlock_with(credential, &slots)
+    }
+
+    fn suitable_slots(&self, credential: &Credential) -> Result<Vec<Slot>, UnlockError> {
+        let metadata = &self.chosen.copy.metadata;
+        if metadata.ephemeral {
+            return Err(UnlockError::Ephemeral);
+        }
+        if metadata.slots.is_empty() {
+            return Err(UnlockError::Erased);
+        }
+        kdf::check_credential(credential)?;
+        let (passphrase, key_file): (Vec<_>, Vec<_>) =
+            metadata.slots.iter().partition(|slot| matches!(slot.kdf, Kdf::Argon2id(_)));
+        let (passphrase_slots, key_file_slots) = (count(&passphrase), count(&key_file));
+        let suitable = if matches!(credential, Credential::Passphrase(_)) { passphrase } else { key_file };
+        if suitable.is_empty() {
+            return Err(UnlockError::NoSlotOfKind { passphrase_slots, key_file_slots });
+        }
+        Ok(suitable.into_iter().cloned().collect())
+    }
+
+    fn unlock_with(self, credential: &Credential, slots: &[Slot]) -> Result<Namespace, UnlockError> {
+        let purpose = self.chosen.copy.metadata.purpose();
+        for slot in slots {
+            if let Some(key) = slot.open(credential, &purpose)? {
+                return self.authenticate(key, slot.id);
+            }
+        }
+        Err(UnlockError::WrongCredential { slots_tried: u32::try_from(slots.len()).unwrap_or(u32::MAX) })
+    }
+
+    fn authenticate(self, key: SecretBytes, slot_id: u32) -> Result<Namespace, UnlockError> {
+        let volume_key = VolumeKey::new(key)?;
+        let mac_key = MacKey::new(&volume_key, self.chosen.copy.metadata.uuid);
+        if !self.chosen.copy.is_genuine(&mac_key) {
+            return Err(UnlockError::Forged);
+        }
+        Ok(Namespace {
+            area: self.area,
+            geometry: self.geometry,
+            metadata: self.chosen.copy.metadata,
+            sequence: self.chosen.copy.sequence,
+            newest: self.chosen.name,
+            copies: self.chosen.states,
+            available_bytes: self.available_bytes,
+            volume_key,
+            mac_key,
+            slot_id,
+        })
+    }
+}
+
+fn count(slots: &[&Slot]) -> u32 {
+    u32::try_from(slots.len()).unwrap_or(u32::MAX)
+}
+
+fn check_address(geometry: &Geometry, backing: &Backing) -> Result<(), OpenError> {
+    match (geometry.bound_address(), backing.physical_address()) {
+        (Some(bound), actual) if actual != Some(bound) => Err(OpenError::AddressChanged { bound, actual }),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,215 @@
+//! An unlocked namespace: it holds the volume key and may change the header.
+//!
+//! Every change writes the older header copy first, and the other one only when that is durable.
+
+use std::sync::Arc;
+
+use super::area::{CopyName, CopyState, HeaderArea};
+use super::error::UpdateError;
+use super::geometry::Geometry;
+use super::header::{self, MacKey};
+use super::info::Header;
+use super::kdf::{Credential, Kdf, KdfCost};
+use super::metadata::{Cipher, Metadata, SLOT_COUNT_MAX, check_label};
+use super::slot::Slot;
+use crate::pmem::Backing;
+use crate::secret::VolumeKey;
+
+/// A namespace whose key is known and whose header is authenticated.
+#[derive(Debug)]
+pub struct Namespace {
+    pub(super) area: HeaderArea,
+    pub(super) geometry: Geometry,
+    pub(super) metadata: Metadata,
+    pub(super) sequence: u64,
+    /// The copy that the next update must not overwrite first.
+    pub(super) newest: CopyName,
+    pub(super) copies: [CopyState; 2],
+    pub(super) available_bytes: u64,
+    pub(super) volume_key: VolumeKey,
+    pub(super) mac_key: MacKey,
+    pub(super) slot_id: u32,
+}
+
+impl Namespace {
+    /// The backing.
+    #[must_use]
+    pub fn backing(&self) -> &Arc<Backing> {
+        self.area.backing()
+    }
+
+    /// Where the data is.
+    #[must_use]
+    pub const fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// The cipher.
+    #[must_use]
+    pub const fn cipher(&self) -> Cipher {
+        self.metadata.key_bits
+    }
+
+    /// The volume key.
+    #[must_use]
+    pub const fn volume_key(&self) -> &VolumeKey {
+        &self.volume_key
+    }
+
+    /// The slot that it was unlocked with.
+    #[must_use]
+    pub const fn slot_id(&self) -> u32 {
+        self.slot_id
+    }
+
+    /// The header as it is now.
+    #[must_use]
+    pub fn header(&self) -> Header {
+        Header::of(&self.metadata, self.sequence, &self.copies)
+    }
+
+    /// The parts that a volume needs; the header can then not be changed any more.
+    #[must_use]
+    pub fn into_parts(self) -> (Arc<Backing>, Geometry, Header, VolumeKey) {
+        let header = self.header();
+        (Arc::clone(self.area.backing()), self.geometry, header, self.volume_key)
+    }
+
+    /// Records that the namespace is in use (`true`) or closed in order (`false`).
+    ///
+    /// # Errors
+    ///
+    /// [`UpdateError`] when the header cannot be written.
+    pub fn set_unclean(&mut self, unclean: bool) -> Result<(), UpdateError> {
+        let metadata = Metadata { unclean, ..self.metadata.clone() };
+        self.update(metadata)
+    }
+
+    /// Records that discards punch holes from now on, which read as zeroes. There is no way back: zeroes that were written
+    /// may be holes.
+    ///
+    /// # Errors
+    ///
+    /// [`UpdateError`] when the header cannot be written.
+    pub fn allow_discards(&mut self) -> Result<(), UpdateError> {
+        if self.metadata.discards {
+            return Ok(());
+        }
+        let metadata = Metadata { discards: true, ..self.metadata.clone() };
+        self.update(metadata)
+    }
+
+    /// Adds a key slot, in the lowest free place when `id` is `None`, and gives its number.
+    ///
+    /// # Errors
+    ///
+    /// [`UpdateError`]; the slots are as before unless the error is one of writing.
+    pub fn add_slot(
+        &mut self,
+        id: Option<u32>,
+        label: &str,
+        credential: &Credential,
+        cost: KdfCost,
+    ) -> Result<u32, UpdateError> {
+        check_label(label).map_err(UpdateError::Label)?;
+        let id = self.free_slot(id)?;
+        let mut metadata = self.metadata.clone();
+        let index = metadata.slots.partition_point(|slot| slot.id < id);
+        metadata.slots.insert(index, self.make_slot(id, label, credential, cost)?);
+        self.update(metadata)?;
+        Ok(id)
+    }
+
+    /// Removes a key slot from both header copies; the last one only with `even_last`.
+    ///
+    /// # Errors
+    ///
+    /// [`UpdateError`]; the slots are as before unless the error is one of writing.
+    pub fn remove_slot(&mut self, id: u32, even_last: bool) -> Result<(), UpdateError> {
+        let index = self.slot_index(id)?;
+        if self.metadata.slots.len() == 1 && !even_last {
+            return Err(UpdateError::LastSlot { id });
+        }
+        let mut metadata = self.metadata.clone();
+        metadata.slots.remove(index);
+        self.update(metadata)
+    }
+
+    /// Replaces the credential of a key slot, keeping its number and label.
+    ///
+    /// # Errors
+    ///
+    /// [`UpdateError`]; the slots are as before unless the error is one of writing.
+    pub fn change_slot(&mut self, id: u32, credential: &Credential, cost: KdfCost) -> Result<(), UpdateError> {
+        let index = self.slot_index(id)?;
+        let mut metadata = self.metadata.clone();
+        let label = metadata.slots[index].label.clone();
+        metadata.slots[index] = self.make_slot(id, &label, credential, cost)?;
+        self.update(metadata)
+    }
+
+    /// Gives the data area another size, at most what its place has room for; smaller only with `even_smaller`. The
+    /// data that stays is not touched.
+    ///
+    /// # Errors
+    ///
+    /// [`UpdateError`]; the size is as before unless the error is one of writing.
+    pub fn resize(&mut self, size_bytes: u64, even_smaller: bool) -> Result<(), UpdateError> {
+        let old_bytes = self.geometry.size_bytes();
+        if size_bytes < old_bytes && !even_smaller {
+            return Err(UpdateError::Shrinks { old_bytes, new_bytes: size_bytes });
+        }
+        let mut metadata = Metadata { size_bytes, ..self.metadata.clone() };
+        let geometry = Geometry::new(&metadata.placement(), self.available_bytes)?;
+        let (old, new) = (self.metadata.purpose(), metadata.purpose());
+        for slot in &mut metadata.slots {
+            let id = slot.id;
+            let rewrapped = slot.rewrapped(&self.volume_key, &old, &self.volume_key, &new)?;
+            *slot = rewrapped.ok_or(UpdateError::RewrapFailed { id })?;
+        }
+        self.update(metadata)?;
+        self.geometry = geometry;
+        Ok(())
+    }
+
+    fn make_slot(&self, id: u32, label: &str, credential: &Credential, cost: KdfCost) -> Result<Slot, UpdateError> {
+        let kdf = match credential {
+            Credential::Passphrase(_) => {
+                cost.check()?;
+                Kdf::Argon2id(cost)
+            }
+            Credential::KeyFile(_) => Kdf::HkdfSha256,
+        };
+        Ok(Slot::create(id, label, kdf, credential, &self.metadata.purpose(), &self.volume_key)?)
+    }
+
+    fn free_slot(&self, wanted: Option<u32>) -> Result<u32, UpdateError> {
+        let taken = |id: u32| self.metadata.slots.iter().any(|slot| slot.id == id);
+        match wanted {
+            Some(id) if id >= SLOT_COUNT_MAX => Err(UpdateError::SlotNumber { id }),
+            Some(id) if taken(id) => Err(UpdateError::SlotInUse { id }),
+            Some(id) => Ok(id),
+            None => (0..SLOT_COUNT_MAX).find(|&id| !taken(id)).ok_or(UpdateError::SlotsFull),
+        }
+    }
+
+    fn slot_index(&self, id: u32) -> Result<usize, UpdateError> {
+        if id >= SLOT_COUNT_MAX {
+            return Err(UpdateError::SlotNumber { id });
+        }
+        self.metadata.slots.iter().position(|slot| slot.id == id).ok_or(UpdateError::SlotEmpty { id })
+    }
+
+    /// Makes `metadata` the header, in both copies. This object follows as soon as one copy is durable.
+    fn update(&mut self, metadata: Metadata) -> Result<(), UpdateError> {
+        let sequence = self.sequence.checked_add(1).ok_or(UpdateError::SequenceExhausted)?;
+        let image = header::encode(sequence, &metadata, &self.mac_key)?;
+        let older = self.newest.other();
+        self.area.write_copy(older, &image)?;
+        (self.sequence, self.metadata, self.newest) = (sequence, metadata, older);
+        self.copies[older as usize] = CopyState::Good { sequence };
+        self.area.write_copy(older.other(), &image)?;
+        self.copies[older.other() as usize] = CopyState::Good { sequence };
+        Ok(())
+    }
+}
