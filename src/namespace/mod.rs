@@ -38,3 +38,6 @@ pub use open::LockedNamespace;
 pub use signature::{Signature, signature_found};
 pub use slot::SlotError;
 pub use unlocked::Namespace;
+
+#[cfg(test)]
+mod tests;
