@@ -21,8 +21,8 @@ pub const PAGE: u64 = 4096;
 
 /// A device in memory with switchable faults.
 pub struct MemoryExport {
-    size: u64,
-    bytes: RwLock<Vec<u8>>,
+    pub size: u64,
+    pub bytes: RwLock<Vec<u8>>,
     pub flushes: AtomicU64,
     pub reads: AtomicU64,
     pub discards: bool,
