@@ -26,6 +26,7 @@ mod listener;
 pub mod negotiated;
 mod server;
 mod socket;
+mod tls;
 pub mod transmission;
 pub mod wire;
 
@@ -38,3 +39,4 @@ pub use limits::Limits;
 pub use listener::{ListenError, Listener};
 pub use negotiated::{Negotiated, ReplyStyle};
 pub use server::{Handle, Options, Server, ServerError};
+pub use tls::{ClientCertificates, Tls, TlsError};

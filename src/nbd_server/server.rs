@@ -23,6 +23,7 @@ use super::export::{ExportError, Exports};
 use super::limits::Limits;
 use super::listener::Listener;
 use super::socket::{self, StopSignal};
+use super::tls::Tls;
 
 /// Stack of a connection's thread, in bytes.
 const STACK_BYTES: usize = 256 << 10;
@@ -36,11 +37,13 @@ pub struct Options {
     pub poll: Duration,
     /// Bytes of the kernel's send and receive buffers to ask for, for each connection.
     pub socket_buffer_bytes: usize,
+    /// TLS, if it is offered or required.
+    pub tls: Option<Tls>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { poll: Duration::from_micros(50), socket_buffer_bytes: 2 << 20 }
+        Self { poll: Duration::from_micros(50), socket_buffer_bytes: 2 << 20, tls: None }
     }
 }
 
