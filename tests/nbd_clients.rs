@@ -167,3 +167,54 @@ fn serve_memory_for_measurements() {
     });
     server.run().unwrap();
 }
+
+#[test]
+fn control_socket_and_prometheus_tell_what_happened() {
+    use daxcrypt::nbd_server::{Exports, Limits, Listener, Options, Server};
+    use std::io::{Read, Write};
+    let directory = tempfile::tempdir().unwrap();
+    let (path, control) = (directory.path().join("s"), directory.path().join("c"));
+    let metrics = Listener::tcp(([127, 0, 0, 1], 0).into()).unwrap();
+    let address = metrics.tcp_address().unwrap();
+    let mut exports = Exports::new();
+    exports.add(common::info("disk"), MemoryExport::new(1 << 20)).unwrap();
+    let server = Server::new(exports, Limits::default(), Options::default()).unwrap();
+    let server = server.listen(Listener::unix(&path).unwrap());
+    let server = server.control(Listener::unix(&control).unwrap()).metrics(metrics);
+    let handle = server.handle();
+    let thread = std::thread::spawn(|| server.run());
+    let mut gone = common::Raw::in_transmission(&path, "simple");
+    assert_eq!(gone.write(0, 0, &[1; 1000]), 0);
+    drop(gone);
+    common::eventually("the client's end", || handle.connection_count() == 0);
+    let mut here = common::Raw::in_transmission(&path, "simple");
+    assert_eq!(here.run(0, 0, 1 << 20, 1), 22);
+    here.read(0, 0, 4096).unwrap();
+    let ask = |mut stream: Box<dyn Read>| {
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    };
+    common::eventually("the read's count", || handle.status().exports[0].stats.read_bytes == 4096);
+    let json = ask(Box::new(std::os::unix::net::UnixStream::connect(&control).unwrap()));
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let stats = &json["exports"][0]["stats"];
+    assert_eq!(
+        (&stats["written_bytes"], &stats["read_bytes"], &stats["errors"]),
+        (&1000.into(), &4096.into(), &1.into())
+    );
+    assert_eq!(json["clients"][0]["stats"]["read_bytes"], 4096);
+    assert!(stats["latency_p99_ns"].as_u64().unwrap() > 0);
+    let get = |request: &str| {
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        ask(Box::new(stream))
+    };
+    let text = get("GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert!(text.contains("daxcrypt_nbd_requests_total{export=\"disk\",command=\"read\"} 2\n"), "{text}");
+    assert!(text.contains("daxcrypt_nbd_written_bytes_total{export=\"disk\"} 1000\n"), "{text}");
+    assert!(get("GET /x HTTP/1.1\r\n\r\n").starts_with("HTTP/1.0 404"));
+    handle.stop();
+    thread.join().unwrap().unwrap();
+    assert!(!control.exists());
+}

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -63,8 +64,10 @@ pub(super) fn serve(client: &Client, shared: &Shared) -> End {
         Err(end) => return end,
     };
     client.handshaking.store(false, Ordering::Relaxed);
+    let chosen = shared.exports.iter().position(|served| Arc::ptr_eq(served, &negotiated.served));
+    let _ = client.export.set(chosen.expect("the handshake chooses from the registry"));
     link.deadline = None;
-    let mut session = Session { link, machine: Transmission::new(negotiated) };
+    let mut session = Session { link, machine: Transmission::new(negotiated), failed: false };
     loop {
         if let Err(end) = session.turn() {
             // Replies to what came before the end, if the client still reads.
@@ -77,7 +80,7 @@ pub(super) fn serve(client: &Client, shared: &Shared) -> End {
 
 /// The socket and the buffers of a connection.
 pub(super) struct Link<'a> {
-    client: &'a Client,
+    pub(super) client: &'a Client,
     pub(super) shared: &'a Shared,
     pub(super) buffers: Buffers<'a>,
     tls: Option<TlsSession>,
@@ -89,6 +92,8 @@ pub(super) struct Link<'a> {
 pub(super) struct Session<'a> {
     pub(super) link: Link<'a>,
     pub(super) machine: Transmission,
+    /// Whether the request that is being answered got an error.
+    pub(super) failed: bool,
 }
 
 impl Session<'_> {
