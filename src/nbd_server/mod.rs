@@ -26,8 +26,10 @@ mod listener;
 pub mod negotiated;
 mod server;
 mod socket;
+mod stats;
+mod status;
+mod tls;
 pub mod transmission;
-mod volume;
 pub mod wire;
 
 pub use access::{Allowed, Peer, UnixPeer};
@@ -39,3 +41,5 @@ pub use limits::Limits;
 pub use listener::{ListenError, Listener};
 pub use negotiated::{Negotiated, ReplyStyle};
 pub use server::{Handle, Options, Server, ServerError};
+pub use stats::{COMMAND_NAMES, ClientStatus, ExportStatus, Stats, Status};
+pub use tls::{ClientCertificates, Tls, TlsError};
