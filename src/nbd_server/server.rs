@@ -346,6 +346,7 @@ fn admit<'scope>(id: u64, socket: OwnedFd, shared: &'scope Shared, scope: &'scop
     });
     let mut clients = shared.clients();
     if clients.len() >= shared.limits.connections_max {
+        tracing::warn!(limit = shared.limits.connections_max, "client refused, too many connections");
         return;
     }
     let mut handshaking = clients.values().filter(|client| client.handshaking.load(Ordering::Relaxed));
@@ -353,12 +354,16 @@ fn admit<'scope>(id: u64, socket: OwnedFd, shared: &'scope Shared, scope: &'scop
     if oldest.is_some() && handshaking.count() + 1 >= shared.limits.handshaking_max {
         oldest.into_iter().for_each(|client| client.shut_down());
     }
+    tracing::info!(client = id, uid = unix.map(|unix| unix.uid), "client connected");
     clients.insert(id, Arc::clone(&client));
     drop(clients);
     let thread = std::thread::Builder::new().name(format!("nbd-{id}")).stack_size(STACK_BYTES);
     let spawned = thread.spawn_scoped(scope, move || {
         // A panic is a bug of ours or of the export; it must not take the other clients with it.
-        let _ = std::panic::catch_unwind(AssertUnwindSafe(|| connection::serve(&client, shared)));
+        match std::panic::catch_unwind(AssertUnwindSafe(|| connection::serve(&client, shared))) {
+            Ok(end) => tracing::info!(client = id, reason = %end, "client left"),
+            Err(_) => tracing::error!(client = id, "connection thread panicked"),
+        }
         client.shut_down();
         shared.forget(id);
     });
