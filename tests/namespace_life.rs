@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use daxcrypt::namespace::{
     Cipher, CopyFault, Credential, DataUnit, FormatError, FormatOptions, GeometryError, KdfCost, LockedNamespace,
-    Namespace, OpenError, Signature, UnlockError, UpdateError, format, signature_found,
+    Namespace, OpenError, RestoreError, Signature, UnlockError, UpdateError, format, restore, signature_found,
 };
 use daxcrypt::pmem::{Access, Allocation, Backing};
 use daxcrypt::secret::SecretBytes;
@@ -300,4 +300,48 @@ fn impossible_options_change_nothing() {
     let short = Credential::KeyFile(SecretBytes::copy_of(&[1; 31]));
     assert!(matches!(refused(options(), &short), FormatError::Slot(_)));
     assert!(fs::read(&place.path).unwrap().iter().all(|&byte| byte == 0));
+}
+
+#[test]
+fn an_erased_namespace_is_zero_and_its_backup_brings_it_back() {
+    let place = place();
+    let mut namespace = made(&place.path, &key_file(1));
+    namespace.set_unclean(true).unwrap();
+    drop(namespace);
+    let locked = opened(&place.path).unwrap();
+    let backup = locked.backup().unwrap();
+    locked.erase().unwrap();
+    assert!(fs::read(&place.path).unwrap().iter().all(|&byte| byte == 0));
+    assert!(matches!(opened(&place.path).unwrap_err(), OpenError::NotANamespace { found: None }));
+
+    let backing = || Arc::new(Backing::open(&place.path, Access::ReadWrite).unwrap());
+    let refused = restore(backing(), 0, u64::MAX, &backup, &key_file(2), false).unwrap_err();
+    assert!(matches!(refused, RestoreError::Unlock(UnlockError::WrongCredential { .. })), "{refused}");
+    let refused = restore(backing(), 0, u64::MAX, &backup[1..], &key_file(1), false).unwrap_err();
+    assert!(matches!(refused, RestoreError::Length { len_bytes: 65535, .. }), "{refused}");
+    let refused = restore(backing(), 0, 3 * MIB, &backup, &key_file(1), false).unwrap_err();
+    assert!(matches!(refused, RestoreError::Place(OpenError::Geometry(_))), "{refused}");
+    assert!(fs::read(&place.path).unwrap().iter().all(|&byte| byte == 0));
+
+    assert_eq!(restore(backing(), 0, u64::MAX, &backup, &key_file(1), false).unwrap().header().sequence, 3);
+    assert!(opened(&place.path).unwrap().unlock_key(&key_file(1)).is_ok());
+}
+
+#[test]
+fn a_backup_of_another_namespace_needs_force_and_wins_over_newer_copies() {
+    let (place, other) = (place(), place());
+    drop(made(&place.path, &key_file(1)));
+    let backup = opened(&place.path).unwrap().backup().unwrap();
+    let mut namespace = made(&other.path, &key_file(2));
+    for unclean in [true, false, true] {
+        namespace.set_unclean(unclean).unwrap();
+    }
+    drop(namespace);
+    let before = fs::read(&other.path).unwrap();
+    let backing = || Arc::new(Backing::open(&other.path, Access::ReadWrite).unwrap());
+    let refused = restore(backing(), 0, u64::MAX, &backup, &key_file(1), false).unwrap_err();
+    assert!(matches!(refused, RestoreError::OtherNamespace { .. }), "{refused}");
+    assert_eq!(fs::read(&other.path).unwrap(), before);
+    assert_eq!(restore(backing(), 0, u64::MAX, &backup, &key_file(1), true).unwrap().header().sequence, 5);
+    assert!(opened(&other.path).unwrap().unlock_key(&key_file(1)).is_ok());
 }

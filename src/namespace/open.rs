@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::area::{Chosen, CopyName, HeaderArea, choose};
+use super::area::{Chosen, CopyName, HeaderArea, WriteError, choose};
 use super::error::{OpenError, UnlockError};
 use super::geometry::{Geometry, HEADER_AREA_BYTES};
 use super::header::MacKey;
@@ -11,7 +11,7 @@ use super::kdf::{self, Credential, Kdf};
 use super::signature::{Signature, known_format};
 use super::slot::Slot;
 use super::unlocked::Namespace;
-use crate::pmem::Backing;
+use crate::pmem::{Backing, MediaError};
 use crate::secret::{SecretBytes, VolumeKey};
 
 /// A namespace whose header is well-formed, fits its backing and is where it was written.
@@ -55,7 +55,12 @@ impl LockedNamespace {
             }
             other => other?,
         };
-        let metadata = &chosen.copy.metadata;
+        Self::check(area, chosen, available_bytes)
+    }
+
+    /// Checks a well-formed header against the place of its area.
+    pub(super) fn check(area: HeaderArea, chosen: Chosen, available_bytes: u64) -> Result<Self, OpenError> {
+        let (metadata, base) = (&chosen.copy.metadata, area.base());
         if metadata.detached {
             return Err(OpenError::Detached);
         }
@@ -101,6 +106,26 @@ impl LockedNamespace {
         }
         let slots: Vec<_> = self.suitable_slots(credential)?.into_iter().filter(|slot| slot.id == id).collect();
         self.unlock_with(credential, &slots)
+    }
+
+    /// The header copy in use, to be kept somewhere else: 65536 bytes. Whoever has it and a credential of one of its slots
+    /// has the volume key, also after that slot was removed or the namespace erased.
+    ///
+    /// # Errors
+    ///
+    /// A [`MediaError`] when it cannot be read.
+    pub fn backup(&self) -> Result<Vec<u8>, MediaError> {
+        Ok(self.area.read_image(self.chosen.name)?.to_vec())
+    }
+
+    /// Destroys every key slot and both header copies: overwritten, durable and read back. Without a backup of the header
+    /// the data is lost. No key is needed.
+    ///
+    /// # Errors
+    ///
+    /// [`WriteError`]; key material may then be left.
+    pub fn erase(self) -> Result<(), WriteError> {
+        self.area.clear()
     }
 
     fn suitable_slots(&self, credential: &Credential) -> Result<Vec<Slot>, UnlockError> {

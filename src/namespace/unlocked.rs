@@ -201,7 +201,7 @@ impl Namespace {
     }
 
     /// Makes `metadata` the header, in both copies. This object follows as soon as one copy is durable.
-    fn update(&mut self, metadata: Metadata) -> Result<(), UpdateError> {
+    pub(super) fn update(&mut self, metadata: Metadata) -> Result<(), UpdateError> {
         let sequence = self.sequence.checked_add(1).ok_or(UpdateError::SequenceExhausted)?;
         let image = header::encode(sequence, &metadata, &self.mac_key)?;
         let older = self.newest.other();
