@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -205,9 +206,12 @@ fn an_update_torn_at_any_byte_of_its_header_opens_as_old_or_new() {
         if let Some(done) = second {
             media[done..done + used].copy_from_slice(&new[done..done + used]);
         }
+        fs::write(&place.path, &media).unwrap();
+        let file = fs::OpenOptions::new().write(true).open(&place.path).unwrap();
         for torn in 0..=used {
-            media[first..first + torn].copy_from_slice(&new[first..first + torn]);
-            fs::write(&place.path, &media).unwrap();
+            if let Some(last) = torn.checked_sub(1) {
+                file.write_all_at(&new[first + last..=first + last], (first + last) as u64).unwrap();
+            }
             let locked = opened(&place.path).unwrap();
             let slots = locked.header().slots.len();
             locked.unlock_key(&key_file(u8::try_from(slots).unwrap())).unwrap();
