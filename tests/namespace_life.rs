@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use daxcrypt::namespace::{
     Cipher, CopyFault, Credential, DataUnit, FormatError, FormatOptions, GeometryError, KdfCost, LockedNamespace,
-    Namespace, OpenError, RestoreError, Signature, UnlockError, UpdateError, format, restore, signature_found,
+    Namespace, OpenError, RestoreError, Signature, UnlockError, UpdateError, format, format_ephemeral, restore,
+    signature_found,
 };
 use daxcrypt::pmem::{Access, Allocation, Backing};
 use daxcrypt::secret::SecretBytes;
@@ -348,4 +349,30 @@ fn a_backup_of_another_namespace_needs_force_and_wins_over_newer_copies() {
     assert_eq!(fs::read(&other.path).unwrap(), before);
     assert_eq!(restore(backing(), 0, u64::MAX, &backup, &key_file(1), true).unwrap().header().sequence, 5);
     assert!(opened(&other.path).unwrap().unlock_key(&key_file(1)).is_ok());
+}
+
+#[test]
+fn an_ephemeral_namespace_has_another_key_each_time_and_no_slots() {
+    let place = place();
+    let backing = Backing::create(&place.path, 4 * MIB, Allocation::Sparse).unwrap();
+    let first = format_ephemeral(Arc::new(backing), options()).unwrap().volume_key().bytes().to_vec();
+    let refused = opened(&place.path).unwrap().unlock_key(&key_file(1)).unwrap_err();
+    assert!(matches!(refused, UnlockError::Ephemeral), "{refused}");
+    let before = fs::read(&place.path).unwrap();
+    let mut namespace = opened(&place.path).unwrap().unlock_ephemeral().unwrap();
+    assert_ne!(namespace.volume_key().bytes(), first);
+    let refused = namespace.add_slot(None, "", &key_file(1), KdfCost::LEAST).unwrap_err();
+    assert!(matches!(refused, UpdateError::Ephemeral), "{refused}");
+    assert!(matches!(namespace.resize(MIB, true).unwrap_err(), UpdateError::Ephemeral));
+    namespace.set_unclean(true).unwrap();
+    drop(namespace);
+    assert_eq!(fs::read(&place.path).unwrap(), before);
+}
+
+#[test]
+fn a_namespace_with_a_key_is_not_opened_without_it() {
+    let place = place();
+    drop(made(&place.path, &key_file(1)));
+    let refused = opened(&place.path).unwrap().unlock_ephemeral().unwrap_err();
+    assert!(matches!(refused, UnlockError::NotEphemeral), "{refused}");
 }

@@ -163,6 +163,14 @@ pub enum Kdf {
 }
 
 impl Kdf {
+    /// The kind of slot for a credential; the cost counts for a passphrase.
+    pub(super) const fn for_credential(credential: &Credential, cost: KdfCost) -> Self {
+        match credential {
+            Credential::Passphrase(_) => Self::Argon2id(cost),
+            Credential::KeyFile(_) => Self::HkdfSha256,
+        }
+    }
+
     /// Whether the credential is of this slot's kind.
     #[must_use]
     pub const fn suits(&self, credential: &Credential) -> bool {

@@ -25,7 +25,7 @@ mod unlocked;
 
 pub use area::{CopyName, CopyState, WriteError};
 pub use backup::{RestoreError, restore};
-pub use create::{FormatOptions, format};
+pub use create::{FormatOptions, format, format_ephemeral};
 pub use error::{FormatError, OpenError, UnlockError, UpdateError};
 pub use geometry::{
     DATA_ALIGNMENT_BYTES, DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, OutOfRange, Placement, SIZE_BYTES_MAX,

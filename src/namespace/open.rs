@@ -108,6 +108,24 @@ impl LockedNamespace {
         self.unlock_with(credential, &slots)
     }
 
+    /// Opens an ephemeral namespace with a fresh random key: whatever the data area held is noise now.
+    ///
+    /// Its header is not authenticated, since there is no key that could. A forged one can cause a loss, but no plaintext:
+    /// no key is at stake, and no cipher but AES-XTS exists.
+    ///
+    /// # Errors
+    ///
+    /// [`UnlockError::NotEphemeral`], and [`UnlockError::Key`] when there are no random bytes.
+    pub fn unlock_ephemeral(self) -> Result<Namespace, UnlockError> {
+        let metadata = &self.chosen.copy.metadata;
+        if !metadata.ephemeral {
+            return Err(UnlockError::NotEphemeral);
+        }
+        let volume_key = VolumeKey::generate(metadata.key_bits.key_bytes())?;
+        let mac_key = MacKey::new(&volume_key, metadata.uuid);
+        Ok(self.into_namespace(volume_key, mac_key, 0))
+    }
+
     /// The header copy in use, to be kept somewhere else: 65536 bytes. Whoever has it and a credential of one of its slots
     /// has the volume key, also after that slot was removed or the namespace erased.
     ///
@@ -163,7 +181,11 @@ impl LockedNamespace {
         if !self.chosen.copy.is_genuine(&mac_key) {
             return Err(UnlockError::Forged);
         }
-        Ok(Namespace {
+        Ok(self.into_namespace(volume_key, mac_key, slot_id))
+    }
+
+    fn into_namespace(self, volume_key: VolumeKey, mac_key: MacKey, slot_id: u32) -> Namespace {
+        Namespace {
             area: self.area,
             geometry: self.geometry,
             metadata: self.chosen.copy.metadata,
@@ -174,7 +196,7 @@ impl LockedNamespace {
             volume_key,
             mac_key,
             slot_id,
-        })
+        }
     }
 }
 
