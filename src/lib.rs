@@ -3,6 +3,7 @@
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64", target_endian = "little")))]
 compile_error!("daxcrypt supports 64-bit little-endian Linux only");
 
+pub mod cli;
 pub mod memory;
 pub mod namespace;
 pub mod nbd_server;

@@ -1,2 +1,7 @@
-//! The `daxcrypt` program.
-fn main() {}
+//! The `daxcrypt` program: everything is in the library's `cli`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    daxcrypt::cli::main()
+}

@@ -158,6 +158,14 @@ impl<'a> Target<'a> {
         Source { start: self.start, len_bytes: self.len_bytes, lifetime: PhantomData }
     }
 
+    /// The bytes for reading and for writing at once, for an operation in place on one thread.
+    pub(crate) const fn in_place(&mut self) -> (Source<'_>, Target<'_>) {
+        (
+            Source { start: self.start, len_bytes: self.len_bytes, lifetime: PhantomData },
+            Target { start: self.start, len_bytes: self.len_bytes, lifetime: PhantomData },
+        )
+    }
+
     /// The bytes at `range`.
     ///
     /// # Panics

@@ -1,1 +1,45 @@
-//! The NBD server.
+//! The NBD server: serves [`Export`]s to NBD clients over Unix sockets and TCP.
+//!
+//! ```text
+//!  listener --> server --> connection --> handshake     (sans-IO) --> Negotiated
+//!                              |--------> transmission  (sans-IO) --> Request
+//!                              +--------> execute --> Export
+//! ```
+//!
+//! The protocol is fixed newstyle with simple, structured and extended replies; `wire` holds its numbers. One thread
+//! serves one connection and runs its requests in order, which is why a flush covers what was answered before it and
+//! `MULTI_CONN` is honest as long as the export's flush covers all connections.
+//!
+//! It does not know what an export is made of, and it starts no threads besides one for each connection.
+
+#![forbid(unsafe_code)]
+#![deny(clippy::little_endian_bytes)]
+
+mod access;
+mod buffer;
+mod connection;
+mod execute;
+mod export;
+pub mod handshake;
+pub mod limits;
+mod listener;
+pub mod negotiated;
+mod server;
+mod socket;
+mod stats;
+mod status;
+mod tls;
+pub mod transmission;
+pub mod wire;
+
+pub use access::{Allowed, Peer, UnixPeer};
+pub use export::{
+    Durability, Export, ExportError, ExportInfo, Exports, Extent, ExtentKind, Hole, RegistryError, Served,
+};
+pub use handshake::TlsMode;
+pub use limits::Limits;
+pub use listener::{ListenError, Listener};
+pub use negotiated::{Negotiated, ReplyStyle};
+pub use server::{Handle, Options, Server, ServerError};
+pub use stats::{COMMAND_NAMES, ClientStatus, ExportStatus, Stats, Status};
+pub use tls::{ClientCertificates, Tls, TlsError};

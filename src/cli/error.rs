@@ -1,0 +1,131 @@
+//! The program's errors: what happened, the exit code, and what to try next.
+
+use std::error::Error as StdError;
+use std::io;
+use std::path::PathBuf;
+
+use crate::namespace::{self, FormatError, Signature, UnlockError};
+use crate::nbd_server::{ListenError, RegistryError, ServerError};
+use crate::pmem::{MediaError, OpenError};
+use crate::secret::KeyError;
+use crate::volume::VolumeError;
+use crate::xts::BackendError;
+
+/// Exit codes, as `--help` lists them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Exit {
+    Usage = 1,
+    WrongKey = 2,
+    Damaged = 3,
+    Io = 4,
+    Busy = 5,
+}
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("{0}")]
+    Usage(String),
+    #[error("cannot read the {what} {path}", path = path.display())]
+    SecretFile { what: &'static str, path: PathBuf, source: io::Error },
+    #[error("the key file {path} has {len_bytes} bytes, but must have {min_bytes} to {max_bytes}", path = path.display())]
+    KeyFileLength { path: PathBuf, len_bytes: usize, min_bytes: usize, max_bytes: usize },
+    #[error("the passphrase is empty")]
+    EmptyPassphrase,
+    #[error("the two passphrases differ")]
+    PassphrasesDiffer,
+    #[error("cannot ask for a passphrase")]
+    Prompt(#[source] io::Error),
+    #[error("cannot open {path}", path = path.display())]
+    Open { path: PathBuf, source: OpenError },
+    #[error("{path} already holds data ({signature})", path = path.display())]
+    WouldOverwrite { path: PathBuf, signature: Signature },
+    #[error("{path}", path = path.display())]
+    Namespace { path: PathBuf, source: namespace::OpenError },
+    #[error("cannot format {path}", path = path.display())]
+    Format { path: PathBuf, source: FormatError },
+    #[error("cannot unlock {path}", path = path.display())]
+    Unlock { path: PathBuf, source: UnlockError },
+    #[error("{path}", path = path.display())]
+    Volume { path: PathBuf, source: VolumeError },
+    #[error("{path}", path = path.display())]
+    Media { path: PathBuf, source: MediaError },
+    #[error("cannot choose an AES-XTS backend")]
+    Backend(#[from] BackendError),
+    #[error("cannot make a key")]
+    Key(#[from] KeyError),
+    #[error("cannot serve {path}", path = path.display())]
+    Export { path: PathBuf, source: RegistryError },
+    #[error("cannot listen")]
+    Listen(#[from] ListenError),
+    #[error("the NBD server failed")]
+    Server(#[from] ServerError),
+    #[error("{doing}")]
+    Io { doing: &'static str, source: io::Error },
+    #[error("the demo failed: {0}")]
+    Demo(&'static str),
+}
+
+impl Error {
+    /// The exit code for a script.
+    pub(crate) fn exit(&self) -> Exit {
+        match self {
+            Self::Usage(_) | Self::PassphrasesDiffer | Self::WouldOverwrite { .. } | Self::EmptyPassphrase => {
+                Exit::Usage
+            }
+            Self::KeyFileLength { .. } | Self::Backend(_) | Self::Export { .. } => Exit::Usage,
+            Self::Open { source: OpenError::Busy, .. } | Self::Listen(ListenError::Busy { .. }) => Exit::Busy,
+            Self::Open { source: OpenError::Empty, .. } => Exit::Damaged,
+            Self::Namespace { source: namespace::OpenError::Media(_), .. } => Exit::Io,
+            Self::Namespace { .. } => Exit::Damaged,
+            Self::Format { source: FormatError::Write(_), .. } => Exit::Io,
+            Self::Format { .. } => Exit::Usage,
+            Self::Unlock { source: UnlockError::Forged | UnlockError::Erased | UnlockError::Key(_), .. } => {
+                Exit::Damaged
+            }
+            Self::Unlock { .. } => Exit::WrongKey,
+            _ => Exit::Io,
+        }
+    }
+
+    /// What the user can do about it.
+    pub(crate) fn hint(&self) -> Option<String> {
+        match self {
+            Self::SecretFile { what: "key file", path, source } if source.kind() == io::ErrorKind::NotFound => {
+                Some(format!(
+                    "make a key with: (umask 077; head -c 64 /dev/urandom > {0}), and keep a copy of it elsewhere",
+                    path.display()
+                ))
+            }
+            Self::KeyFileLength { path, .. } => {
+                Some(format!("make a key with: (umask 077; head -c 64 /dev/urandom > {})", path.display()))
+            }
+            Self::Prompt(_) => Some("give --key-file FILE or --passphrase-file FILE where there is no terminal".into()),
+            Self::Open { source: OpenError::Busy, .. } => Some(
+                "stop the process that serves it first (fuser -v shows which), or open it with --read-only there"
+                    .into(),
+            ),
+            Self::WouldOverwrite { .. } => Some("--force overwrites it, and what it holds is then lost".into()),
+            Self::Unlock { .. } if self.exit() == Exit::WrongKey => {
+                Some("try another passphrase or key file; `daxcrypt info` shows which slots there are".into())
+            }
+            _ => None,
+        }
+    }
+
+    /// The message and its causes, each said once.
+    pub(crate) fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            let message = error.to_string();
+            if !text.ends_with(&message) {
+                text.push_str(": ");
+                text.push_str(&message);
+            }
+            cause = error.source();
+        }
+        text
+    }
+}

@@ -1,0 +1,110 @@
+//! The command line: parse, run one command, print the error chain and what to try next.
+//!
+//! One file a command. Nothing below this layer prints, and nothing here knows how anything is done.
+
+mod credentials;
+mod demo;
+mod dmtable;
+mod error;
+mod format;
+mod info;
+mod open;
+mod serve;
+mod size;
+
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+
+use self::error::{Error, Exit};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  ok
+  1  usage: the command line or a file that it names cannot be used
+  2  wrong passphrase or key file
+  3  not a namespace, or damaged
+  4  I/O error
+  5  busy: another process uses it
+
+Environment:
+  DAXCRYPT_XTS_BACKEND        AES-XTS backend to use instead of the fastest one
+  DAXCRYPT_FORCE_GRANULARITY  page or cacheline, for tests: durability is then not what the media give";
+
+/// Encrypted persistent memory: dm-crypt for pmem, in user space, without losing DAX
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXIT_CODES, max_term_width = 120)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a namespace in a file or on a device
+    #[command(after_help = "\
+Examples:
+  (umask 077; head -c 64 /dev/urandom > vault.key)
+  daxcrypt format vault.img --size 4G --key-file vault.key
+  daxcrypt format /dev/pmem0 --label tank            # asks for a passphrase, uses the whole device")]
+    Format(format::FormatArgs),
+    /// Show what a namespace is, without its key
+    #[command(after_help = "\
+Examples:
+  daxcrypt info vault.img
+  daxcrypt info vault.img --json | jq .size_bytes")]
+    Info(info::InfoArgs),
+    /// Serve namespaces over NBD until SIGTERM or SIGINT
+    #[command(after_help = "\
+Examples:
+  daxcrypt serve vault.img --key-file vault.key --socket /run/user/1000/vault.sock
+  daxcrypt serve vault.img --key-file vault.key --listen 127.0.0.1:10809 --read-only
+
+Then, with the kernel's client:
+  nbd-client -unix /run/user/1000/vault.sock /dev/nbd0 -N vault
+or without it:
+  nbdfuse mnt 'nbd+unix:///vault?socket=/run/user/1000/vault.sock' & losetup -f --show mnt/nbd")]
+    Serve(serve::ServeArgs),
+    /// Print the dm-crypt table line for the same bytes
+    #[command(after_help = "\
+Examples:
+  daxcrypt dmtable /dev/pmem0 --key-file vault.key                                    # the key stays hidden
+  daxcrypt dmtable /dev/pmem0 --key-file vault.key --show-key | dmsetup create vault  # the kernel maps it")]
+    Dmtable(dmtable::DmtableArgs),
+    /// Show all of it on a temporary file: no root, no hardware, no configuration
+    Demo,
+}
+
+/// Runs the program with the process's arguments.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            let asked_for = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+            return if asked_for { ExitCode::SUCCESS } else { ExitCode::from(Exit::Usage as u8) };
+        }
+    };
+    match run(&cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("daxcrypt: {}", error.chain());
+            if let Some(hint) = error.hint() {
+                eprintln!("  try: {hint}");
+            }
+            ExitCode::from(error.exit() as u8)
+        }
+    }
+}
+
+fn run(command: &Command) -> Result<(), Error> {
+    match command {
+        Command::Format(args) => format::run(args),
+        Command::Info(args) => info::run(args),
+        Command::Serve(args) => serve::run(args),
+        Command::Dmtable(args) => dmtable::run(args),
+        Command::Demo => demo::run(),
+    }
+}

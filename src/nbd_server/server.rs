@@ -1,0 +1,387 @@
+//! The server: accepts clients, gives each a thread, and stops in order.
+//!
+//! Guards: connections and handshakes in progress are limited; one client's end, even a panic of ours, leaves the
+//! others alone; [`Server::run`] returns only after every connection has ended and every export is flushed.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::Scope;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::net::sockopt;
+
+use super::access::{Peer, UnixPeer};
+use super::buffer::BufferPool;
+use super::connection;
+use super::export::{ExportError, Exports};
+use super::limits::Limits;
+use super::listener::Listener;
+use super::socket::{self, StopSignal};
+use super::stats::{ClientStatus, ExportStatus, Stats, Status, Traffic};
+use super::status::{self, Kind};
+use super::tls::Tls;
+
+/// Stack of a connection's thread, in bytes.
+const STACK_BYTES: usize = 256 << 10;
+/// Pause after an accept that failed for lack of resources.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// How the server behaves, apart from its limits.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// How long a connection polls for the next request before it sleeps; zero turns polling off.
+    pub poll: Duration,
+    /// Bytes of the kernel's send and receive buffers to ask for, for each connection.
+    pub socket_buffer_bytes: usize,
+    /// TLS, if it is offered or required.
+    pub tls: Option<Tls>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { poll: Duration::from_micros(50), socket_buffer_bytes: 2 << 20, tls: None }
+    }
+}
+
+/// Why a server ended badly.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServerError {
+    /// The operating system refuses something that the server cannot do without.
+    #[error("the server cannot wait for clients")]
+    Io(#[from] io::Error),
+    /// An export could not be flushed at the end.
+    #[error("export {index} could not be flushed")]
+    Flush {
+        /// Position of the export, from 0.
+        index: usize,
+        /// The reason.
+        #[source]
+        source: ExportError,
+    },
+}
+
+/// An NBD server.
+#[derive(Debug)]
+pub struct Server {
+    listeners: Vec<Listener>,
+    reporters: Vec<(Kind, Listener)>,
+    shared: Arc<Shared>,
+}
+
+/// Stops a server from another thread.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    shared: Arc<Shared>,
+}
+
+impl Handle {
+    /// Makes [`Server::run`] finish: no new clients, `ESHUTDOWN` for new requests, then flush and return. May be
+    /// called any number of times.
+    pub fn stop(&self) {
+        self.shared.stop.set();
+    }
+
+    /// What the server and its clients have done so far.
+    pub fn status(&self) -> Status {
+        self.shared.status()
+    }
+
+    /// Connections that are open now.
+    pub fn connection_count(&self) -> usize {
+        self.shared.clients().len()
+    }
+
+    /// Bytes of large buffers that connections use now.
+    pub fn buffer_bytes(&self) -> usize {
+        self.shared.pool.lent_bytes()
+    }
+}
+
+/// What all connections of a server share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) exports: Arc<Exports>,
+    pub(super) limits: Limits,
+    pub(super) options: Options,
+    pub(super) stop: StopSignal,
+    pub(super) pool: BufferPool,
+    pub(super) spinners: Spinners,
+    clients: Mutex<BTreeMap<u64, Arc<Client>>>,
+    client_left: Condvar,
+    /// What clients that have left did, by export.
+    left: Mutex<Vec<Traffic>>,
+    started: Instant,
+}
+
+impl Shared {
+    fn clients(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Client>>> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A client has ended: what it did goes to its export's totals.
+    fn forget(&self, id: u64) {
+        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let client = self.clients().remove(&id);
+        if let Some((client, index)) = client.and_then(|client| client.export.get().copied().map(|at| (client, at))) {
+            left[index].merge(&client.traffic);
+        }
+        drop(left);
+        self.client_left.notify_all();
+    }
+
+    pub(super) fn status(&self) -> Status {
+        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stats = vec![Stats::default(); left.len()];
+        stats.iter_mut().zip(left.iter()).for_each(|(stats, traffic)| stats.add(traffic));
+        let clients = self.clients();
+        let mut listed = Vec::new();
+        for (id, client) in clients.iter() {
+            let Some(index) = client.export.get().copied() else { continue };
+            stats[index].add(&client.traffic);
+            let mut own = Stats::default();
+            own.add(&client.traffic);
+            let name = self.exports.iter().nth(index).map_or_else(String::new, |served| served.info.name.clone());
+            listed.push(ClientStatus { id: *id, export: name, uid: client.peer.unix.map(|unix| unix.uid), stats: own });
+        }
+        let exports = self.exports.iter().zip(stats).map(|(served, stats)| ExportStatus {
+            name: served.info.name.clone(),
+            size_bytes: served.size_bytes(),
+            read_only: served.info.read_only,
+            resident_plaintext_bytes: served.export.resident_plaintext_bytes(),
+            stats,
+        });
+        Status {
+            uptime_seconds: self.started.elapsed().as_secs(),
+            connections: clients.len(),
+            buffer_bytes: self.pool.lent_bytes(),
+            exports: exports.collect(),
+            clients: listed,
+        }
+    }
+}
+
+/// A connected client.
+#[derive(Debug)]
+pub(super) struct Client {
+    /// The only owner of the descriptor.
+    pub(super) socket: OwnedFd,
+    pub(super) peer: Peer,
+    pub(super) handshaking: AtomicBool,
+    /// Position of the chosen export.
+    pub(super) export: OnceLock<usize>,
+    pub(super) traffic: Traffic,
+}
+
+impl Client {
+    /// Ends all traffic; the descriptor stays valid until the last user is gone.
+    fn shut_down(&self) {
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+    }
+}
+
+/// Limits how many connections poll at a time, so that polling never takes the processors from work.
+#[derive(Debug)]
+pub(super) struct Spinners {
+    active: AtomicUsize,
+    max: usize,
+}
+
+impl Spinners {
+    fn new() -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { active: AtomicUsize::new(0), max: processors.div_ceil(2) }
+    }
+
+    /// Leave to poll, until the guard is dropped.
+    pub(super) fn enter(&self) -> Option<SpinGuard<'_>> {
+        if self.active.fetch_add(1, Ordering::Relaxed) < self.max {
+            return Some(SpinGuard { active: &self.active });
+        }
+        self.active.fetch_sub(1, Ordering::Relaxed);
+        None
+    }
+}
+
+/// One connection polls.
+#[derive(Debug)]
+pub(super) struct SpinGuard<'a> {
+    active: &'a AtomicUsize,
+}
+
+impl Drop for SpinGuard<'_> {
+    fn drop(&mut self) {
+        self.active.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Server {
+    /// A server of these exports, without listeners.
+    ///
+    /// # Errors
+    ///
+    /// When the operating system gives no event descriptor.
+    pub fn new(exports: Exports, limits: Limits, options: Options) -> Result<Self, ServerError> {
+        let left = exports.iter().map(|_| Traffic::default()).collect();
+        let shared = Shared {
+            exports: Arc::new(exports),
+            stop: StopSignal::new()?,
+            pool: BufferPool::new(limits.buffer_bytes_max),
+            spinners: Spinners::new(),
+            clients: Mutex::default(),
+            client_left: Condvar::new(),
+            left: Mutex::new(left),
+            started: Instant::now(),
+            limits,
+            options,
+        };
+        Ok(Self { listeners: Vec::new(), reporters: Vec::new(), shared: Arc::new(shared) })
+    }
+
+    /// Adds a listener.
+    #[must_use]
+    pub fn listen(mut self, listener: Listener) -> Self {
+        self.listeners.push(listener);
+        self
+    }
+
+    /// Adds a control socket: whoever connects gets [`Status`] as one line of JSON.
+    #[must_use]
+    pub fn control(mut self, listener: Listener) -> Self {
+        self.reporters.push((Kind::Control, listener));
+        self
+    }
+
+    /// Adds a Prometheus endpoint: HTTP, path `/metrics`.
+    #[must_use]
+    pub fn metrics(mut self, listener: Listener) -> Self {
+        self.reporters.push((Kind::Metrics, listener));
+        self
+    }
+
+    /// A handle that stops the server.
+    pub fn handle(&self) -> Handle {
+        Handle { shared: Arc::clone(&self.shared) }
+    }
+
+    /// Serves until [`Handle::stop`] is called; then drains, flushes every export, and removes the socket files.
+    ///
+    /// # Errors
+    ///
+    /// [`ServerError`]. All clients are gone in any case.
+    pub fn run(self) -> Result<(), ServerError> {
+        let Self { listeners, reporters, shared } = self;
+        let accepted = std::thread::scope(|scope| {
+            for (kind, listener) in &reporters {
+                let shared = &shared;
+                scope.spawn(move || status::answer_all(*kind, listener, shared));
+            }
+            let result = accept_all(&listeners, &shared, scope);
+            shared.stop.set();
+            drop(listeners);
+            drain(&shared);
+            result
+        });
+        let mut flushed = Ok(());
+        for (index, served) in shared.exports.iter().enumerate().filter(|(_, served)| !served.info.read_only) {
+            if let Err(source) = served.export.flush() {
+                flushed = flushed.and(Err(ServerError::Flush { index, source }));
+            }
+        }
+        accepted.map_err(ServerError::from).and(flushed)
+    }
+}
+
+fn accept_all<'scope>(
+    listeners: &[Listener],
+    shared: &'scope Shared,
+    scope: &'scope Scope<'scope, '_>,
+) -> io::Result<()> {
+    let mut next_id = 0u64;
+    while !shared.stop.is_set() {
+        let stop = std::iter::once(shared.stop.as_fd());
+        let watched = stop.chain(listeners.iter().map(AsFd::as_fd));
+        let mut fds: Vec<_> = watched.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        for (listener, fd) in listeners.iter().zip(&fds[1..]) {
+            if fd.revents().is_empty() {
+                continue;
+            }
+            match listener.accept() {
+                Ok(socket) => {
+                    next_id += 1;
+                    admit(next_id, socket, shared, scope);
+                }
+                Err(error) if is_shortage(&error) => std::thread::sleep(ACCEPT_PAUSE),
+                // The client is gone already, or another process took it.
+                Err(_) => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Gives a new client its thread, if the limits allow it. A client that is not admitted is closed.
+fn admit<'scope>(id: u64, socket: OwnedFd, shared: &'scope Shared, scope: &'scope Scope<'scope, '_>) {
+    socket::tune(socket.as_fd(), shared.options.socket_buffer_bytes);
+    let unix = sockopt::socket_domain(&socket).is_ok_and(|family| family == rustix::net::AddressFamily::UNIX);
+    let credentials = if unix { sockopt::socket_peercred(&socket).ok() } else { None };
+    let unix = credentials.map(|who| UnixPeer { uid: who.uid.as_raw(), gid: who.gid.as_raw() });
+    let peer = Peer { unix, ..Peer::default() };
+    let client = Arc::new(Client {
+        socket,
+        peer,
+        handshaking: true.into(),
+        export: OnceLock::new(),
+        traffic: Traffic::default(),
+    });
+    let mut clients = shared.clients();
+    if clients.len() >= shared.limits.connections_max {
+        return;
+    }
+    let mut handshaking = clients.values().filter(|client| client.handshaking.load(Ordering::Relaxed));
+    let oldest = handshaking.next();
+    if oldest.is_some() && handshaking.count() + 1 >= shared.limits.handshaking_max {
+        oldest.into_iter().for_each(|client| client.shut_down());
+    }
+    clients.insert(id, Arc::clone(&client));
+    drop(clients);
+    let thread = std::thread::Builder::new().name(format!("nbd-{id}")).stack_size(STACK_BYTES);
+    let spawned = thread.spawn_scoped(scope, move || {
+        // A panic is a bug of ours or of the export; it must not take the other clients with it.
+        let _ = std::panic::catch_unwind(AssertUnwindSafe(|| connection::serve(&client, shared)));
+        client.shut_down();
+        shared.forget(id);
+    });
+    if spawned.is_err() {
+        shared.clients().remove(&id);
+    }
+}
+
+/// Waits for the clients to end by themselves, then cuts the rest off.
+fn drain(shared: &Shared) {
+    let deadline = Instant::now() + shared.limits.drain_deadline;
+    let mut clients = shared.clients();
+    while !clients.is_empty() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            clients.values().for_each(|client| client.shut_down());
+            return;
+        }
+        clients = shared.client_left.wait_timeout(clients, left).unwrap_or_else(PoisonError::into_inner).0;
+    }
+}
+
+fn is_shortage(error: &io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    matches!(errno, Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
+}
