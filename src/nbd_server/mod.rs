@@ -30,6 +30,7 @@ mod stats;
 mod status;
 mod tls;
 pub mod transmission;
+mod volume;
 pub mod wire;
 
 pub use access::{Allowed, Peer, UnixPeer};
