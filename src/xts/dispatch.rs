@@ -7,63 +7,74 @@
 use super::backend::Kind;
 use super::portable::PortableKey;
 #[cfg(target_arch = "x86_64")]
-use super::schedule::RoundKeys;
-#[cfg(target_arch = "x86_64")]
-use super::vaes512;
-use super::{Backend, DataUnit, Direction};
-use crate::memory::{Source, Store, Target};
+use super::x86::{self, RoundKeys, aesni, vaes256, vaes512};
+use super::{Backend, DataUnit, Pass};
 use crate::secret::SecretBox;
 
 /// A key expanded for one kernel.
 pub(super) enum Schedule {
     Portable(SecretBox<PortableKey>),
     #[cfg(target_arch = "x86_64")]
+    AesNi(RoundKeys),
+    #[cfg(target_arch = "x86_64")]
+    Vaes256(RoundKeys),
+    #[cfg(target_arch = "x86_64")]
     Vaes512(RoundKeys),
 }
 
 impl Schedule {
     pub(super) fn new(data: &[u8], tweak: &[u8], backend: Backend) -> Self {
-        match backend.kind() {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: this kind of backend is proof of AES-NI and AVX.
-            Kind::Vaes512 => Self::Vaes512(unsafe { RoundKeys::expand(data, tweak) }),
-            _ => Self::Portable(PortableKey::boxed(data, tweak)),
-        }
+        #[cfg(target_arch = "x86_64")]
+        let variant = match backend.kind() {
+            Kind::Portable => return Self::Portable(PortableKey::boxed(data, tweak)),
+            Kind::AesNi => Self::AesNi,
+            Kind::Vaes256 => Self::Vaes256,
+            Kind::Vaes512 => Self::Vaes512,
+        };
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: every kind of backend but the portable one is proof of AES-NI and AVX.
+        return variant(unsafe { RoundKeys::expand(data, tweak) });
+        #[cfg(not(target_arch = "x86_64"))]
+        return Self::Portable(PortableKey::boxed(data, tweak));
     }
 
     /// Blocks `first_block..` of the one unit whose 128-bit tweak is `tweak`.
-    pub(super) fn blocks(
-        &self,
-        direction: Direction,
-        tweak: u128,
-        first_block: usize,
-        src: Source<'_>,
-        dst: Target<'_>,
-        store: Store,
-    ) {
+    pub(super) fn blocks(&self, tweak: u128, first_block: usize, pass: Pass<'_>) {
         match self {
-            Self::Portable(key) => key.blocks(direction, tweak, first_block, src, dst),
+            Self::Portable(key) => key.blocks(pass.direction, tweak, first_block, pass.src, pass.dst),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the variant is proof of the CPU's features.
-            Self::Vaes512(keys) => unsafe { vaes512::blocks(keys, direction, tweak, first_block, src, dst, store) },
+            Self::AesNi(keys) => unsafe { aesni::blocks(keys, tweak, first_block, pass) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the variant is proof of the CPU's features.
+            Self::Vaes256(keys) => unsafe { vaes256::blocks(keys, tweak, first_block, pass) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the variant is proof of the CPU's features.
+            Self::Vaes512(keys) => unsafe { vaes512::blocks(keys, tweak, first_block, pass) },
         }
     }
 
     /// Whole units, the first of which has tweak value `tweak`.
-    pub(super) fn units(
-        &self,
-        direction: Direction,
-        unit: DataUnit,
-        tweak: u64,
-        src: Source<'_>,
-        dst: Target<'_>,
-        store: Store,
-    ) {
+    pub(super) fn units(&self, unit: DataUnit, tweak: u64, pass: Pass<'_>) {
         match self {
-            Self::Portable(key) => key.units(direction, unit, tweak, src, dst),
+            Self::Portable(key) => key.units(pass.direction, unit, tweak, pass.src, pass.dst),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the variant is proof of the CPU's features.
-            Self::Vaes512(keys) => unsafe { vaes512::units(keys, direction, unit, tweak, src, dst, store) },
+            Self::AesNi(keys) => unsafe { aesni::units(keys, unit, tweak, pass) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the variant is proof of the CPU's features.
+            Self::Vaes256(keys) => unsafe { vaes256::units(keys, unit, tweak, pass) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the variant is proof of the CPU's features.
+            Self::Vaes512(keys) => unsafe { vaes512::units(keys, unit, tweak, pass) },
+        }
+    }
+
+    /// Orders non-temporal stores before everything that follows; nothing where the kernel has none.
+    pub(super) fn fence(&self) {
+        #[cfg(target_arch = "x86_64")]
+        if !matches!(self, Self::Portable(_)) {
+            x86::fence();
         }
     }
 }

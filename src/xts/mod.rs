@@ -13,16 +13,15 @@
 mod backend;
 mod dispatch;
 mod portable;
-#[cfg(target_arch = "x86_64")]
-mod schedule;
 mod tweak;
 #[cfg(target_arch = "x86_64")]
-mod vaes512;
+mod x86;
 
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
+use std::ops::Range;
 
 use crate::memory::{Source, Store, Target};
 use crate::secret::VolumeKey;
@@ -32,6 +31,9 @@ use dispatch::Schedule;
 
 /// Bytes in an AES block: the smallest piece of ciphertext.
 pub const BLOCK_BYTES: usize = 16;
+
+/// Bytes of a cache line, which a non-temporal store should fill whole.
+const LINE_BYTES: usize = 64;
 
 /// Bytes of physical offset per tweak value (dm-crypt counts in 512-byte sectors, whatever its `sector_size`).
 const TWEAK_STEP_BYTES: usize = 512;
@@ -91,6 +93,35 @@ enum Direction {
     Decrypt,
 }
 
+/// Blocks on their way through the cipher: from where, to where, which way.
+struct Pass<'a> {
+    direction: Direction,
+    src: Source<'a>,
+    dst: Target<'a>,
+    /// The addresses in `dst` that are stored around the cache, if the backend can: whole lines of the run that this
+    /// pass is part of, and empty unless the run is aligned to blocks.
+    lines: Range<usize>,
+}
+
+impl<'a> Pass<'a> {
+    fn new(direction: Direction, src: Source<'a>, mut dst: Target<'a>, store: Store) -> Self {
+        let start = dst.as_mut_ptr().addr();
+        let whole = start.next_multiple_of(LINE_BYTES)..(start + dst.len()) / LINE_BYTES * LINE_BYTES;
+        let streams = store == Store::NonTemporal && start.is_multiple_of(BLOCK_BYTES) && !whole.is_empty();
+        Self { direction, src, dst, lines: if streams { whole } else { 0..0 } }
+    }
+
+    /// The first `mid` bytes and the rest.
+    fn split_at(self, mid: usize) -> (Self, Self) {
+        let (head, tail) = self.dst.split_at(mid);
+        let (direction, lines) = (self.direction, self.lines);
+        (
+            Self { direction, src: self.src.slice(0..mid), dst: head, lines: lines.clone() },
+            Self { direction, src: self.src.slice(mid..self.src.len()), dst: tail, lines },
+        )
+    }
+}
+
 /// A volume key expanded for one backend.
 pub struct XtsKey {
     backend: Backend,
@@ -121,8 +152,10 @@ impl XtsKey {
 
     /// Encrypts the run `span` from `src` to `dst`, storing as `store` says.
     ///
-    /// `src` and `dst` are the same range or disjoint. With [`Store::NonTemporal`] the call ends with a store fence; a
-    /// backend without such stores uses ordinary ones.
+    /// `src` and `dst` are the same range or disjoint. With [`Store::NonTemporal`] and a destination at a multiple of
+    /// 16, every 64-byte line that the run fills whole bypasses the cache, if the backend can
+    /// ([`Backend::bypasses_cache`]), and the call ends with a store fence; lines at the ends that it fills in part go
+    /// through the cache.
     ///
     /// # Panics
     ///
@@ -168,23 +201,28 @@ impl XtsKey {
         let len_bytes = check_run(span, src, &dst);
         let head_bytes = if span.skip_bytes == 0 { 0 } else { len_bytes.min(unit_bytes - span.skip_bytes) };
         let body_bytes = (len_bytes - head_bytes) / unit_bytes * unit_bytes;
-        let tail_at = head_bytes + body_bytes;
 
-        let (head, rest) = dst.split_at(head_bytes);
-        let (body, tail) = rest.split_at(body_bytes);
         let mut tweak = span.tweak;
-        if !head.is_empty() {
-            let first_block = span.skip_bytes / BLOCK_BYTES;
-            self.schedule.blocks(direction, tweak.into(), first_block, src.slice(0..head_bytes), head, store);
+        let mut rest = Pass::new(direction, src, dst, store);
+        let streams = !rest.lines.is_empty();
+        if head_bytes > 0 {
+            let (head, after) = rest.split_at(head_bytes);
+            self.schedule.blocks(tweak.into(), span.skip_bytes / BLOCK_BYTES, head);
             tweak = tweak.wrapping_add(span.unit.tweak_step());
+            rest = after;
         }
-        if !body.is_empty() {
-            self.schedule.units(direction, span.unit, tweak, src.slice(head_bytes..tail_at), body, store);
+        if body_bytes > 0 {
+            let (body, after) = rest.split_at(body_bytes);
+            self.schedule.units(span.unit, tweak, body);
             let unit_count = (body_bytes / unit_bytes) as u64;
             tweak = tweak.wrapping_add(unit_count.wrapping_mul(span.unit.tweak_step()));
+            rest = after;
         }
-        if !tail.is_empty() {
-            self.schedule.blocks(direction, tweak.into(), 0, src.slice(tail_at..len_bytes), tail, store);
+        if !rest.src.is_empty() {
+            self.schedule.blocks(tweak.into(), 0, rest);
+        }
+        if streams {
+            self.schedule.fence();
         }
     }
 }

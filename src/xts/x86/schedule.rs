@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use zeroize::Zeroize;
 
-use super::BLOCK_BYTES;
+use super::super::BLOCK_BYTES;
 use crate::secret::SecretBox;
 
 /// Round keys of AES-256, the most there can be.
@@ -15,7 +15,7 @@ const KEYS_MAX: usize = 15;
 const PART_BYTES: usize = KEYS_MAX * BLOCK_BYTES;
 
 /// Round keys for data both ways and for tweaks.
-pub(super) struct RoundKeys {
+pub(in crate::xts) struct RoundKeys {
     bytes: SecretBox<[u8; 3 * PART_BYTES]>,
     key_count: usize,
 }
@@ -23,7 +23,7 @@ pub(super) struct RoundKeys {
 impl RoundKeys {
     /// Expands two halves of 16 or of 32 bytes.
     #[target_feature(enable = "aes,avx")]
-    pub(super) fn expand(data: &[u8], tweak: &[u8]) -> Self {
+    pub(in crate::xts) fn expand(data: &[u8], tweak: &[u8]) -> Self {
         let key_count = data.len() / 4 + 7;
         let mut bytes = SecretBox::<[u8; 3 * PART_BYTES]>::zeroed();
         let (encrypt, rest) = bytes.split_at_mut(PART_BYTES);
