@@ -28,7 +28,11 @@ const UNSAFE: &[&str] = &[
     "src/pmem/persist.rs",
     "src/pmem/sigbus.rs",
     "src/xts/dispatch.rs",
-    "src/xts/vaes512.rs",
+    "src/xts/x86/aesni.rs",
+    "src/xts/x86/firsts.rs",
+    "src/xts/x86/mod.rs",
+    "src/xts/x86/vaes256.rs",
+    "src/xts/x86/vaes512.rs",
 ];
 
 /// The longest file that has not yet become two ideas, in lines, tests apart.

@@ -82,7 +82,7 @@ pub fn format(
 ///
 /// # Errors
 ///
-/// As [`format`].
+/// As [`format()`].
 pub fn format_ephemeral(backing: Arc<Backing>, options: FormatOptions) -> Result<Namespace, FormatError> {
     create(backing, options, None)
 }
