@@ -3,12 +3,14 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use daxcrypt::namespace::{
     Cipher, CopyFault, Credential, DataUnit, FormatError, FormatOptions, GeometryError, KdfCost, LockedNamespace,
-    Namespace, OpenError, Signature, UnlockError, UpdateError, format, signature_found,
+    Namespace, OpenError, RestoreError, Signature, UnlockError, UpdateError, format, format_ephemeral, restore,
+    signature_found,
 };
 use daxcrypt::pmem::{Access, Allocation, Backing};
 use daxcrypt::secret::SecretBytes;
@@ -205,9 +207,12 @@ fn an_update_torn_at_any_byte_of_its_header_opens_as_old_or_new() {
         if let Some(done) = second {
             media[done..done + used].copy_from_slice(&new[done..done + used]);
         }
+        fs::write(&place.path, &media).unwrap();
+        let file = fs::OpenOptions::new().write(true).open(&place.path).unwrap();
         for torn in 0..=used {
-            media[first..first + torn].copy_from_slice(&new[first..first + torn]);
-            fs::write(&place.path, &media).unwrap();
+            if let Some(last) = torn.checked_sub(1) {
+                file.write_all_at(&new[first + last..=first + last], (first + last) as u64).unwrap();
+            }
             let locked = opened(&place.path).unwrap();
             let slots = locked.header().slots.len();
             locked.unlock_key(&key_file(u8::try_from(slots).unwrap())).unwrap();
@@ -300,4 +305,74 @@ fn impossible_options_change_nothing() {
     let short = Credential::KeyFile(SecretBytes::copy_of(&[1; 31]));
     assert!(matches!(refused(options(), &short), FormatError::Slot(_)));
     assert!(fs::read(&place.path).unwrap().iter().all(|&byte| byte == 0));
+}
+
+#[test]
+fn an_erased_namespace_is_zero_and_its_backup_brings_it_back() {
+    let place = place();
+    let mut namespace = made(&place.path, &key_file(1));
+    namespace.set_unclean(true).unwrap();
+    drop(namespace);
+    let locked = opened(&place.path).unwrap();
+    let backup = locked.backup().unwrap();
+    locked.erase().unwrap();
+    assert!(fs::read(&place.path).unwrap().iter().all(|&byte| byte == 0));
+    assert!(matches!(opened(&place.path).unwrap_err(), OpenError::NotANamespace { found: None }));
+
+    let backing = || Arc::new(Backing::open(&place.path, Access::ReadWrite).unwrap());
+    let refused = restore(backing(), 0, u64::MAX, &backup, &key_file(2), false).unwrap_err();
+    assert!(matches!(refused, RestoreError::Unlock(UnlockError::WrongCredential { .. })), "{refused}");
+    let refused = restore(backing(), 0, u64::MAX, &backup[1..], &key_file(1), false).unwrap_err();
+    assert!(matches!(refused, RestoreError::Length { len_bytes: 65535, .. }), "{refused}");
+    let refused = restore(backing(), 0, 3 * MIB, &backup, &key_file(1), false).unwrap_err();
+    assert!(matches!(refused, RestoreError::Place(OpenError::Geometry(_))), "{refused}");
+    assert!(fs::read(&place.path).unwrap().iter().all(|&byte| byte == 0));
+
+    assert_eq!(restore(backing(), 0, u64::MAX, &backup, &key_file(1), false).unwrap().header().sequence, 3);
+    assert!(opened(&place.path).unwrap().unlock_key(&key_file(1)).is_ok());
+}
+
+#[test]
+fn a_backup_of_another_namespace_needs_force_and_wins_over_newer_copies() {
+    let (place, other) = (place(), place());
+    drop(made(&place.path, &key_file(1)));
+    let backup = opened(&place.path).unwrap().backup().unwrap();
+    let mut namespace = made(&other.path, &key_file(2));
+    for unclean in [true, false, true] {
+        namespace.set_unclean(unclean).unwrap();
+    }
+    drop(namespace);
+    let before = fs::read(&other.path).unwrap();
+    let backing = || Arc::new(Backing::open(&other.path, Access::ReadWrite).unwrap());
+    let refused = restore(backing(), 0, u64::MAX, &backup, &key_file(1), false).unwrap_err();
+    assert!(matches!(refused, RestoreError::OtherNamespace { .. }), "{refused}");
+    assert_eq!(fs::read(&other.path).unwrap(), before);
+    assert_eq!(restore(backing(), 0, u64::MAX, &backup, &key_file(1), true).unwrap().header().sequence, 5);
+    assert!(opened(&other.path).unwrap().unlock_key(&key_file(1)).is_ok());
+}
+
+#[test]
+fn an_ephemeral_namespace_has_another_key_each_time_and_no_slots() {
+    let place = place();
+    let backing = Backing::create(&place.path, 4 * MIB, Allocation::Sparse).unwrap();
+    let first = format_ephemeral(Arc::new(backing), options()).unwrap().volume_key().bytes().to_vec();
+    let refused = opened(&place.path).unwrap().unlock_key(&key_file(1)).unwrap_err();
+    assert!(matches!(refused, UnlockError::Ephemeral), "{refused}");
+    let before = fs::read(&place.path).unwrap();
+    let mut namespace = opened(&place.path).unwrap().unlock_ephemeral().unwrap();
+    assert_ne!(namespace.volume_key().bytes(), first);
+    let refused = namespace.add_slot(None, "", &key_file(1), KdfCost::LEAST).unwrap_err();
+    assert!(matches!(refused, UpdateError::Ephemeral), "{refused}");
+    assert!(matches!(namespace.resize(MIB, true).unwrap_err(), UpdateError::Ephemeral));
+    namespace.set_unclean(true).unwrap();
+    drop(namespace);
+    assert_eq!(fs::read(&place.path).unwrap(), before);
+}
+
+#[test]
+fn a_namespace_with_a_key_is_not_opened_without_it() {
+    let place = place();
+    drop(made(&place.path, &key_file(1)));
+    let refused = opened(&place.path).unwrap().unlock_ephemeral().unwrap_err();
+    assert!(matches!(refused, UnlockError::NotEphemeral), "{refused}");
 }

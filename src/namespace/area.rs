@@ -61,6 +61,10 @@ impl HeaderArea {
         (end <= backing.len_bytes()).then_some(Self { backing, base })
     }
 
+    pub(super) const fn base(&self) -> u64 {
+        self.base
+    }
+
     pub(super) fn backing(&self) -> &Arc<Backing> {
         &self.backing
     }
