@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -70,7 +71,9 @@ fn read_key_file(path: &Path) -> Result<SecretBytes, Error> {
 fn read_passphrase_file(path: &Path) -> Result<SecretBytes, Error> {
     let failed = |source| Error::SecretFile { what: "passphrase file", path: path.into(), source };
     let mut passphrase = if path == Path::new("-") {
-        read_at_most(io::stdin().lock(), PASSPHRASE_BYTES_MAX).map_err(failed)?
+        // Not through the standard library's buffer, which would keep a copy.
+        let stdin = io::stdin().as_fd().try_clone_to_owned().map_err(failed)?;
+        read_at_most(File::from(stdin), PASSPHRASE_BYTES_MAX).map_err(failed)?
     } else {
         let file = File::open(path).map_err(failed)?;
         warn_if_others_can_read(&file, path);

@@ -34,6 +34,12 @@ pub(crate) fn run(args: &DmtableArgs) -> Result<(), Error> {
             args.path.display()
         );
     }
+    if namespace.header().discards {
+        eprintln!(
+            "daxcrypt: warning: discards are allowed here: holes read as zeroes through daxcrypt, but as noise through \
+             dm-crypt, and a filesystem may rely on the zeroes"
+        );
+    }
     println!("{}", *table(&namespace, &args.path.display().to_string(), args.show_key));
     Ok(())
 }

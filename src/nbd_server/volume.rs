@@ -1,7 +1,7 @@
 //! A volume as an export: the one place where the server meets what it serves.
 
 use super::export::{Durability, Export, ExportError, Extent, ExtentKind, Hole};
-use crate::pmem::MediaError;
+use crate::pmem::{BackingKind, MediaError};
 use crate::volume::{Volume, VolumeError};
 
 impl Export for Volume {
@@ -36,7 +36,8 @@ impl Export for Volume {
     }
 
     fn fast_zero(&self) -> bool {
-        self.discards()
+        // Only a file is known to punch at once; elsewhere "fast" would be a promise that may end in encrypting zeroes.
+        self.discards() && self.backing().kind() == BackingKind::File
     }
 
     fn discards(&self) -> bool {

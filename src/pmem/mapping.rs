@@ -109,7 +109,7 @@ impl Mapping {
     }
 
     fn register(memory: Memory, page_bytes: usize) -> io::Result<Self> {
-        let bad_pages = Bitmap::new(memory.len_bytes().div_ceil(page_bytes))?;
+        let bad_pages = Bitmap::new(memory.len_bytes().div_ceil(page_bytes) + 1)?;
         // SAFETY: the memory and the bitmap outlive the registration by the order of the fields, and this file makes no
         // reference into the memory.
         let registration =
@@ -146,6 +146,9 @@ impl Mapping {
             return None;
         }
         let pages = range.start / self.page_bytes..range.end.div_ceil(self.page_bytes);
+        if self.bad_pages.contains(self.len_bytes().div_ceil(self.page_bytes)) {
+            return Some(pages.start * self.page_bytes);
+        }
         Some(self.bad_pages.first_in(pages)? * self.page_bytes)
     }
 

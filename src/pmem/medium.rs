@@ -170,7 +170,11 @@ impl KernelMedium {
         for step in range.start / ALLOCATION_STEP_BYTES..range.end.div_ceil(ALLOCATION_STEP_BYTES) {
             self.allocated_steps.remove(usize::try_from(step).map_err(|_| MediaError::Unsupported)?);
         }
-        punched.map_err(MediaError::from_errno)
+        match punched {
+            // A device whose sectors are larger than the range's alignment.
+            Err(Errno::INVAL) => Err(MediaError::Unsupported),
+            other => other.map_err(MediaError::from_errno),
+        }
     }
 
     pub(super) fn extents(&self, range: &Range<u64>) -> Result<Vec<BackingExtent>, MediaError> {

@@ -53,7 +53,7 @@ pub(super) struct Registration {
 
 impl Registration {
     /// Tells the handler of `len_bytes` mapped bytes at `start`, replaced `page_bytes` at a time (a power of two), with the
-    /// words of a [`bitmap::Bitmap`] that has a bit for each page.
+    /// words of a [`bitmap::Bitmap`] that has a bit for each page and one more, which stands for all of them.
     ///
     /// # Safety
     ///
@@ -208,7 +208,15 @@ fn absorb(address: usize) -> bool {
         // the registration: the bitmap is alive, and it has a bit for each page of the mapping.
         unsafe { bitmap::insert_raw(bad_pages, page) };
         slot.faults.fetch_add(1, Ordering::SeqCst);
-        return cover(start + page * page_bytes, page_bytes);
+        if cover(start + page * page_bytes, page_bytes) {
+            return true;
+        }
+        // Each covered page is a mapping of its own, and a process may have so many only (vm.max_map_count). One cover
+        // over everything needs fewer than there are now; all of the mapping is then bad.
+        let whole = (end - start).div_ceil(page_bytes);
+        // SAFETY: as above; the bitmap has one bit more than there are pages.
+        unsafe { bitmap::insert_raw(bad_pages, whole) };
+        return cover(start, end - start);
     }
     false
 }

@@ -22,6 +22,9 @@ pub(crate) const BLOCK_BYTES: u64 = BLOCK_LEN as u64;
 /// Shorter stores than this stay in the cache: a line or two is cheaper to write back than to bypass.
 const NON_TEMPORAL_BYTES_MIN: usize = 1024;
 
+/// How much ciphertext is copied out at a time where holes may be: a data unit at most fits, and the stack bears it.
+const HOLE_PIECE_BYTES: usize = 4096;
+
 /// A pattern of zeroes to encrypt from; a multiple of both data units.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -69,14 +72,31 @@ impl DataArea {
     /// # Errors
     ///
     /// What the medium says; `out` may then hold anything that was read before, so the caller must not pass it on.
-    pub(crate) fn read(&self, offset: u64, mut out: Target<'_>) -> Result<(), MediaError> {
-        let span = self.span(offset);
-        self.backing.read(self.physical(offset, out.len() as u64), |ciphertext| {
-            self.key.decrypt(span, ciphertext, out.reborrow());
+    pub(crate) fn read(&self, offset: u64, out: Target<'_>) -> Result<(), MediaError> {
+        let range = self.physical(offset, out.len() as u64);
+        self.backing.read(range, |ciphertext| {
             if self.holes {
-                zero_holes(ciphertext, out);
+                self.decrypt_around_holes(offset, ciphertext, out);
+            } else {
+                self.key.decrypt(self.span(offset), ciphertext, out);
             }
         })
+    }
+
+    /// Decrypts from a copy, piece by piece: a block that is written meanwhile must be the same for the decryption and
+    /// for the question whether it is a hole.
+    fn decrypt_around_holes(&self, offset: u64, ciphertext: Source<'_>, out: Target<'_>) {
+        let mut copy = [0; HOLE_PIECE_BYTES];
+        let mut rest = out;
+        for start in (0..ciphertext.len()).step_by(HOLE_PIECE_BYTES) {
+            let end = ciphertext.len().min(start + HOLE_PIECE_BYTES);
+            let piece = &mut copy[..end - start];
+            ciphertext.slice(start..end).copy_to(piece);
+            let (mut plaintext, tail) = rest.split_at(end - start);
+            self.key.decrypt(self.span(offset + start as u64), Source::from_slice(piece), plaintext.reborrow());
+            zero_holes(piece, plaintext);
+            rest = tail;
+        }
     }
 
     /// Encrypts `plaintext` over the blocks at logical `offset`; both are multiples of 16 bytes, checked to be in range.
@@ -140,7 +160,8 @@ impl DataArea {
     /// What the medium says; the backing is then poisoned until it is reopened.
     pub(crate) fn persist(&self, range: Range<u64>) -> Result<(), MediaError> {
         match self.backing.granularity() {
-            Granularity::CacheLine => self.backing.drain(),
+            // Writes are durable already; holes that were punched are metadata, which only a sync makes so.
+            Granularity::CacheLine => self.backing.sync_all(),
             Granularity::Page => self.backing.persist(self.physical(range.start, range.end - range.start)),
         }
     }
@@ -170,13 +191,11 @@ impl DataArea {
 }
 
 /// Zeroes the plaintext of every block whose ciphertext is all zero bytes.
-fn zero_holes(ciphertext: Source<'_>, plaintext: Target<'_>) {
+fn zero_holes(ciphertext: &[u8], plaintext: Target<'_>) {
     let mut rest = plaintext;
-    let mut block = [0; BLOCK_LEN];
-    for start in (0..ciphertext.len()).step_by(BLOCK_LEN) {
-        ciphertext.slice(start..start + BLOCK_LEN).copy_to(&mut block);
+    for block in ciphertext.chunks_exact(BLOCK_LEN) {
         let (mut head, tail) = rest.split_at(BLOCK_LEN);
-        if u128::from_le_bytes(block) == 0 {
+        if block.iter().all(|&byte| byte == 0) {
             head.fill(0);
         }
         rest = tail;

@@ -360,4 +360,6 @@ fn len(range: &Range<u64>) -> usize {
 }
 
 #[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
 mod tests;

@@ -300,3 +300,27 @@ fn without_discards_nothing_is_punched() {
     assert!(plaintext(&volume)[..8192].iter().all(|&byte| byte == 0x77));
     assert_eq!(volume.extents(0, SIZE, 1).unwrap(), [VolumeExtent { len_bytes: SIZE, hole: false }]);
 }
+
+/// A reader beside writers must see old or new bytes of every block, and zeroes of a hole; never noise.
+#[test]
+fn holes_that_are_written_while_they_are_read_never_read_as_noise() {
+    let fixture = Fixture::new(Cipher::Aes256Xts, Bytes4096, true);
+    let (volume, _) = fixture.format();
+    volume.punch_zeroes(0, SIZE).unwrap();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..300 {
+                volume.punch_zeroes(0, SIZE).unwrap();
+                for block in 0..64 {
+                    volume.write_at(&[0xaa; 16], block * 1024).unwrap();
+                }
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        while !done.load(std::sync::atomic::Ordering::Relaxed) {
+            let bytes = plaintext(&volume);
+            assert!(bytes.iter().all(|&byte| byte == 0 || byte == 0xaa), "noise");
+        }
+    });
+}
