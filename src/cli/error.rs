@@ -75,6 +75,8 @@ impl Error {
                 Exit::Usage
             }
             Self::KeyFileLength { .. } | Self::Backend(_) | Self::Export { .. } => Exit::Usage,
+            Self::SecretFile { .. } | Self::Prompt(_) => Exit::Usage,
+            Self::Open { source: OpenError::NotFound | OpenError::NotMappable, .. } => Exit::Usage,
             Self::Open { source: OpenError::Busy, .. } | Self::Listen(ListenError::Busy { .. }) => Exit::Busy,
             Self::Open { source: OpenError::Empty, .. } => Exit::Damaged,
             Self::Namespace { source: namespace::OpenError::Media(_), .. } => Exit::Io,
