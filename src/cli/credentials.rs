@@ -12,7 +12,8 @@ use clap::Args;
 use zeroize::Zeroize;
 
 use super::error::Error;
-use crate::namespace::{Credential, KEY_FILE_BYTES_MAX, KEY_FILE_BYTES_MIN, PASSPHRASE_BYTES_MAX};
+use super::size::ByteSize;
+use crate::namespace::{Credential, KEY_FILE_BYTES_MAX, KEY_FILE_BYTES_MIN, KdfCost, PASSPHRASE_BYTES_MAX};
 use crate::secret::SecretBytes;
 
 /// The options that say where the key comes from; without one, the terminal is asked.
@@ -25,6 +26,60 @@ pub(crate) struct KeyArgs {
     /// File that holds the passphrase (one newline at its end is not part of it; "-" is standard input)
     #[arg(long, value_name = "FILE")]
     pub(crate) passphrase_file: Option<PathBuf>,
+}
+
+/// The options that say where a key for a key slot comes from; without one, the terminal is asked twice.
+#[derive(Args, Debug)]
+#[group(multiple = false)]
+pub(crate) struct NewKeyArgs {
+    /// File whose exact bytes are the new key (32 bytes at least, random)
+    #[arg(long, value_name = "FILE")]
+    new_key_file: Option<PathBuf>,
+    /// File that holds the new passphrase (one newline at its end is not part of it; "-" is standard input)
+    #[arg(long, value_name = "FILE")]
+    new_passphrase_file: Option<PathBuf>,
+}
+
+impl NewKeyArgs {
+    /// Standard input can hold one passphrase only.
+    pub(crate) fn check_stdin(&self, present: &KeyArgs) -> Result<(), Error> {
+        let is_stdin = |path: &Option<PathBuf>| path.as_deref() == Some(Path::new("-"));
+        if is_stdin(&self.new_passphrase_file) && is_stdin(&present.passphrase_file) {
+            return Err(Error::Usage("only one passphrase can come from standard input".into()));
+        }
+        Ok(())
+    }
+
+    /// Reads the new key of the namespace at `path`.
+    pub(crate) fn read(&self, path: &Path) -> Result<Credential, Error> {
+        let new = KeyArgs { key_file: self.new_key_file.clone(), passphrase_file: self.new_passphrase_file.clone() };
+        new.read(Prompt::Twice, &format!("the key slot of {}, new", path.display()))
+    }
+}
+
+/// What guessing a new passphrase is to cost.
+#[derive(Args, Debug)]
+pub(crate) struct KdfArgs {
+    /// Memory that Argon2id needs for a passphrase
+    #[arg(long, value_name = "SIZE")]
+    kdf_memory: Option<ByteSize>,
+    /// Passes of Argon2id over that memory
+    #[arg(long, value_name = "PASSES")]
+    kdf_time: Option<u32>,
+}
+
+impl KdfArgs {
+    pub(crate) fn cost(&self) -> Result<KdfCost, Error> {
+        let mut cost = KdfCost::default();
+        if let Some(ByteSize(bytes)) = self.kdf_memory {
+            cost.memory_kib = u32::try_from(bytes >> 10)
+                .map_err(|_| Error::Usage(format!("--kdf-memory {} is too much", ByteSize(bytes))))?;
+        }
+        if let Some(passes) = self.kdf_time {
+            cost.time = passes;
+        }
+        Ok(cost)
+    }
 }
 
 /// Whether a passphrase typed at the terminal is asked for once or twice.

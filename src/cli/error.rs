@@ -4,7 +4,7 @@ use std::error::Error as StdError;
 use std::io;
 use std::path::PathBuf;
 
-use crate::namespace::{self, FormatError, Signature, UnlockError};
+use crate::namespace::{self, FormatError, Signature, UnlockError, UpdateError, WriteError};
 use crate::nbd_server::{ListenError, RegistryError, ServerError};
 use crate::pmem::{MediaError, OpenError};
 use crate::secret::KeyError;
@@ -47,6 +47,14 @@ pub(crate) enum Error {
     Format { path: PathBuf, source: FormatError },
     #[error("cannot unlock {path}", path = path.display())]
     Unlock { path: PathBuf, source: UnlockError },
+    #[error("cannot change {path}", path = path.display())]
+    Update { path: PathBuf, source: UpdateError },
+    #[error("key slot {slot} is the one that the key given here opens: removing it may lock you out")]
+    OwnSlot { slot: u32 },
+    #[error("cannot erase {path}: key material may be left", path = path.display())]
+    Erase { path: PathBuf, source: WriteError },
+    #[error("that is not the {what}: nothing was erased")]
+    NotConfirmed { what: &'static str },
     #[error("{path}", path = path.display())]
     Volume { path: PathBuf, source: VolumeError },
     #[error("{path}", path = path.display())]
@@ -75,12 +83,23 @@ impl Error {
                 Exit::Usage
             }
             Self::KeyFileLength { .. } | Self::Backend(_) | Self::Export { .. } => Exit::Usage,
+            Self::SecretFile { .. } | Self::Prompt(_) => Exit::Usage,
+            Self::Open {
+                source: OpenError::NotFound | OpenError::NotMappable | OpenError::TooLarge { .. }, ..
+            } => Exit::Usage,
             Self::Open { source: OpenError::Busy, .. } | Self::Listen(ListenError::Busy { .. }) => Exit::Busy,
             Self::Open { source: OpenError::Empty, .. } => Exit::Damaged,
             Self::Namespace { source: namespace::OpenError::Media(_), .. } => Exit::Io,
             Self::Namespace { .. } => Exit::Damaged,
             Self::Format { source: FormatError::Write(_), .. } => Exit::Io,
             Self::Format { .. } => Exit::Usage,
+            Self::OwnSlot { .. } | Self::NotConfirmed { .. } => Exit::Usage,
+            Self::Update { source: UpdateError::Write(_) | UpdateError::Slot(_) | UpdateError::Key(_), .. } => Exit::Io,
+            Self::Update { source: UpdateError::RewrapFailed { .. } | UpdateError::SequenceExhausted, .. } => {
+                Exit::Damaged
+            }
+            Self::Update { .. } => Exit::Usage,
+            Self::Unlock { source: UnlockError::EmptySlot { .. } | UnlockError::NotEphemeral, .. } => Exit::Usage,
             Self::Unlock { source: UnlockError::Forged | UnlockError::Erased | UnlockError::Key(_), .. } => {
                 Exit::Damaged
             }
@@ -107,6 +126,13 @@ impl Error {
                     .into(),
             ),
             Self::WouldOverwrite { .. } => Some("--force overwrites it, and what it holds is then lost".into()),
+            Self::Update { source: UpdateError::LastSlot { .. }, .. } => {
+                Some("--force removes it all the same; `daxcrypt key add` makes another one first".into())
+            }
+            Self::Update { source: UpdateError::SlotInUse { .. } | UpdateError::SlotEmpty { .. }, .. } => {
+                Some("`daxcrypt key list` shows which slots are in use".into())
+            }
+            Self::OwnSlot { .. } => Some("give the key of another slot, which proves that it works, or --force".into()),
             Self::Unlock { .. } if self.exit() == Exit::WrongKey => {
                 Some("try another passphrase or key file; `daxcrypt info` shows which slots there are".into())
             }

@@ -101,7 +101,7 @@ fn print(info: &Info<'_>) {
     }
 }
 
-fn slot_line(slot: &SlotInfo) -> String {
+pub(crate) fn slot_line(slot: &SlotInfo) -> String {
     let kind = match slot.kdf {
         Kdf::Argon2id(cost) => format!(
             "passphrase, Argon2id with {} and {} passes in {} lanes",

@@ -5,9 +5,11 @@
 mod credentials;
 mod demo;
 mod dmtable;
+mod erase;
 mod error;
 mod format;
 mod info;
+mod key;
 mod open;
 mod serve;
 mod size;
@@ -72,6 +74,20 @@ Examples:
   daxcrypt dmtable /dev/pmem0 --key-file vault.key                                    # the key stays hidden
   daxcrypt dmtable /dev/pmem0 --key-file vault.key --show-key | dmsetup create vault  # the kernel maps it")]
     Dmtable(dmtable::DmtableArgs),
+    /// List, add, remove, change and test key slots
+    #[command(after_help = "\
+Examples:
+  daxcrypt key list vault.img --json
+  daxcrypt key add vault.img --key-file vault.key --label desk     # asks for the new passphrase, twice
+  daxcrypt key change vault.img --slot 1 --new-key-file new.key    # asks for a present passphrase
+  daxcrypt key remove vault.img --key-file vault.key --slot 1")]
+    Key(key::KeyCommandArgs),
+    /// Destroy all key slots and both header copies: the data is then lost
+    #[command(after_help = "\
+Examples:
+  daxcrypt erase vault.img          # asks for the label
+  daxcrypt erase vault.img --yes")]
+    Erase(erase::EraseArgs),
     /// Show all of it on a temporary file: no root, no hardware, no configuration
     Demo,
 }
@@ -105,6 +121,8 @@ fn run(command: &Command) -> Result<(), Error> {
         Command::Info(args) => info::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Dmtable(args) => dmtable::run(args),
+        Command::Key(args) => key::run(args),
+        Command::Erase(args) => erase::run(args),
         Command::Demo => demo::run(),
     }
 }
