@@ -2,6 +2,7 @@
 //!
 //! One file a command. Nothing below this layer prints, and nothing here knows how anything is done.
 
+mod bench;
 mod credentials;
 mod demo;
 mod dmtable;
@@ -72,6 +73,8 @@ Examples:
   daxcrypt dmtable /dev/pmem0 --key-file vault.key                                    # the key stays hidden
   daxcrypt dmtable /dev/pmem0 --key-file vault.key --show-key | dmsetup create vault  # the kernel maps it")]
     Dmtable(dmtable::DmtableArgs),
+    /// Measure AES-XTS on this machine: every backend, in cache and in memory, beside memcpy (about 10 seconds)
+    Bench(bench::BenchArgs),
     /// Show all of it on a temporary file: no root, no hardware, no configuration
     Demo,
 }
@@ -105,6 +108,7 @@ fn run(command: &Command) -> Result<(), Error> {
         Command::Info(args) => info::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Dmtable(args) => dmtable::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Demo => demo::run(),
     }
 }
