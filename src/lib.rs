@@ -1,4 +1,56 @@
 //! Encrypted persistent memory in user space: what dm-crypt is to disks, for pmem and DAX.
+//!
+//! A *namespace* (a file, a device, or a part of one) holds AES-XTS ciphertext under one key. Unlocked, it is a
+//! [`Volume`](volume::Volume): plaintext by logical offset, read and written from many threads, and served over NBD by
+//! [`nbd_server`]. The XTS tweak is the physical offset of the data, so ciphertext that was moved reads as noise.
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use daxcrypt::namespace::{self, Credential, FormatOptions, HEADER_AREA_BYTES, LockedNamespace};
+//! use daxcrypt::pmem::{Access, Allocation, Backing};
+//! use daxcrypt::secret::SecretBytes;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let folder = tempfile::tempdir()?;
+//! let path = folder.path().join("vault.img");
+//! let key = Credential::KeyFile(SecretBytes::random(64)?);
+//!
+//! let backing = Arc::new(Backing::create(&path, HEADER_AREA_BYTES + (1 << 20), Allocation::Full)?);
+//! drop(namespace::format(backing, FormatOptions::default(), &key)?);
+//!
+//! let volume = LockedNamespace::open(Arc::new(Backing::open(&path, Access::ReadWrite)?))?.unlock(&key)?;
+//! volume.write_at(b"hello, pmem", 4096)?;
+//! volume.persist(4096..4107)?; // durable on media when it returns
+//!
+//! let mut text = [0; 11];
+//! volume.read_at(&mut text, 4096)?;
+//! assert_eq!(&text, b"hello, pmem");
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Threat model
+//!
+//! Protected: what is on media, against whoever gets the media while it is locked, or a copy of it. Not protected:
+//! integrity and freshness of the data (XTS has none: changed ciphertext reads as noise, an old copy reads as old data),
+//! the pattern of which blocks change between two copies, and anything against who controls the running machine.
+//!
+//! # Layers
+//!
+//! Imports point downwards only (`tests/tidy.rs`):
+//!
+//! ```text
+//! main -> cli -> nbd_server
+//!                  |
+//!                volume                       the decrypted view
+//!                  |
+//!       +----------+---------+
+//!   namespace     xts       pmem
+//!   on media    AES-XTS   mapping, persist, media errors
+//!       |
+//!   secret, memory                            key memory, raw memory
+//! ```
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64", target_endian = "little")))]
 compile_error!("daxcrypt supports 64-bit little-endian Linux only");

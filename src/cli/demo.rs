@@ -57,6 +57,8 @@ pub(crate) fn run() -> Result<(), Error> {
     handle.stop();
     served.join().map_err(|_| Error::Demo("the server thread panicked"))??;
     shown?;
+    // The backing stays locked as long as anybody holds the volume.
+    drop(handle);
     drop(volume);
 
     reopen(&path, &credential)?;
@@ -120,7 +122,7 @@ fn connect(socket: &Path) -> std::io::Result<Client> {
 /// Writes and reads a pattern over the whole volume and compares every byte.
 fn measure(client: &mut Client) -> std::io::Result<()> {
     const CHUNK_BYTES: usize = 1 << 20;
-    let pattern: Vec<u8> = (0..CHUNK_BYTES).map(|index| (index % 251) as u8).collect();
+    let pattern: Vec<u8> = (0..=250).cycle().take(CHUNK_BYTES).collect();
     let mut found = vec![0; CHUNK_BYTES];
     let started = Instant::now();
     for offset in (0..SIZE_BYTES).step_by(CHUNK_BYTES) {

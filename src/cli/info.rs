@@ -88,12 +88,11 @@ fn print(info: &Info<'_>) {
         line(&format!("key slot {}", slot.id), &slot_line(slot));
     }
     for (name, state) in ["A", "B"].into_iter().zip(&header.copies) {
-        match state {
-            CopyState::Good { sequence } => {
-                line(&format!("header copy {name}"), &format_args!("good, sequence {sequence}"))
-            }
-            CopyState::Bad { reason } => line(&format!("header copy {name}"), &format_args!("not usable: {reason}")),
-        }
+        let state = match state {
+            CopyState::Good { sequence } => format!("good, sequence {sequence}"),
+            CopyState::Bad { reason } => format!("not usable: {reason}"),
+        };
+        line(&format!("header copy {name}"), &state);
     }
     line("granularity", &info.granularity_reason);
     line("AES-XTS", &info.xts_backend);

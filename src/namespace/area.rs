@@ -3,6 +3,7 @@
 //! A copy is overwritten only while the other one is good and durable, so a crash at any store of an update leaves the
 //! old header or the new one. Every write is persisted and read back before the next.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::error::{Chain, OpenError};
@@ -60,6 +61,10 @@ impl HeaderArea {
         (end <= backing.len_bytes()).then_some(Self { backing, base })
     }
 
+    pub(super) const fn base(&self) -> u64 {
+        self.base
+    }
+
     pub(super) fn backing(&self) -> &Arc<Backing> {
         &self.backing
     }
@@ -95,24 +100,26 @@ impl HeaderArea {
     pub(super) fn clear(&self) -> Result<(), WriteError> {
         let range = self.base..self.base + HEADER_AREA_BYTES;
         self.backing.write(range.clone(), |mut target| target.fill(0))?;
-        self.backing.persist(range)?;
-        match self.first_nonzero()? {
+        self.backing.persist(range.clone())?;
+        match first_nonzero(&self.backing, range)? {
             Some(offset) => Err(WriteError::ReadBack { offset }),
             None => Ok(()),
         }
     }
+}
 
-    /// Offset in the backing of the first byte of the area that is not zero.
-    pub(super) fn first_nonzero(&self) -> Result<Option<u64>, MediaError> {
-        let mut chunk = vec![0; CHUNK_BYTES];
-        for start in (self.base..self.base + HEADER_AREA_BYTES).step_by(CHUNK_BYTES) {
-            self.backing.read(start..start + CHUNK_BYTES as u64, |source| source.copy_to(&mut chunk))?;
-            if let Some(index) = chunk.iter().position(|&byte| byte != 0) {
-                return Ok(Some(start + index as u64));
-            }
+/// Offset of the first byte in `range` of the backing that is not zero.
+pub(super) fn first_nonzero(backing: &Backing, range: Range<u64>) -> Result<Option<u64>, MediaError> {
+    let mut chunk = vec![0; CHUNK_BYTES];
+    for start in range.clone().step_by(CHUNK_BYTES) {
+        let end = range.end.min(start + CHUNK_BYTES as u64);
+        chunk.truncate(usize::try_from(end - start).unwrap_or(CHUNK_BYTES));
+        backing.read(start..end, |source| source.copy_to(&mut chunk))?;
+        if let Some(index) = chunk.iter().position(|&byte| byte != 0) {
+            return Ok(Some(start + index as u64));
         }
-        Ok(None)
     }
+    Ok(None)
 }
 
 /// Why a header could not be made durable.

@@ -74,6 +74,25 @@ pub fn format(
     options: FormatOptions,
     credential: &Credential,
 ) -> Result<Namespace, FormatError> {
+    create(backing, options, Some(credential))
+}
+
+/// Writes a new namespace whose volume key is never stored: each opening has a key, and thus content, of its own. For
+/// swap and scratch space.
+///
+/// # Errors
+///
+/// As [`format()`].
+pub fn format_ephemeral(backing: Arc<Backing>, options: FormatOptions) -> Result<Namespace, FormatError> {
+    create(backing, options, None)
+}
+
+/// With a credential its slot is made; without one the namespace is ephemeral.
+fn create(
+    backing: Arc<Backing>,
+    options: FormatOptions,
+    credential: Option<&Credential>,
+) -> Result<Namespace, FormatError> {
     check_label(&options.label).map_err(FormatError::Label)?;
     options.kdf_cost.check()?;
     let rest_bytes = backing.len_bytes().saturating_sub(options.base);
@@ -81,13 +100,13 @@ pub fn format(
     let geometry = place(&backing, &options, available_bytes)?;
     let no_room = GeometryError::NoRoom { available_bytes, header_bytes: HEADER_AREA_BYTES };
     let area = HeaderArea::new(backing, options.base).ok_or(no_room)?;
-    let kdf = match credential {
-        Credential::Passphrase(_) => Kdf::Argon2id(options.kdf_cost),
-        Credential::KeyFile(_) => Kdf::HkdfSha256,
-    };
     let mut metadata = empty_metadata(&geometry, options.cipher, options.label, options.allow_discards);
     let volume_key = volume_key(options.cipher, options.volume_key)?;
-    metadata.slots.push(Slot::create(0, "", kdf, credential, &metadata.purpose(), &volume_key)?);
+    metadata.ephemeral = credential.is_none();
+    if let Some(credential) = credential {
+        let kdf = Kdf::for_credential(credential, options.kdf_cost);
+        metadata.slots.push(Slot::create(0, "", kdf, credential, &metadata.purpose(), &volume_key)?);
+    }
     let mac_key = MacKey::new(&volume_key, metadata.uuid);
     let image = header::encode(FIRST_SEQUENCE, &metadata, &mac_key)?;
     area.clear()?;

@@ -465,7 +465,7 @@ mod tests {
             assert!(matches!(refused, GeometryError::Overflow { .. }), "{overflowing:?}: {refused}");
         }
         assert!(data_offset_for(u64::MAX - MIB).is_err());
-        assert!(data_offset_for(u64::MAX - 3 * MIB).is_ok());
+        assert!(data_offset_for(u64::MAX - 4 * MIB).is_ok());
     }
 
     #[test]

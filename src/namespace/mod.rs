@@ -6,6 +6,7 @@
 #![deny(clippy::big_endian_bytes)]
 
 mod area;
+mod backup;
 mod create;
 mod error;
 mod geometry;
@@ -13,6 +14,7 @@ mod header;
 mod hex;
 mod info;
 mod kdf;
+mod key_spec;
 mod metadata;
 mod open;
 mod signature;
@@ -22,7 +24,8 @@ pub mod specification {}
 mod unlocked;
 
 pub use area::{CopyName, CopyState, WriteError};
-pub use create::{FormatOptions, format};
+pub use backup::{RestoreError, restore};
+pub use create::{FormatOptions, format, format_ephemeral};
 pub use error::{FormatError, OpenError, UnlockError, UpdateError};
 pub use geometry::{
     DATA_ALIGNMENT_BYTES, DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, OutOfRange, Placement, SIZE_BYTES_MAX,
@@ -33,8 +36,12 @@ pub use info::{Header, SlotInfo};
 pub use kdf::{
     CostError, Credential, CredentialError, KEY_FILE_BYTES_MAX, KEY_FILE_BYTES_MIN, Kdf, KdfCost, PASSPHRASE_BYTES_MAX,
 };
+pub use key_spec::{KEY_SPEC_BYTES_MAX, KeySpecError, volume_key_from_spec};
 pub use metadata::{Cipher, LABEL_BYTES_MAX, MetadataError, SLOT_COUNT_MAX};
 pub use open::LockedNamespace;
 pub use signature::{Signature, signature_found};
 pub use slot::SlotError;
 pub use unlocked::Namespace;
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::area::{Chosen, CopyName, HeaderArea, choose};
+use super::area::{Chosen, CopyName, HeaderArea, WriteError, choose};
 use super::error::{OpenError, UnlockError};
 use super::geometry::{Geometry, HEADER_AREA_BYTES};
 use super::header::MacKey;
@@ -11,7 +11,7 @@ use super::kdf::{self, Credential, Kdf};
 use super::signature::{Signature, known_format};
 use super::slot::Slot;
 use super::unlocked::Namespace;
-use crate::pmem::Backing;
+use crate::pmem::{Backing, MediaError};
 use crate::secret::{SecretBytes, VolumeKey};
 
 /// A namespace whose header is well-formed, fits its backing and is where it was written.
@@ -55,7 +55,12 @@ impl LockedNamespace {
             }
             other => other?,
         };
-        let metadata = &chosen.copy.metadata;
+        Self::check(area, chosen, available_bytes)
+    }
+
+    /// Checks a well-formed header against the place of its area.
+    pub(super) fn check(area: HeaderArea, chosen: Chosen, available_bytes: u64) -> Result<Self, OpenError> {
+        let (metadata, base) = (&chosen.copy.metadata, area.base());
         if metadata.detached {
             return Err(OpenError::Detached);
         }
@@ -103,6 +108,44 @@ impl LockedNamespace {
         self.unlock_with(credential, &slots)
     }
 
+    /// Opens an ephemeral namespace with a fresh random key: whatever the data area held is noise now.
+    ///
+    /// Its header is not authenticated, since there is no key that could. A forged one can cause a loss, but no plaintext:
+    /// no key is at stake, and no cipher but AES-XTS exists.
+    ///
+    /// # Errors
+    ///
+    /// [`UnlockError::NotEphemeral`], and [`UnlockError::Key`] when there are no random bytes.
+    pub fn unlock_ephemeral(self) -> Result<Namespace, UnlockError> {
+        let metadata = &self.chosen.copy.metadata;
+        if !metadata.ephemeral {
+            return Err(UnlockError::NotEphemeral);
+        }
+        let volume_key = VolumeKey::generate(metadata.key_bits.key_bytes())?;
+        let mac_key = MacKey::new(&volume_key, metadata.uuid);
+        Ok(self.into_namespace(volume_key, mac_key, 0))
+    }
+
+    /// The header copy in use, to be kept somewhere else: 65536 bytes. Whoever has it and a credential of one of its slots
+    /// has the volume key, also after that slot was removed or the namespace erased.
+    ///
+    /// # Errors
+    ///
+    /// A [`MediaError`] when it cannot be read.
+    pub fn backup(&self) -> Result<Vec<u8>, MediaError> {
+        Ok(self.area.read_image(self.chosen.name)?.to_vec())
+    }
+
+    /// Destroys every key slot and both header copies: overwritten, durable and read back. Without a backup of the header
+    /// the data is lost. No key is needed.
+    ///
+    /// # Errors
+    ///
+    /// [`WriteError`]; key material may then be left.
+    pub fn erase(self) -> Result<(), WriteError> {
+        self.area.clear()
+    }
+
     fn suitable_slots(&self, credential: &Credential) -> Result<Vec<Slot>, UnlockError> {
         let metadata = &self.chosen.copy.metadata;
         if metadata.ephemeral {
@@ -138,7 +181,11 @@ impl LockedNamespace {
         if !self.chosen.copy.is_genuine(&mac_key) {
             return Err(UnlockError::Forged);
         }
-        Ok(Namespace {
+        Ok(self.into_namespace(volume_key, mac_key, slot_id))
+    }
+
+    fn into_namespace(self, volume_key: VolumeKey, mac_key: MacKey, slot_id: u32) -> Namespace {
+        Namespace {
             area: self.area,
             geometry: self.geometry,
             metadata: self.chosen.copy.metadata,
@@ -149,7 +196,7 @@ impl LockedNamespace {
             volume_key,
             mac_key,
             slot_id,
-        })
+        }
     }
 }
 

@@ -4,9 +4,8 @@
 //! format listed here announces itself. A place with no known signature but with any byte set counts as data too.
 
 use std::fmt;
-use std::sync::Arc;
 
-use super::area::HeaderArea;
+use super::area::first_nonzero;
 use super::geometry::HEADER_AREA_BYTES;
 use crate::pmem::{Backing, MediaError};
 
@@ -71,14 +70,12 @@ const KNOWN: &[(&str, u64, &[u8])] = &[
 /// # Errors
 ///
 /// A [`MediaError`] when the media cannot be read.
-pub fn signature_found(backing: &Arc<Backing>, base: u64) -> Result<Option<Signature>, MediaError> {
+pub fn signature_found(backing: &Backing, base: u64) -> Result<Option<Signature>, MediaError> {
     if let Some(name) = known_format(backing, base)? {
         return Ok(Some(Signature::Known(name)));
     }
-    let nonzero = match HeaderArea::new(Arc::clone(backing), base) {
-        Some(area) => area.first_nonzero()?,
-        None => None,
-    };
+    let head = base..base.saturating_add(HEADER_AREA_BYTES).min(backing.len_bytes());
+    let nonzero = first_nonzero(backing, head)?;
     Ok(nonzero.map(|offset| Signature::NonZero { offset }))
 }
 

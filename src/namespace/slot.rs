@@ -171,7 +171,7 @@ impl Slot {
             Kdf::Argon2id(cost) => (1, [cost.memory_kib, cost.time, cost.lanes]),
             Kdf::HkdfSha256 => (2, [0; 3]),
         };
-        let mut data = Vec::with_capacity(136);
+        let mut data = Vec::with_capacity(128);
         data.extend_from_slice(WRAP_LABEL);
         data.extend_from_slice(purpose.uuid.as_bytes());
         for number in [base, data_offset, size_bytes, bound_address.unwrap_or(0)] {

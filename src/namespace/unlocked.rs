@@ -56,7 +56,7 @@ impl Namespace {
         &self.volume_key
     }
 
-    /// The slot that it was unlocked with.
+    /// The slot that it was unlocked with; 0 for an ephemeral namespace.
     #[must_use]
     pub const fn slot_id(&self) -> u32 {
         self.slot_id
@@ -75,12 +75,16 @@ impl Namespace {
         (Arc::clone(self.area.backing()), self.geometry, header, self.volume_key)
     }
 
-    /// Records that the namespace is in use (`true`) or closed in order (`false`).
+    /// Records that the namespace is in use (`true`) or closed in order (`false`). An ephemeral one has nothing to record:
+    /// its content does not outlive its use.
     ///
     /// # Errors
     ///
     /// [`UpdateError`] when the header cannot be written.
     pub fn set_unclean(&mut self, unclean: bool) -> Result<(), UpdateError> {
+        if self.metadata.ephemeral {
+            return Ok(());
+        }
         let metadata = Metadata { unclean, ..self.metadata.clone() };
         self.update(metadata)
     }
@@ -173,13 +177,11 @@ impl Namespace {
     }
 
     fn make_slot(&self, id: u32, label: &str, credential: &Credential, cost: KdfCost) -> Result<Slot, UpdateError> {
-        let kdf = match credential {
-            Credential::Passphrase(_) => {
-                cost.check()?;
-                Kdf::Argon2id(cost)
-            }
-            Credential::KeyFile(_) => Kdf::HkdfSha256,
-        };
+        if self.metadata.ephemeral {
+            return Err(UpdateError::Ephemeral);
+        }
+        cost.check()?;
+        let kdf = Kdf::for_credential(credential, cost);
         Ok(Slot::create(id, label, kdf, credential, &self.metadata.purpose(), &self.volume_key)?)
     }
 
@@ -201,7 +203,10 @@ impl Namespace {
     }
 
     /// Makes `metadata` the header, in both copies. This object follows as soon as one copy is durable.
-    fn update(&mut self, metadata: Metadata) -> Result<(), UpdateError> {
+    pub(super) fn update(&mut self, metadata: Metadata) -> Result<(), UpdateError> {
+        if self.metadata.ephemeral {
+            return Err(UpdateError::Ephemeral);
+        }
         let sequence = self.sequence.checked_add(1).ok_or(UpdateError::SequenceExhausted)?;
         let image = header::encode(sequence, &metadata, &self.mac_key)?;
         let older = self.newest.other();

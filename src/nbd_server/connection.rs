@@ -5,15 +5,18 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::access::Peer;
 use super::buffer::Buffers;
 use super::handshake::{CloseReason, Handshake, Outcome, Step, TlsMode};
 use super::limits::OPTION_PAYLOAD_BYTES_MAX;
 use super::negotiated::Negotiated;
 use super::server::{Client, Shared};
 use super::socket::{self, Waited};
+use super::tls::TlsSession;
 use super::transmission::{OutOfSync, Transmission};
 use super::wire::OPTION_HEADER_BYTES;
 
@@ -38,6 +41,8 @@ pub(super) enum End {
     OutOfSync(#[from] OutOfSync),
     #[error("payload of {0} bytes is too large")]
     PayloadTooLarge(u64),
+    #[error("plaintext came behind STARTTLS")]
+    PlaintextBehindTls,
     #[error("a read failed after its simple reply had begun")]
     FailedMidReply,
     #[error("socket error")]
@@ -50,6 +55,7 @@ pub(super) fn serve(client: &Client, shared: &Shared) -> End {
         client,
         shared,
         buffers: Buffers::small(&shared.pool),
+        tls: None,
         spin: Spin::new(shared.options.poll),
         deadline: Some(Instant::now() + shared.limits.handshake_deadline),
     };
@@ -58,12 +64,15 @@ pub(super) fn serve(client: &Client, shared: &Shared) -> End {
         Err(end) => return end,
     };
     client.handshaking.store(false, Ordering::Relaxed);
+    let chosen = shared.exports.iter().position(|served| Arc::ptr_eq(served, &negotiated.served));
+    let _ = client.export.set(chosen.expect("the handshake chooses from the registry"));
     link.deadline = None;
-    let mut session = Session { link, machine: Transmission::new(negotiated) };
+    let mut session = Session { link, machine: Transmission::new(negotiated), failed: false };
     loop {
         if let Err(end) = session.turn() {
             // Replies to what came before the end, if the client still reads.
             let _ = session.link.send_replies();
+            session.link.close();
             return end;
         }
     }
@@ -71,9 +80,10 @@ pub(super) fn serve(client: &Client, shared: &Shared) -> End {
 
 /// The socket and the buffers of a connection.
 pub(super) struct Link<'a> {
-    client: &'a Client,
+    pub(super) client: &'a Client,
     pub(super) shared: &'a Shared,
     pub(super) buffers: Buffers<'a>,
+    tls: Option<TlsSession>,
     spin: Spin,
     deadline: Option<Instant>,
 }
@@ -82,6 +92,8 @@ pub(super) struct Link<'a> {
 pub(super) struct Session<'a> {
     pub(super) link: Link<'a>,
     pub(super) machine: Transmission,
+    /// Whether the request that is being answered got an error.
+    pub(super) failed: bool,
 }
 
 impl Session<'_> {
@@ -108,9 +120,13 @@ impl Link<'_> {
     }
 
     fn shake_hands(&mut self) -> Result<Negotiated, End> {
-        socket::send_all(self.socket(), &Handshake::greeting())?;
-        let peer = self.client.peer.clone();
-        let mut machine = Handshake::new(self.shared.exports.clone(), TlsMode::Off, peer);
+        self.send(&Handshake::greeting())?;
+        let mode = match &self.shared.options.tls {
+            None => TlsMode::Off,
+            Some(tls) if tls.required => TlsMode::Require,
+            Some(_) => TlsMode::Allow,
+        };
+        let mut machine = Handshake::new(self.shared.exports.clone(), mode, self.client.peer.clone());
         let option_bytes_max = OPTION_HEADER_BYTES + usize::try_from(OPTION_PAYLOAD_BYTES_MAX).unwrap_or(usize::MAX);
         let mut output = Vec::new();
         loop {
@@ -119,7 +135,7 @@ impl Link<'_> {
             }
             let (consumed, step) = machine.step(self.buffers.receive.unread(), &mut output);
             self.buffers.receive.consume(consumed);
-            socket::send_all(self.socket(), &output)?;
+            self.send(&output)?;
             output.clear();
             match step {
                 Step::Continue => {}
@@ -129,15 +145,47 @@ impl Link<'_> {
                 }
                 Step::Done(Outcome::Transmission(negotiated)) => return Ok(negotiated),
                 Step::Done(Outcome::Closed(reason)) => return Err(End::Handshake(reason)),
-                Step::Done(Outcome::StartTls) => return Err(End::Closed),
+                Step::Done(Outcome::StartTls) => machine.tls_started(self.start_tls()?),
             }
         }
+    }
+
+    /// Does the TLS handshake and says who the client is.
+    fn start_tls(&mut self) -> Result<Peer, End> {
+        if !self.buffers.receive.unread().is_empty() {
+            return Err(End::PlaintextBehindTls);
+        }
+        let tls = self.shared.options.tls.as_ref().expect("STARTTLS is granted only with TLS configured");
+        let session = TlsSession::accept(tls, self.socket(), self.deadline)?;
+        let peer = Peer { certificate_names: session.certificate_names(), ..self.client.peer.clone() };
+        self.tls = Some(session);
+        Ok(peer)
+    }
+
+    /// Tells a TLS client that nothing follows.
+    fn close(&mut self) {
+        if let Some(tls) = &mut self.tls {
+            tls.close(self.client.socket.as_fd());
+        }
+    }
+
+    fn send(&mut self, bytes: &[u8]) -> Result<(), End> {
+        let socket = self.client.socket.as_fd();
+        match &mut self.tls {
+            None => socket::send_all(socket, bytes)?,
+            Some(tls) => tls.send_all(socket, bytes)?,
+        }
+        Ok(())
     }
 
     /// Sends the replies that wait.
     pub(super) fn send_replies(&mut self) -> Result<(), End> {
         if !self.buffers.reply.pending().is_empty() {
-            socket::send_all(self.client.socket.as_fd(), self.buffers.reply.pending())?;
+            let (socket, replies) = (self.client.socket.as_fd(), self.buffers.reply.pending());
+            match &mut self.tls {
+                None => socket::send_all(socket, replies)?,
+                Some(tls) => tls.send_all(socket, replies)?,
+            }
             self.buffers.reply.truncate(0);
         }
         Ok(())
@@ -181,7 +229,12 @@ impl Link<'_> {
     /// Receives what is there. `false` means nothing yet.
     fn receive_now(&mut self, lead_bytes: usize) -> Result<bool, End> {
         let room = self.buffers.receive.room(lead_bytes);
-        match socket::receive(self.client.socket.as_fd(), room) {
+        let socket = self.client.socket.as_fd();
+        let received = match &mut self.tls {
+            None => socket::receive(socket, room),
+            Some(tls) => tls.receive(socket, room),
+        };
+        match received {
             Ok(0) => Err(End::Closed),
             Ok(len_bytes) => {
                 self.buffers.receive.received(len_bytes);

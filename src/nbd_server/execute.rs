@@ -3,6 +3,8 @@
 //! Guards: a request's data is in the reply buffer before anything promises that it will come, except for reads that
 //! are larger than the buffer and may not be split; what a failed read left in the buffer is never sent.
 
+use std::time::Instant;
+
 use super::connection::{End, Session};
 use super::export::{Durability, Export, ExportError, Hole};
 use super::limits::EXTENTS_MAX;
@@ -17,6 +19,18 @@ const CUT_BYTES: u64 = 4096;
 impl Session<'_> {
     /// Answers one request whose header has been consumed.
     pub(super) fn answer(&mut self, header: &RequestHeader) -> Result<(), End> {
+        let start = Instant::now();
+        self.failed = false;
+        let answered = self.answer_uncounted(header);
+        self.link.client.traffic.record(
+            header,
+            start.elapsed(),
+            self.failed || matches!(answered, Err(ref end) if !matches!(end, End::Disconnected)),
+        );
+        answered
+    }
+
+    fn answer_uncounted(&mut self, header: &RequestHeader) -> Result<(), End> {
         let replies = self.machine.replies(header);
         match self.machine.validate_request(header, self.link.stopping()) {
             Verdict::Run(request) => self.run(request, replies),
@@ -221,10 +235,12 @@ impl Session<'_> {
     }
 
     fn refuse(&mut self, replies: Replies, refusal: Refusal) -> Result<(), End> {
+        self.failed = true;
         self.push(&replies.error(refusal.errno(), &refusal.to_string(), None))
     }
 
     fn fail(&mut self, replies: Replies, error: &ExportError, at: Option<u64>) -> Result<(), End> {
+        self.failed = true;
         self.push(&replies.error(errno_of(error), &error.to_string(), at))
     }
 

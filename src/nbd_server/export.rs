@@ -132,6 +132,11 @@ pub trait Export: Send + Sync {
         false
     }
 
+    /// Plaintext that is kept outside of requests' buffers, in bytes; for the status only.
+    fn resident_plaintext_bytes(&self) -> u64 {
+        0
+    }
+
     /// Describes the range from `offset` in at most `limit` extents (at least one is wanted). The extents begin at
     /// `offset`; together they may cover less or more than `len_bytes`.
     ///

@@ -56,6 +56,15 @@ pub enum ListenError {
         #[source]
         source: io::Error,
     },
+    /// The operating system refuses the vsock port.
+    #[error("cannot listen on vsock port {port}")]
+    Vsock {
+        /// The port.
+        port: u32,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
     /// An inherited descriptor is not a listening socket.
     #[error("inherited descriptor is not a listening stream socket")]
     Inherited(#[source] io::Error),
@@ -112,6 +121,18 @@ impl Listener {
         rustix::net::bind(&socket, &address).map_err(failed)?;
         rustix::net::listen(&socket, BACKLOG).map_err(failed)?;
         Ok(Self { socket, file: None })
+    }
+
+    /// Listens on a vsock port for virtual machines, whatever their context number.
+    ///
+    /// # Errors
+    ///
+    /// [`ListenError::Vsock`].
+    pub fn vsock(port: u32) -> Result<Self, ListenError> {
+        let failed = |source: io::Error| ListenError::Vsock { port, source };
+        let listener = vsock::VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, port).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Self { socket: listener.into(), file: None })
     }
 
     /// Uses a listening stream socket of any family that somebody else made, systemd for example.

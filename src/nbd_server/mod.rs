@@ -10,7 +10,11 @@
 //! serves one connection and runs its requests in order, which is why a flush covers what was answered before it and
 //! `MULTI_CONN` is honest as long as the export's flush covers all connections.
 //!
-//! It does not know what an export is made of, and it starts no threads besides one for each connection.
+//! Replies are copied into the socket. Handing pages to it instead (vmsplice) needs unsafe code, and a client that
+//! splices from its end could see a page change after it was answered; no form without that was found.
+//!
+//! It does not know what an export is made of, and it starts no threads besides one for each connection and one for each status
+//! listener.
 
 #![forbid(unsafe_code)]
 #![deny(clippy::little_endian_bytes)]
@@ -26,6 +30,10 @@ mod listener;
 pub mod negotiated;
 mod server;
 mod socket;
+mod stats;
+mod status;
+mod systemd;
+mod tls;
 pub mod transmission;
 mod volume;
 pub mod wire;
@@ -39,3 +47,6 @@ pub use limits::Limits;
 pub use listener::{ListenError, Listener};
 pub use negotiated::{Negotiated, ReplyStyle};
 pub use server::{Handle, Options, Server, ServerError};
+pub use stats::{COMMAND_NAMES, ClientStatus, ExportStatus, Stats, Status};
+pub use systemd::{inherited_listeners, notify};
+pub use tls::{ClientCertificates, Tls, TlsError};

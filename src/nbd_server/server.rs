@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,9 @@ use super::export::{ExportError, Exports};
 use super::limits::Limits;
 use super::listener::Listener;
 use super::socket::{self, StopSignal};
+use super::stats::{ClientStatus, ExportStatus, Stats, Status, Traffic};
+use super::status::{self, Kind};
+use super::tls::Tls;
 
 /// Stack of a connection's thread, in bytes.
 const STACK_BYTES: usize = 256 << 10;
@@ -36,11 +39,13 @@ pub struct Options {
     pub poll: Duration,
     /// Bytes of the kernel's send and receive buffers to ask for, for each connection.
     pub socket_buffer_bytes: usize,
+    /// TLS, if it is offered or required.
+    pub tls: Option<Tls>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { poll: Duration::from_micros(50), socket_buffer_bytes: 2 << 20 }
+        Self { poll: Duration::from_micros(50), socket_buffer_bytes: 2 << 20, tls: None }
     }
 }
 
@@ -66,6 +71,7 @@ pub enum ServerError {
 #[derive(Debug)]
 pub struct Server {
     listeners: Vec<Listener>,
+    reporters: Vec<(Kind, Listener)>,
     shared: Arc<Shared>,
 }
 
@@ -80,6 +86,11 @@ impl Handle {
     /// called any number of times.
     pub fn stop(&self) {
         self.shared.stop.set();
+    }
+
+    /// What the server and its clients have done so far.
+    pub fn status(&self) -> Status {
+        self.shared.status()
     }
 
     /// Connections that are open now.
@@ -104,11 +115,55 @@ pub(super) struct Shared {
     pub(super) spinners: Spinners,
     clients: Mutex<BTreeMap<u64, Arc<Client>>>,
     client_left: Condvar,
+    /// What clients that have left did, by export.
+    left: Mutex<Vec<Traffic>>,
+    started: Instant,
 }
 
 impl Shared {
     fn clients(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Client>>> {
         self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A client has ended: what it did goes to its export's totals.
+    fn forget(&self, id: u64) {
+        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let client = self.clients().remove(&id);
+        if let Some((client, index)) = client.and_then(|client| client.export.get().copied().map(|at| (client, at))) {
+            left[index].merge(&client.traffic);
+        }
+        drop(left);
+        self.client_left.notify_all();
+    }
+
+    pub(super) fn status(&self) -> Status {
+        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stats = vec![Stats::default(); left.len()];
+        stats.iter_mut().zip(left.iter()).for_each(|(stats, traffic)| stats.add(traffic));
+        let clients = self.clients();
+        let mut listed = Vec::new();
+        for (id, client) in clients.iter() {
+            let Some(index) = client.export.get().copied() else { continue };
+            stats[index].add(&client.traffic);
+            let mut own = Stats::default();
+            own.add(&client.traffic);
+            let name = self.exports.iter().nth(index).map_or_else(String::new, |served| served.info.name.clone());
+            listed.push(ClientStatus { id: *id, export: name, uid: client.peer.unix.map(|unix| unix.uid), stats: own });
+        }
+        let exports = self.exports.iter().zip(stats).map(|(served, stats)| ExportStatus {
+            name: served.info.name.clone(),
+            size_bytes: served.size_bytes(),
+            read_only: served.info.read_only,
+            resident_plaintext_bytes: served.export.resident_plaintext_bytes(),
+            stats,
+        });
+        Status {
+            uptime_seconds: self.started.elapsed().as_secs(),
+            connections: clients.len(),
+            buffer_bytes: self.pool.lent_bytes(),
+            exports: exports.collect(),
+            clients: listed,
+        }
     }
 }
 
@@ -119,6 +174,9 @@ pub(super) struct Client {
     pub(super) socket: OwnedFd,
     pub(super) peer: Peer,
     pub(super) handshaking: AtomicBool,
+    /// Position of the chosen export.
+    pub(super) export: OnceLock<usize>,
+    pub(super) traffic: Traffic,
 }
 
 impl Client {
@@ -170,6 +228,7 @@ impl Server {
     ///
     /// When the operating system gives no event descriptor.
     pub fn new(exports: Exports, limits: Limits, options: Options) -> Result<Self, ServerError> {
+        let left = exports.iter().map(|_| Traffic::default()).collect();
         let shared = Shared {
             exports: Arc::new(exports),
             stop: StopSignal::new()?,
@@ -177,16 +236,32 @@ impl Server {
             spinners: Spinners::new(),
             clients: Mutex::default(),
             client_left: Condvar::new(),
+            left: Mutex::new(left),
+            started: Instant::now(),
             limits,
             options,
         };
-        Ok(Self { listeners: Vec::new(), shared: Arc::new(shared) })
+        Ok(Self { listeners: Vec::new(), reporters: Vec::new(), shared: Arc::new(shared) })
     }
 
     /// Adds a listener.
     #[must_use]
     pub fn listen(mut self, listener: Listener) -> Self {
         self.listeners.push(listener);
+        self
+    }
+
+    /// Adds a control socket: whoever connects gets [`Status`] as one line of JSON.
+    #[must_use]
+    pub fn control(mut self, listener: Listener) -> Self {
+        self.reporters.push((Kind::Control, listener));
+        self
+    }
+
+    /// Adds a Prometheus endpoint: HTTP, path `/metrics`.
+    #[must_use]
+    pub fn metrics(mut self, listener: Listener) -> Self {
+        self.reporters.push((Kind::Metrics, listener));
         self
     }
 
@@ -201,8 +276,12 @@ impl Server {
     ///
     /// [`ServerError`]. All clients are gone in any case.
     pub fn run(self) -> Result<(), ServerError> {
-        let Self { listeners, shared } = self;
+        let Self { listeners, reporters, shared } = self;
         let accepted = std::thread::scope(|scope| {
+            for (kind, listener) in &reporters {
+                let shared = &shared;
+                scope.spawn(move || status::answer_all(*kind, listener, shared));
+            }
             let result = accept_all(&listeners, &shared, scope);
             shared.stop.set();
             drop(listeners);
@@ -258,9 +337,16 @@ fn admit<'scope>(id: u64, socket: OwnedFd, shared: &'scope Shared, scope: &'scop
     let credentials = if unix { sockopt::socket_peercred(&socket).ok() } else { None };
     let unix = credentials.map(|who| UnixPeer { uid: who.uid.as_raw(), gid: who.gid.as_raw() });
     let peer = Peer { unix, ..Peer::default() };
-    let client = Arc::new(Client { socket, peer, handshaking: true.into() });
+    let client = Arc::new(Client {
+        socket,
+        peer,
+        handshaking: true.into(),
+        export: OnceLock::new(),
+        traffic: Traffic::default(),
+    });
     let mut clients = shared.clients();
     if clients.len() >= shared.limits.connections_max {
+        tracing::warn!(limit = shared.limits.connections_max, "client refused, too many connections");
         return;
     }
     let mut handshaking = clients.values().filter(|client| client.handshaking.load(Ordering::Relaxed));
@@ -268,15 +354,18 @@ fn admit<'scope>(id: u64, socket: OwnedFd, shared: &'scope Shared, scope: &'scop
     if oldest.is_some() && handshaking.count() + 1 >= shared.limits.handshaking_max {
         oldest.into_iter().for_each(|client| client.shut_down());
     }
+    tracing::info!(client = id, uid = unix.map(|unix| unix.uid), "client connected");
     clients.insert(id, Arc::clone(&client));
     drop(clients);
     let thread = std::thread::Builder::new().name(format!("nbd-{id}")).stack_size(STACK_BYTES);
     let spawned = thread.spawn_scoped(scope, move || {
         // A panic is a bug of ours or of the export; it must not take the other clients with it.
-        let _ = std::panic::catch_unwind(AssertUnwindSafe(|| connection::serve(&client, shared)));
+        match std::panic::catch_unwind(AssertUnwindSafe(|| connection::serve(&client, shared))) {
+            Ok(end) => tracing::info!(client = id, reason = %end, "client left"),
+            Err(_) => tracing::error!(client = id, "connection thread panicked"),
+        }
         client.shut_down();
-        shared.clients().remove(&id);
-        shared.client_left.notify_all();
+        shared.forget(id);
     });
     if spawned.is_err() {
         shared.clients().remove(&id);

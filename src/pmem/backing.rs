@@ -6,36 +6,23 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::error::{MediaError, OpenError};
-use super::granularity::{FORCE_GRANULARITY_VARIABLE, Granularity, GranularityReason, parse_override};
-use super::lock::LockRange;
+use super::granularity::{Finding, Granularity, GranularityReason};
 use super::mapping::Mapping;
 use super::medium::KernelMedium;
-use super::open::{OpenedFile, create_locked, map, open_locked};
+use super::open::{OpenedFile, create_locked, map};
+use super::options::{Access, Allocation, OpenOptions};
+use super::persist::LINE_BYTES;
+use super::sim::{Event, Recorder, SimHandle, SimOptions};
 use crate::memory::{Source, Target};
 
 /// The most extents that one call of [`Backing::extents`] returns.
 pub const EXTENTS_MAX: usize = 4096;
 
-/// What a backing is opened for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// Reading, beside other readers.
-    ReadOnly,
-    /// Reading and writing, excluding everyone else.
-    ReadWrite,
-}
-
-/// Whether a new file gets its blocks at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Allocation {
-    /// All blocks now: a full disk is an error now.
-    Full,
-    /// Holes, filled as they are written: a full disk is an error of a later write.
-    Sparse,
-}
+/// Room behind the end of a simulated backing, beyond as much again as it has.
+const SIMULATED_GROWTH_ROOM_BYTES: usize = 64 << 20;
 
 /// What a backing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,53 +45,6 @@ pub struct BackingExtent {
     pub allocated: bool,
 }
 
-/// How to open a backing, for callers that need more than [`Backing::open`].
-#[derive(Clone, Debug)]
-pub struct OpenOptions {
-    access: Access,
-    lock: LockRange,
-    forced: Option<Granularity>,
-}
-
-impl OpenOptions {
-    /// Opens for `access`, locks everything, and detects the granularity.
-    #[must_use]
-    pub const fn new(access: Access) -> Self {
-        Self { access, lock: LockRange::Whole, forced: None }
-    }
-
-    /// Locks only these bytes, so that other users of the same backing can have the rest. A block device is then not
-    /// claimed from the kernel.
-    #[must_use]
-    pub fn lock_range(mut self, range: Range<u64>) -> Self {
-        self.lock = LockRange::Bytes(range);
-        self
-    }
-
-    /// Imposes a granularity, as `DAXCRYPT_FORCE_GRANULARITY` does; the environment variable has precedence. For tests
-    /// and measurements: durability is then not what the media give.
-    #[must_use]
-    pub const fn force_granularity(mut self, granularity: Granularity) -> Self {
-        self.forced = Some(granularity);
-        self
-    }
-
-    /// Opens, locks and maps what is at `path`.
-    ///
-    /// # Errors
-    ///
-    /// Every variant of [`OpenError`] but `AlreadyExists` and `NoSpace`.
-    pub fn open(&self, path: &Path) -> Result<Backing, OpenError> {
-        let forced = self.forced_granularity()?;
-        Backing::assemble(path, open_locked(path, self.access, &self.lock)?, self.access, forced)
-    }
-
-    fn forced_granularity(&self) -> Result<Option<Granularity>, OpenError> {
-        let variable = std::env::var_os(FORCE_GRANULARITY_VARIABLE);
-        Ok(parse_override(variable.as_deref())?.or(self.forced))
-    }
-}
-
 /// A file or device that is open, locked and mapped whole.
 #[derive(Debug)]
 pub struct Backing {
@@ -116,7 +56,14 @@ pub struct Backing {
     len_bytes: AtomicU64,
     growing: Mutex<()>,
     mapping: Mapping,
-    medium: KernelMedium,
+    medium: Medium,
+}
+
+/// Who makes stores durable.
+#[derive(Debug)]
+enum Medium {
+    Kernel(KernelMedium),
+    Simulated(Arc<Recorder>),
 }
 
 impl Backing {
@@ -146,7 +93,7 @@ impl Backing {
         backing
     }
 
-    fn assemble(
+    pub(super) fn assemble(
         path: &Path,
         opened: OpenedFile,
         access: Access,
@@ -165,8 +112,44 @@ impl Backing {
             len_bytes: AtomicU64::new(len_bytes),
             growing: Mutex::new(()),
             mapping,
-            medium: medium.map_err(OpenError::Io)?,
+            medium: Medium::Kernel(medium.map_err(OpenError::Io)?),
         })
+    }
+
+    /// A simulated backing of `len_bytes` zero bytes that records what happens to it; see [`sim`](super::sim).
+    ///
+    /// # Panics
+    ///
+    /// Panics for 0 bytes and without memory: it is for tests.
+    #[must_use]
+    pub fn simulated(len_bytes: usize, options: SimOptions) -> (Self, SimHandle) {
+        Self::from_media(vec![0; len_bytes], options)
+    }
+
+    /// A simulated backing that begins with these bytes, such as the media after a simulated power cut.
+    ///
+    /// # Panics
+    ///
+    /// As [`simulated`](Self::simulated).
+    #[must_use]
+    pub fn from_media(media: Vec<u8>, options: SimOptions) -> (Self, SimHandle) {
+        assert!(!media.is_empty(), "a backing has at least one byte");
+        let len_bytes = media.len();
+        let mapping = Mapping::anonymous(2 * len_bytes + SIMULATED_GROWTH_ROOM_BYTES).expect("memory for a simulation");
+        mapping.target(&(0..len_bytes)).copy_from(&media);
+        let handle = SimHandle::new(media, options);
+        let backing = Self {
+            path: PathBuf::from("simulated"),
+            kind: BackingKind::File,
+            access: Access::ReadWrite,
+            reason: GranularityReason::new(Finding::Simulated(options.granularity()), None),
+            physical_address: None,
+            len_bytes: AtomicU64::new(len_bytes as u64),
+            growing: Mutex::new(()),
+            mapping,
+            medium: Medium::Simulated(handle.recorder()),
+        };
+        (backing, handle)
     }
 
     /// The path that it was opened by.
@@ -244,10 +227,42 @@ impl Backing {
     pub fn write<R>(&self, range: Range<u64>, f: impl FnOnce(Target<'_>) -> R) -> Result<R, MediaError> {
         let span = self.span(&range)?;
         self.check_writable()?;
-        self.medium.prepare_store(&range, self.len_bytes())?;
+        if let Medium::Kernel(medium) = &self.medium {
+            medium.prepare_store(&range, self.len_bytes())?;
+        }
         self.check_faults(&span)?;
-        let result = f(self.mapping.target(&span));
+        let result = match &self.medium {
+            Medium::Kernel(_) => f(self.mapping.target(&span)),
+            Medium::Simulated(recorder) => recorder.record_store(&self.mapping, &span, f),
+        };
         self.check_faults(&span)?;
+        Ok(result)
+    }
+
+    /// As [`write`](Self::write), for an `f` that fills every whole 64-byte line of `range` with non-temporal stores: what
+    /// it stored needs no flush, only a [`drain`](Self::drain). Lines that `range` covers in part are flushed here.
+    ///
+    /// An `f` that keeps to ordinary stores (an encryption backend without non-temporal ones) must use `write` and flush:
+    /// its stores would still be in the cache at a power cut.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write), and `Poisoned`.
+    pub fn write_streaming<R>(&self, range: Range<u64>, f: impl FnOnce(Target<'_>) -> R) -> Result<R, MediaError> {
+        let result = self.write(range.clone(), f)?;
+        if self.granularity() == Granularity::CacheLine {
+            let line_bytes = LINE_BYTES as u64;
+            if let Medium::Simulated(recorder) = &self.medium {
+                let whole = range.start.next_multiple_of(line_bytes)..range.end - range.end % line_bytes;
+                recorder.record(Event::Streamed(whole));
+            }
+            if !range.start.is_multiple_of(line_bytes) {
+                self.flush(range.start..range.end.min(range.start.next_multiple_of(line_bytes)))?;
+            }
+            if !range.end.is_multiple_of(line_bytes) {
+                self.flush(range.start.max(range.end - range.end % line_bytes)..range.end)?;
+            }
+        }
         Ok(result)
     }
 
@@ -261,7 +276,10 @@ impl Backing {
     pub fn flush(&self, range: Range<u64>) -> Result<(), MediaError> {
         let span = self.span(&range)?;
         self.check_faults(&span)?;
-        self.medium.flush(&self.mapping, &span, self.len_bytes())?;
+        match &self.medium {
+            Medium::Kernel(medium) => medium.flush(&self.mapping, &span, self.len_bytes())?,
+            Medium::Simulated(recorder) => recorder.record(Event::Flush(range)),
+        }
         self.check_faults(&span)
     }
 
@@ -272,7 +290,13 @@ impl Backing {
     ///
     /// `Poisoned`.
     pub fn drain(&self) -> Result<(), MediaError> {
-        self.medium.drain()
+        match &self.medium {
+            Medium::Kernel(medium) => medium.drain(),
+            Medium::Simulated(recorder) => {
+                recorder.record(Event::Drain);
+                Ok(())
+            }
+        }
     }
 
     /// Makes earlier stores to `range` durable: flush, then drain.
@@ -295,7 +319,13 @@ impl Backing {
     ///
     /// `Flush` or `Shrunk` when stores may be lost, `Poisoned` after that.
     pub fn sync_all(&self) -> Result<(), MediaError> {
-        self.medium.sync_all(self.len_bytes())
+        match &self.medium {
+            Medium::Kernel(medium) => medium.sync_all(self.len_bytes()),
+            Medium::Simulated(recorder) => {
+                recorder.record(Event::Sync);
+                Ok(())
+            }
+        }
     }
 
     /// Makes sure that `range` has blocks. Durable after [`sync_all`](Self::sync_all). Devices always have them.
@@ -306,7 +336,10 @@ impl Backing {
     pub fn allocate(&self, range: Range<u64>) -> Result<(), MediaError> {
         self.span(&range)?;
         self.check_writable()?;
-        self.medium.allocate(&range)
+        match &self.medium {
+            Medium::Kernel(medium) => medium.allocate(&range),
+            Medium::Simulated(_) => Ok(()),
+        }
     }
 
     /// Gives the blocks of `range` back: it reads as zero bytes. Durable after [`sync_all`](Self::sync_all). On a block
@@ -316,9 +349,15 @@ impl Backing {
     ///
     /// `OutOfRange`, `ReadOnly`; `Unsupported` by the file system or device.
     pub fn punch_hole(&self, range: Range<u64>) -> Result<(), MediaError> {
-        self.span(&range)?;
+        let span = self.span(&range)?;
         self.check_writable()?;
-        self.medium.punch_hole(&range)
+        match &self.medium {
+            Medium::Kernel(medium) => medium.punch_hole(&range),
+            Medium::Simulated(recorder) => {
+                recorder.record_store(&self.mapping, &span, |mut target| target.fill(0));
+                Ok(())
+            }
+        }
     }
 
     /// Which bytes of `range` hold data, in ascending order without gaps. At most [`EXTENTS_MAX`] extents: when there are
@@ -329,7 +368,11 @@ impl Backing {
     /// `OutOfRange`, `Io`.
     pub fn extents(&self, range: Range<u64>) -> Result<Vec<BackingExtent>, MediaError> {
         self.span(&range)?;
-        self.medium.extents(&range)
+        match &self.medium {
+            Medium::Kernel(medium) => medium.extents(&range),
+            Medium::Simulated(_) if range.is_empty() => Ok(Vec::new()),
+            Medium::Simulated(_) => Ok(vec![BackingExtent { range, allocated: true }]),
+        }
     }
 
     /// Makes a file `len_bytes` long, or takes note that a block device has become so long, while it is in use. Durable
@@ -348,7 +391,10 @@ impl Backing {
             return Err(MediaError::OutOfRange { start: now_bytes, end: len_bytes, len_bytes: now_bytes });
         }
         if len_bytes > now_bytes {
-            self.medium.grow(now_bytes, len_bytes, allocation)?;
+            match &self.medium {
+                Medium::Kernel(medium) => medium.grow(now_bytes, len_bytes, allocation)?,
+                Medium::Simulated(recorder) => recorder.record(Event::Length(len_bytes)),
+            }
             self.len_bytes.store(len_bytes, Ordering::Release);
         }
         Ok(())

@@ -48,12 +48,15 @@ pub(super) enum Finding {
         /// Whether the device's queue says that file systems on it can use DAX.
         dax_capable: bool,
     },
+    /// A simulated medium.
+    Simulated(Granularity),
 }
 
 impl Finding {
     pub(super) const fn granularity(self) -> Granularity {
         match self {
             Self::DeviceDax | Self::DaxFile => Granularity::CacheLine,
+            Self::Simulated(granularity) => granularity,
             Self::MapSyncRefused | Self::NotDaxFile | Self::DaxUnknown | Self::BlockDevice { .. } => Granularity::Page,
         }
     }
@@ -75,6 +78,7 @@ impl fmt::Display for Finding {
                 "not a DAX mapping, because the kernel maps block devices through the page cache \
                  (use a file on a file system mounted with -o dax, or device-DAX)"
             }
+            Self::Simulated(_) => "a simulated medium",
         })
     }
 }

@@ -11,7 +11,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
-use super::backing::Access;
+use super::options::Access;
 
 /// Which bytes of a backing to lock.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -19,8 +19,8 @@ use memmap2::{MmapOptions, MmapRaw};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, MsyncFlags, ProtFlags, mmap, msync, munmap};
 
-use super::backing::Access;
 use super::bitmap::Bitmap;
+use super::options::Access;
 use super::persist;
 use super::sigbus::Registration;
 use crate::memory::{Source, Target};
@@ -100,6 +100,12 @@ impl Mapping {
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
         let start = unsafe { mmap(ptr::null_mut(), len_bytes, protection, flags, file, 0) }?;
         Self::register(Memory::Direct(DirectMemory { start: start.cast(), len_bytes }), page_bytes)
+    }
+
+    /// Anonymous zeroed memory that stands for a medium in tests.
+    pub(super) fn anonymous(len_bytes: usize) -> io::Result<Self> {
+        let memory = MmapOptions::new().len(len_bytes).no_reserve_swap().map_anon()?.into();
+        Self::register(Memory::Ordinary(memory), rustix::param::page_size())
     }
 
     fn register(memory: Memory, page_bytes: usize) -> io::Result<Self> {

@@ -2,21 +2,23 @@
 //!
 //! At page granularity the stores are in the page cache. The first store to a clean page faults and marks the page dirty in
 //! the file, and write-back protects it again first, so `fdatasync` and `msync` find every store that was made before they
-//! began, with the file metadata that is needed to read it back.
+//! began, with the file metadata that is needed to read it back. At cache-line granularity only changes of blocks and
+//! length need a system call.
 
 use std::fs::File;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fdatasync, fstat, ftruncate, seek};
 use rustix::io::Errno;
 
-use super::backing::{Allocation, BackingExtent, BackingKind, EXTENTS_MAX};
+use super::backing::{BackingExtent, BackingKind, EXTENTS_MAX};
 use super::bitmap::Bitmap;
 use super::error::MediaError;
 use super::granularity::Granularity;
 use super::mapping::Mapping;
+use super::options::Allocation;
 use super::persist;
 use super::sync::SharedSync;
 
@@ -35,8 +37,9 @@ pub(super) struct KernelMedium {
     allocated_steps: Bitmap,
     /// Held while blocks come and go, so that `allocated_steps` never claims a step that has just got a hole.
     block_changes: Mutex<()>,
-    /// Blocks or the length changed since the last sync, which only `fdatasync` makes durable.
-    metadata_dirty: AtomicBool,
+    /// How often blocks or the length changed, which only `fdatasync` makes durable, and how many of those changes are.
+    metadata_changes: AtomicU64,
+    metadata_durable: AtomicU64,
 }
 
 impl KernelMedium {
@@ -59,7 +62,8 @@ impl KernelMedium {
             sparse: AtomicBool::new(sparse),
             allocated_steps: Bitmap::new(steps)?,
             block_changes: Mutex::new(()),
-            metadata_dirty: AtomicBool::new(false),
+            metadata_changes: AtomicU64::new(0),
+            metadata_durable: AtomicU64::new(0),
         })
     }
 
@@ -115,11 +119,13 @@ impl KernelMedium {
 
     pub(super) fn sync_all(&self, len_bytes: u64) -> Result<(), MediaError> {
         self.drain()?;
-        let metadata_dirty = self.metadata_dirty.swap(false, Ordering::AcqRel);
-        if self.kind == BackingKind::DevDax || (self.granularity == Granularity::CacheLine && !metadata_dirty) {
+        let changes = self.metadata_changes.load(Ordering::SeqCst);
+        let metadata_durable = self.metadata_durable.load(Ordering::SeqCst) >= changes;
+        if self.kind == BackingKind::DevDax || (self.granularity == Granularity::CacheLine && metadata_durable) {
             return Ok(());
         }
         self.syncs.run(|| fdatasync(&self.file))?;
+        self.metadata_durable.fetch_max(changes, Ordering::SeqCst);
         self.check_length(len_bytes)
     }
 
@@ -142,8 +148,9 @@ impl KernelMedium {
             return Ok(());
         }
         let _guard = self.block_changes.lock().unwrap_or_else(PoisonError::into_inner);
-        self.metadata_dirty.store(true, Ordering::Release);
-        self.fallocate(FallocateFlags::KEEP_SIZE, range).map_err(MediaError::from_errno)
+        let allocated = self.fallocate(FallocateFlags::KEEP_SIZE, range);
+        self.metadata_changes.fetch_add(1, Ordering::SeqCst);
+        allocated.map_err(MediaError::from_errno)
     }
 
     pub(super) fn punch_hole(&self, range: &Range<u64>) -> Result<(), MediaError> {
@@ -158,8 +165,8 @@ impl KernelMedium {
         if self.kind == BackingKind::File {
             self.sparse.store(true, Ordering::Release);
         }
-        self.metadata_dirty.store(true, Ordering::Release);
         let punched = self.fallocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, range);
+        self.metadata_changes.fetch_add(1, Ordering::SeqCst);
         for step in range.start / ALLOCATION_STEP_BYTES..range.end.div_ceil(ALLOCATION_STEP_BYTES) {
             self.allocated_steps.remove(usize::try_from(step).map_err(|_| MediaError::Unsupported)?);
         }
@@ -202,12 +209,15 @@ impl KernelMedium {
             BackingKind::File => {}
         }
         let _guard = self.block_changes.lock().unwrap_or_else(PoisonError::into_inner);
-        self.metadata_dirty.store(true, Ordering::Release);
-        if allocation == Allocation::Sparse {
-            self.sparse.store(true, Ordering::Release);
-            return ftruncate(&self.file, len_bytes).map_err(MediaError::from_errno);
-        }
-        self.fallocate(FallocateFlags::empty(), &(now_bytes..len_bytes)).map_err(|errno| {
+        let grown = match allocation {
+            Allocation::Sparse => {
+                self.sparse.store(true, Ordering::Release);
+                ftruncate(&self.file, len_bytes)
+            }
+            Allocation::Full => self.fallocate(FallocateFlags::empty(), &(now_bytes..len_bytes)),
+        };
+        self.metadata_changes.fetch_add(1, Ordering::SeqCst);
+        grown.map_err(|errno| {
             // What a full disk left half grown is taken back; the mapping never reached there.
             let _ = ftruncate(&self.file, now_bytes);
             MediaError::from_errno(errno)

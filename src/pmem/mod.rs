@@ -16,11 +16,14 @@ mod lock;
 mod mapping;
 mod medium;
 mod open;
+mod options;
 mod persist;
 mod probe;
 mod sigbus;
+pub mod sim;
 mod sync;
 
-pub use backing::{Access, Allocation, Backing, BackingExtent, BackingKind, EXTENTS_MAX, OpenOptions};
+pub use backing::{Backing, BackingExtent, BackingKind, EXTENTS_MAX};
 pub use error::{MediaError, OpenError};
 pub use granularity::{FORCE_GRANULARITY_VARIABLE, Granularity, GranularityReason};
+pub use options::{Access, Allocation, OpenOptions};

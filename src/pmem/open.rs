@@ -8,12 +8,13 @@ use std::path::Path;
 use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxAttributes, StatxFlags, fallocate, seek, statx};
 use rustix::io::Errno;
 
-use super::backing::{Access, Allocation, BackingKind};
+use super::backing::BackingKind;
 use super::error::OpenError;
 use super::granularity::Finding;
 use super::lock::{self, LockRange};
 use super::mapping::Mapping;
 use super::medium::retry_interrupted;
+use super::options::{Access, Allocation};
 use super::probe::Sysfs;
 
 /// Address space kept free behind the end of a growable backing, at least.

@@ -14,16 +14,13 @@ use std::sync::Arc;
 use crate::memory::{Source, Store, Target};
 use crate::namespace::Geometry;
 use crate::pmem::{Backing, BackingExtent, Granularity, MediaError};
-use crate::xts::{DataUnit, Span, XtsKey};
+use crate::xts::{BLOCK_BYTES as BLOCK_LEN, DataUnit, Span, XtsKey};
 
-/// Bytes of an AES block: the smallest piece of ciphertext that can be rewritten alone.
-pub(crate) const BLOCK_BYTES: u64 = 16;
+/// Bytes of an AES block as an offset: the smallest piece of ciphertext that can be rewritten alone.
+pub(crate) const BLOCK_BYTES: u64 = BLOCK_LEN as u64;
 
 /// Shorter stores than this stay in the cache: a line or two is cheaper to write back than to bypass.
 const NON_TEMPORAL_BYTES_MIN: usize = 1024;
-
-/// x86-64 and aarch64 cache line, which 64-byte non-temporal stores fill whole.
-const LINE_BYTES: u64 = 64;
 
 /// A pattern of zeroes to encrypt from; a multiple of both data units.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
@@ -93,22 +90,12 @@ impl DataArea {
         let store = if len_bytes >= NON_TEMPORAL_BYTES_MIN { Store::NonTemporal } else { Store::Cached };
         let span = self.span(offset);
         self.backing.write(range.clone(), |ciphertext| self.key.encrypt(span, plaintext, ciphertext, store))?;
-        match (self.backing.granularity(), store) {
-            (Granularity::Page, _) => Ok(()),
-            (Granularity::CacheLine, Store::Cached) => self.backing.persist(range),
-            (Granularity::CacheLine, Store::NonTemporal) => self.persist_edges(&range),
+        match self.backing.granularity() {
+            Granularity::Page => Ok(()),
+            // Not every backend has non-temporal stores, and none uses them at ragged ends. Writing back a line that is
+            // not in the cache costs little; believing that it is on media when it is not costs the data.
+            Granularity::CacheLine => self.backing.persist(range),
         }
-    }
-
-    /// Non-temporal stores fill whole lines on their own; the lines that `range` fills in part went through the cache.
-    fn persist_edges(&self, range: &Range<u64>) -> Result<(), MediaError> {
-        if !range.start.is_multiple_of(LINE_BYTES) {
-            self.backing.flush(range.start..range.start + BLOCK_BYTES)?;
-        }
-        if !range.end.is_multiple_of(LINE_BYTES) {
-            self.backing.flush(range.end - BLOCK_BYTES..range.end)?;
-        }
-        self.backing.drain()
     }
 
     /// Encrypts zeroes over the blocks of logical `range`.
@@ -185,10 +172,10 @@ impl DataArea {
 /// Zeroes the plaintext of every block whose ciphertext is all zero bytes.
 fn zero_holes(ciphertext: Source<'_>, plaintext: Target<'_>) {
     let mut rest = plaintext;
-    let mut block = [0; BLOCK_BYTES as usize];
-    for start in (0..ciphertext.len()).step_by(BLOCK_BYTES as usize) {
-        ciphertext.slice(start..start + BLOCK_BYTES as usize).copy_to(&mut block);
-        let (mut head, tail) = rest.split_at(BLOCK_BYTES as usize);
+    let mut block = [0; BLOCK_LEN];
+    for start in (0..ciphertext.len()).step_by(BLOCK_LEN) {
+        ciphertext.slice(start..start + BLOCK_LEN).copy_to(&mut block);
+        let (mut head, tail) = rest.split_at(BLOCK_LEN);
         if u128::from_le_bytes(block) == 0 {
             head.fill(0);
         }

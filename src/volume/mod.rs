@@ -24,7 +24,7 @@ use self::range_lock::RangeLock;
 use crate::memory::{Source, Target};
 use crate::namespace::{Credential, Geometry, Header, LockedNamespace, Namespace, UnlockError};
 use crate::pmem::{Access, Backing, Granularity, MediaError};
-use crate::xts::{Backend, DataUnit, XtsKey};
+use crate::xts::{BLOCK_BYTES as BLOCK_LEN, Backend, DataUnit, XtsKey};
 
 /// An unlocked namespace: plaintext by logical offset.
 pub struct Volume {
@@ -156,7 +156,7 @@ impl Volume {
         if part.is_empty() {
             return Ok(());
         }
-        let mut block = Zeroizing::new([0; BLOCK_BYTES as usize]);
+        let mut block = Zeroizing::new([0; BLOCK_LEN]);
         self.area.read(block_start(part.start), Target::from_slice(&mut *block))?;
         out.copy_from_slice(&block[within_block(part)]);
         Ok(())
@@ -187,7 +187,7 @@ impl Volume {
             return Ok(());
         }
         let start = block_start(part.start);
-        let mut block = Zeroizing::new([0; BLOCK_BYTES as usize]);
+        let mut block = Zeroizing::new([0; BLOCK_LEN]);
         let _blocks = self.blocks.exclusive(start..start + BLOCK_BYTES);
         self.area.read(start, Target::from_slice(&mut *block))?;
         block[within_block(part)].copy_from_slice(data);
@@ -202,7 +202,7 @@ impl Volume {
     /// As [`Self::write_at`].
     pub fn write_zeroes(&self, offset: u64, len_bytes: u64) -> Result<(), VolumeError> {
         let pieces = Pieces::of(self.check_write(offset, len_bytes)?);
-        let zeroes = [0; BLOCK_BYTES as usize];
+        let zeroes = [0; BLOCK_LEN];
         self.write_part(&pieces.head, &zeroes[..len(&pieces.head)])?;
         if !pieces.whole.is_empty() {
             let _blocks = self.blocks.shared(pieces.whole.clone());

@@ -25,7 +25,8 @@ struct Entry {
 
 impl Entry {
     fn conflicts_with(&self, other: &Self) -> bool {
-        let overlap = self.range.start < other.range.end && other.range.start < self.range.end;
+        let start = self.range.start.max(other.range.start);
+        let overlap = start < self.range.end.min(other.range.end);
         overlap && (self.mode == Mode::Exclusive || other.mode == Mode::Exclusive)
     }
 }

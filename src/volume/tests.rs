@@ -70,13 +70,13 @@ fn oracle(key: &VolumeKey, unit_bytes: u32, plaintext: &[u8]) -> Vec<u8> {
                 Aes128::new_from_slice(key.data_half()).unwrap(),
                 Aes128::new_from_slice(key.tweak_half()).unwrap(),
             );
-            xts.encrypt_sector(unit, tweak);
+            xts.encrypt_sector(unit, tweak.into());
         } else {
             let xts = Xts128::new(
                 Aes256::new_from_slice(key.data_half()).unwrap(),
                 Aes256::new_from_slice(key.tweak_half()).unwrap(),
             );
-            xts.encrypt_sector(unit, tweak);
+            xts.encrypt_sector(unit, tweak.into());
         }
     }
     bytes
@@ -165,7 +165,7 @@ fn against_model(fixture: &Fixture, ops: &[Op]) {
             Op::Persist { offset, len } => open.persist(*offset..offset + len).unwrap(),
             Op::Flush => open.flush().unwrap(),
             Op::Reopen => {
-                volume = None;
+                drop(volume.take());
                 volume = Some(fixture.reopen(Access::ReadWrite));
             }
         }

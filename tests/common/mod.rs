@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -29,6 +30,7 @@ impl Bench {
         let dir = tempfile::Builder::new().prefix("daxcrypt-test-").tempdir_in(parent).unwrap();
         let key: Vec<u8> = (0..64_u8).map(|i| i.wrapping_mul(37) ^ 0x5a).collect();
         fs::write(dir.path().join("vault.key"), key).unwrap();
+        fs::set_permissions(dir.path().join("vault.key"), fs::Permissions::from_mode(0o600)).unwrap();
         Self { dir }
     }
 

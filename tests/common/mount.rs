@@ -43,7 +43,17 @@ impl Disk {
         }
         let _ = tool_command("losetup", &["-d", &self.device]).status();
         self.device.clear();
-        let _ = tool_command("fusermount3", &["-u", self.folder.to_str().unwrap()]).status();
+        // The kernel detaches a loop device when its last user is gone, and anything on the machine that scans block
+        // devices may be one for a moment.
+        let folder = self.folder.to_str().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !tool_command("fusermount3", &["-q", "-u", folder]).status().is_ok_and(|status| status.success()) {
+            if Instant::now() > deadline {
+                let _ = tool_command("fusermount3", &["-q", "-u", "-z", folder]).status();
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 }
 

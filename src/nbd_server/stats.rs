@@ -1,0 +1,263 @@
+//! Counters of what clients do, and their snapshot.
+//!
+//! Guards: a connection's thread is the only writer of its [`Traffic`], so counting costs no contended memory; what a
+//! client did stays in its export's totals after it left. Numbers of one snapshot are each exact, but not of one
+//! instant. No key, no content and no error text is recorded.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::wire::{NBD_CMD_READ, NBD_CMD_WRITE, RequestHeader};
+
+/// Commands that are counted apart, by their number; the last place counts unknown ones.
+pub const COMMAND_NAMES: [&str; 9] =
+    ["read", "write", "disconnect", "flush", "trim", "cache", "write_zeroes", "block_status", "unknown"];
+/// Latency buckets: four for each power of two of nanoseconds.
+const BUCKETS: usize = 4 * 40;
+
+/// What happened on one connection, or in total on one export.
+#[derive(Debug)]
+pub(super) struct Traffic {
+    requests: [AtomicU64; COMMAND_NAMES.len()],
+    read_bytes: AtomicU64,
+    written_bytes: AtomicU64,
+    errors: AtomicU64,
+    latency: [AtomicU64; BUCKETS],
+}
+
+impl Default for Traffic {
+    fn default() -> Self {
+        let zero = |_| AtomicU64::new(0);
+        Self {
+            requests: std::array::from_fn(zero),
+            read_bytes: AtomicU64::new(0),
+            written_bytes: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
+            latency: std::array::from_fn(zero),
+        }
+    }
+}
+
+impl Traffic {
+    /// Counts an answered request. Only the connection's own thread may call this.
+    pub(super) fn record(&self, header: &RequestHeader, took: Duration, failed: bool) {
+        let command = usize::from(header.command).min(COMMAND_NAMES.len() - 1);
+        add(&self.requests[command], 1);
+        add(&self.latency[bucket(took)], 1);
+        match header.command {
+            _ if failed => add(&self.errors, 1),
+            NBD_CMD_READ => add(&self.read_bytes, header.len_bytes),
+            NBD_CMD_WRITE => add(&self.written_bytes, header.len_bytes),
+            _ => {}
+        }
+    }
+}
+
+impl Traffic {
+    /// Adds what a client that has left counted. The caller keeps other writers away.
+    pub(super) fn merge(&self, other: &Self) {
+        let scalars = [
+            (&self.read_bytes, &other.read_bytes),
+            (&self.written_bytes, &other.written_bytes),
+            (&self.errors, &other.errors),
+        ];
+        let arrays = self.requests.iter().zip(&other.requests).chain(self.latency.iter().zip(&other.latency));
+        arrays.chain(scalars).for_each(|(sum, counter)| add(sum, counter.load(Ordering::Relaxed)));
+    }
+}
+
+/// Adds without a locked instruction: there is one writer.
+fn add(counter: &AtomicU64, amount: u64) {
+    counter.store(counter.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
+}
+
+fn bucket(took: Duration) -> usize {
+    let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).max(4);
+    let power = nanoseconds.ilog2();
+    let quarter = (nanoseconds >> (power - 2)) & 3;
+    let index = u64::from(power - 2) * 4 + quarter;
+    usize::try_from(index).map_or(BUCKETS - 1, |index| index.min(BUCKETS - 1))
+}
+
+/// The upper end of a bucket, in nanoseconds.
+fn bucket_end(index: usize) -> u64 {
+    let (power, quarter) = (index / 4, index % 4);
+    (5 + quarter as u64) << power
+}
+
+/// A sum of traffic, for reading.
+#[derive(Debug, Clone, Serialize)]
+pub struct Stats {
+    /// Requests by command, in the order of [`COMMAND_NAMES`].
+    pub requests: [u64; COMMAND_NAMES.len()],
+    /// Bytes that reads returned.
+    pub read_bytes: u64,
+    /// Bytes that writes brought.
+    pub written_bytes: u64,
+    /// Requests that were answered with an error.
+    pub errors: u64,
+    /// Median time from a request's header to its reply being ready to send, in nanoseconds, at most a quarter too high.
+    pub latency_p50_ns: u64,
+    /// The same for 99 of 100 requests.
+    pub latency_p99_ns: u64,
+    /// The same for 999 of 1000 requests.
+    pub latency_p999_ns: u64,
+    #[serde(skip)]
+    latency: [u64; BUCKETS],
+}
+
+impl Default for Stats {
+    fn default() -> Self {
+        Self {
+            requests: [0; COMMAND_NAMES.len()],
+            read_bytes: 0,
+            written_bytes: 0,
+            errors: 0,
+            latency_p50_ns: 0,
+            latency_p99_ns: 0,
+            latency_p999_ns: 0,
+            latency: [0; BUCKETS],
+        }
+    }
+}
+
+impl Stats {
+    /// Adds what `traffic` has counted so far.
+    pub(super) fn add(&mut self, traffic: &Traffic) {
+        let pairs = self.requests.iter_mut().zip(&traffic.requests);
+        for (sum, counter) in pairs.chain(self.latency.iter_mut().zip(&traffic.latency)) {
+            *sum += counter.load(Ordering::Relaxed);
+        }
+        self.read_bytes += traffic.read_bytes.load(Ordering::Relaxed);
+        self.written_bytes += traffic.written_bytes.load(Ordering::Relaxed);
+        self.errors += traffic.errors.load(Ordering::Relaxed);
+        self.latency_p50_ns = self.percentile(500);
+        self.latency_p99_ns = self.percentile(990);
+        self.latency_p999_ns = self.percentile(999);
+    }
+
+    /// The latency that `per_mille` of the requests do not exceed, in nanoseconds; 0 without requests.
+    fn percentile(&self, per_mille: u64) -> u64 {
+        let wanted = (self.latency.iter().sum::<u64>() * per_mille).div_ceil(1000);
+        let mut seen = 0;
+        for (index, count) in self.latency.iter().enumerate() {
+            seen += count;
+            if seen >= wanted && seen > 0 {
+                return bucket_end(index);
+            }
+        }
+        0
+    }
+}
+
+/// A snapshot of a running server.
+#[derive(Debug, Clone, Serialize)]
+pub struct Status {
+    /// Seconds since the server was made.
+    pub uptime_seconds: u64,
+    /// Open connections, those without an export included.
+    pub connections: usize,
+    /// Bytes of pooled buffers in use.
+    pub buffer_bytes: usize,
+    /// Every export, in the order of the registry.
+    pub exports: Vec<ExportStatus>,
+    /// Every client that has chosen an export.
+    pub clients: Vec<ClientStatus>,
+}
+
+/// One export of a [`Status`].
+#[derive(Debug, Clone, Serialize)]
+pub struct ExportStatus {
+    /// Its name.
+    pub name: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Whether it refuses writes.
+    pub read_only: bool,
+    /// Plaintext that is resident besides request buffers, in bytes.
+    pub resident_plaintext_bytes: u64,
+    /// Everything since the start.
+    pub stats: Stats,
+}
+
+/// One client of a [`Status`].
+#[derive(Debug, Clone, Serialize)]
+pub struct ClientStatus {
+    /// Number of the connection, from 1.
+    pub id: u64,
+    /// Name of its export.
+    pub export: String,
+    /// User at the other end of a Unix socket.
+    pub uid: Option<u32>,
+    /// Everything since it connected.
+    pub stats: Stats,
+}
+
+impl Status {
+    /// The snapshot in the Prometheus text format, version 0.0.4.
+    pub fn to_prometheus(&self) -> String {
+        let mut text = String::new();
+        let mut metric = |name: &str, kind: &str, lines: &mut dyn Iterator<Item = (String, u64)>| {
+            text.push_str(&format!("# TYPE daxcrypt_nbd_{name} {kind}\n"));
+            lines.for_each(|(labels, value)| text.push_str(&format!("daxcrypt_nbd_{name}{labels} {value}\n")));
+        };
+        let whole = |value: usize| std::iter::once((String::new(), value as u64));
+        metric("connections", "gauge", &mut whole(self.connections));
+        metric("buffer_bytes", "gauge", &mut whole(self.buffer_bytes));
+        let mut requests = self.exports.iter().flat_map(|export| {
+            let counts = COMMAND_NAMES.iter().zip(export.stats.requests);
+            let name = label(&export.name);
+            counts.map(move |(command, count)| (format!("{{export=\"{name}\",command=\"{command}\"}}"), count))
+        });
+        metric("requests_total", "counter", &mut requests);
+        type Field = fn(&ExportStatus) -> u64;
+        let fields: [(&str, &str, Field); 7] = [
+            ("read_bytes_total", "counter", |export| export.stats.read_bytes),
+            ("written_bytes_total", "counter", |export| export.stats.written_bytes),
+            ("errors_total", "counter", |export| export.stats.errors),
+            ("resident_plaintext_bytes", "gauge", |export| export.resident_plaintext_bytes),
+            ("latency_p50_nanoseconds", "gauge", |export| export.stats.latency_p50_ns),
+            ("latency_p99_nanoseconds", "gauge", |export| export.stats.latency_p99_ns),
+            ("latency_p999_nanoseconds", "gauge", |export| export.stats.latency_p999_ns),
+        ];
+        for (name, kind, value) in fields {
+            let line = |export: &ExportStatus| (format!("{{export=\"{}\"}}", label(&export.name)), value(export));
+            metric(name, kind, &mut self.exports.iter().map(line));
+        }
+        text
+    }
+}
+
+fn label(name: &str) -> String {
+    name.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_are_at_most_a_quarter_wide() {
+        for nanoseconds in [4u64, 5, 7, 8, 100, 1000, 12_345, 1 << 30, (1 << 30) + 12_345_678] {
+            let end = bucket_end(bucket(Duration::from_nanos(nanoseconds)));
+            assert!(end > nanoseconds && end <= nanoseconds + nanoseconds / 4 + 1, "{nanoseconds} in {end}");
+        }
+        assert_eq!(bucket(Duration::MAX), BUCKETS - 1);
+        assert_eq!(bucket(Duration::ZERO), 0);
+    }
+
+    #[test]
+    fn percentiles_find_the_slow_requests() {
+        let traffic = Traffic::default();
+        let header = RequestHeader { flags: 0, command: NBD_CMD_READ, cookie: 0, offset: 0, len_bytes: 10 };
+        (0..985).for_each(|_| traffic.record(&header, Duration::from_nanos(1000), false));
+        (0..15).for_each(|_| traffic.record(&header, Duration::from_micros(1000), true));
+        let mut stats = Stats::default();
+        stats.add(&traffic);
+        assert_eq!((stats.requests[0], stats.read_bytes, stats.errors), (1000, 9850, 15));
+        assert!((1000..1300).contains(&stats.latency_p50_ns), "{stats:?}");
+        assert!((1_000_000..1_300_000).contains(&stats.latency_p99_ns));
+    }
+}

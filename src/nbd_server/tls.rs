@@ -1,0 +1,217 @@
+//! TLS for a connection, by rustls: certificates, the handshake, and records in place of plain bytes.
+//!
+//! Guards: the TLS handshake is bounded by the connection's deadline; a client certificate's names are used only after
+//! rustls has verified it. Nothing here decides whether TLS is needed: that is the NBD handshake's business.
+
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use rustix::net::{SendAncillaryBuffer, SendFlags};
+use rustls::pki_types::pem::{self, PemObject};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
+use rustls::{RootCertStore, ServerConfig, ServerConnection};
+use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+
+use super::socket::{self, Waited};
+
+/// The certificate authority that signs clients' certificates, in PEM.
+const CA_FILE: &str = "ca-cert.pem";
+/// The server's certificate chain, in PEM.
+const CERTIFICATE_FILE: &str = "server-cert.pem";
+/// The server's private key, in PEM.
+const KEY_FILE: &str = "server-key.pem";
+
+/// Whether clients have to show a certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClientCertificates {
+    /// Clients are not asked.
+    Ignored,
+    /// A certificate is verified if there is one.
+    Optional,
+    /// A verified certificate is needed.
+    Required,
+}
+
+/// Why TLS cannot be set up.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TlsError {
+    /// A certificate or key file cannot be read.
+    #[error("cannot read {path}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: pem::Error,
+    },
+    /// The authority cannot be used.
+    #[error("cannot verify clients with {CA_FILE}")]
+    Authority(#[from] VerifierBuilderError),
+    /// The certificate and the key cannot be used.
+    #[error("cannot use the certificate and key")]
+    Rustls(#[from] rustls::Error),
+}
+
+/// The server's side of TLS: versions 1.2 and 1.3, one certificate.
+#[derive(Debug, Clone)]
+pub struct Tls {
+    /// Refuse everything before TLS, instead of offering it.
+    pub required: bool,
+    config: Arc<ServerConfig>,
+}
+
+impl Tls {
+    /// Reads `server-cert.pem`, `server-key.pem` and, unless clients' certificates are ignored, `ca-cert.pem`.
+    ///
+    /// # Errors
+    ///
+    /// [`TlsError`] when a file is missing or unusable.
+    pub fn from_directory(directory: &Path, clients: ClientCertificates, required: bool) -> Result<Self, TlsError> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder =
+            ServerConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
+        let builder = if clients == ClientCertificates::Ignored {
+            builder.with_no_client_auth()
+        } else {
+            let mut roots = RootCertStore::empty();
+            for certificate in certificates(&directory.join(CA_FILE))? {
+                roots.add(certificate)?;
+            }
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider);
+            let optional = clients == ClientCertificates::Optional;
+            let verifier = if optional { verifier.allow_unauthenticated() } else { verifier };
+            builder.with_client_cert_verifier(verifier.build()?)
+        };
+        let chain = certificates(&directory.join(CERTIFICATE_FILE))?;
+        let key_path = directory.join(KEY_FILE);
+        let key = PrivateKeyDer::from_pem_file(&key_path)
+            .map_err(|source| TlsError::File { path: key_path.clone(), source })?;
+        Ok(Self { required, config: Arc::new(builder.with_single_cert(chain, key)?) })
+    }
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let failed = |source| TlsError::File { path: path.to_owned(), source };
+    CertificateDer::pem_file_iter(path).map_err(failed)?.collect::<Result<_, _>>().map_err(failed)
+}
+
+/// An established TLS session. It does not own its socket.
+#[derive(Debug)]
+pub(super) struct TlsSession {
+    connection: Box<ServerConnection>,
+}
+
+impl TlsSession {
+    /// Does the TLS handshake on `socket`.
+    pub(super) fn accept(tls: &Tls, socket: BorrowedFd<'_>, deadline: Option<Instant>) -> io::Result<Self> {
+        let connection = ServerConnection::new(Arc::clone(&tls.config)).map_err(io::Error::other)?;
+        let mut session = Self { connection: Box::new(connection) };
+        while session.connection.is_handshaking() {
+            session.flush(socket)?;
+            if !session.connection.is_handshaking() {
+                break;
+            }
+            if socket::wait(socket, None, deadline)? == Waited::TimedOut {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            if session.connection.read_tls(&mut Records(socket))? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            session.process(socket)?;
+        }
+        session.flush(socket)?;
+        Ok(session)
+    }
+
+    /// The names in the client's verified certificate: common names and alternative names.
+    pub(super) fn certificate_names(&self) -> Vec<String> {
+        let Some(first) = self.connection.peer_certificates().and_then(<[_]>::first) else { return Vec::new() };
+        let Ok((_, certificate)) = X509Certificate::from_der(first) else { return Vec::new() };
+        let common = certificate.subject().iter_common_name().filter_map(|name| name.as_str().ok());
+        let mut names: Vec<String> = common.map(str::to_owned).collect();
+        if let Ok(Some(alternatives)) = certificate.subject_alternative_name() {
+            for name in &alternatives.value.general_names {
+                match name {
+                    GeneralName::DNSName(text) | GeneralName::RFC822Name(text) | GeneralName::URI(text) => {
+                        names.push((*text).to_owned());
+                    }
+                    _ => {}
+                }
+            }
+        }
+        names
+    }
+
+    /// As [`socket::receive`], of decrypted bytes.
+    pub(super) fn receive(&mut self, socket: BorrowedFd<'_>, room: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.connection.reader().read(room) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                done => return done,
+            }
+            self.connection.read_tls(&mut Records(socket))?;
+            self.process(socket)?;
+        }
+    }
+
+    /// As [`socket::send_all`], encrypted.
+    pub(super) fn send_all(&mut self, socket: BorrowedFd<'_>, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let taken = self.connection.writer().write(bytes)?;
+            bytes = &bytes[taken..];
+            self.flush(socket)?;
+        }
+        Ok(())
+    }
+
+    /// Tells the client that the end is intended.
+    pub(super) fn close(&mut self, socket: BorrowedFd<'_>) {
+        self.connection.send_close_notify();
+        let _ = self.flush(socket);
+    }
+
+    fn process(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        if let Err(error) = self.connection.process_new_packets() {
+            // The alert that tells the client why.
+            let _ = self.flush(socket);
+            return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+        }
+        self.flush(socket)
+    }
+
+    fn flush(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        while self.connection.wants_write() {
+            self.connection.write_tls(&mut Records(socket))?;
+        }
+        Ok(())
+    }
+}
+
+/// The socket as rustls wants it: reads do not wait, writes do.
+struct Records<'a>(BorrowedFd<'a>);
+
+impl Read for Records<'_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        socket::receive(self.0, room)
+    }
+}
+
+impl Write for Records<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(bytes)])
+    }
+
+    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        let mut control = SendAncillaryBuffer::default();
+        Ok(rustix::net::sendmsg(self.0, slices, &mut control, SendFlags::NOSIGNAL)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,113 @@
+# What the scenarios share. Sourced by a shell with -eu; a failed check says why on a line that begins with `WHY: `.
+
+key=/etc/vault.key
+socket=/run/daxcrypt.sock
+
+fail() {
+  echo "WHY: $*"
+  exit 1
+}
+
+# expect_failure COMMAND...: it must not succeed.
+expect_failure() { if "$@"; then fail "succeeded: $*"; fi; }
+
+# wait_for COMMAND...: at most 20 s.
+wait_for() {
+  tries=0
+  until "$@"; do
+    tries=$((tries + 1))
+    [ $tries -lt 200 ] || fail "waited in vain for: $*"
+    sleep 0.1
+  done
+}
+
+format() { daxcrypt format "$@" --key-file $key; }
+
+# serve ARGUMENTS...: in the background, until it can be connected to.
+serve() {
+  rm -f $socket
+  daxcrypt serve "$@" --key-file $key --socket $socket &
+  server=$!
+  wait_for test -S $socket
+}
+
+# Ends the server as systemd would, and takes its exit status for a verdict.
+stop_server() {
+  kill "$server"
+  wait "$server" || fail "the server ended with $?"
+}
+
+has_size() { [ "$(cat "/sys/block/${1#/dev/}/size")" != 0 ]; }
+is_free() { [ ! -e "/sys/block/${1#/dev/}/pid" ]; }
+
+attach() {
+  nbd-client -unix $socket "$@"
+  for word in "$@"; do case $word in /dev/nbd*) wait_for has_size "$word" ;; esac; done
+}
+
+detach() {
+  nbd-client -d "$1"
+  wait_for is_free "$1"
+}
+
+# A tree of files of many sizes, none a multiple of a block, with its checksums in /run/sums.NAME.
+write_tree() {
+  mkdir -p "$1/tree.$2/deep/er"
+  for size in 1 15 16 17 511 512 513 4095 4097 65537 262145; do
+    head -c $size /dev/urandom >"$1/tree.$2/$size"
+    head -c $((size * 3)) /dev/urandom >"$1/tree.$2/deep/er/$size"
+  done
+  head -c 1500000 /dev/urandom >"$1/tree.$2/large"
+  ln -s large "$1/tree.$2/link"
+  (cd "$1" && find "tree.$2" -type f -exec sha256sum {} + >"/run/sums.$2")
+}
+
+# Reads back from the device, not from the page cache.
+verify_tree() {
+  sync
+  echo 3 >/proc/sys/vm/drop_caches
+  (cd "$1" && sha256sum -c "/run/sums.$2" >/run/verify.out 2>&1) || fail "checksums differ: $(grep -v ': OK' /run/verify.out | head -n 3 | tr '\n' ' ')"
+}
+
+check_ext4() { e2fsck -fn "$1" || fail "e2fsck on $1: exit $?"; }
+check_xfs() { xfs_repair -n "$1" || fail "xfs_repair on $1: exit $?"; }
+
+mark() { echo "<6>daxcrypt-guest: mark" >/dev/kmsg; }
+
+# Lines since the mark that are warnings or worse, or speak of errors; $1 is a pattern of lines that are expected.
+complaints() {
+  dmesg -r | awk -v expected="${1:-}" '
+    /daxcrypt-guest: mark/ { n = 0; next }
+    {
+      level = $0; sub(/^</, "", level); sub(/>.*/, "", level)
+      if (level % 8 > 4 && $0 !~ /I\/O error|[Cc]orrupt|EXT4-fs error|timed out|Oops|BUG:/) next
+      # The driver reports an ordinary disconnect as an error.
+      if ($0 ~ /nbd[0-9]+: (shutting down sockets|Receive control failed|NBD_DISCONNECT|Disconnected due to user request)/) next
+      # The emulated machine is slow and shares its processors: its clocks say so.
+      if ($0 ~ /hrtimer: interrupt took|clocksource: |sched: RT throttling|perf: interrupt took/) next
+      if ($0 ~ /DAX enabled. Warning: EXPERIMENTAL/) next
+      if (expected != "" && $0 ~ expected) next
+      line[++n] = $0
+    }
+    END { for (i = 1; i <= n; i++) print line[i] }'
+}
+
+kernel_is_quiet() {
+  complaints "${1:-}" >/run/complaints
+  [ ! -s /run/complaints ] || { cat /run/complaints; fail "the kernel complained: $(head -n 1 /run/complaints)"; }
+}
+
+# Undoes whatever a scenario that failed has left.
+clean_up() {
+  swapoff -a || true
+  for try in 1 2 3; do
+    for place in $(awk '$2 ~ "^/mnt/" { print $2 }' /proc/mounts); do umount "$place" || umount -l "$place"; done
+  done
+  killall nbd-client || true
+  for device in 0 1 2; do nbd-client -d /dev/nbd$device || true; done
+  killall daxcrypt || true
+  sleep 0.3
+  dmsetup remove_all || true
+  losetup -D || true
+  rm -f /run/*.img /run/*.sock
+}

@@ -1,0 +1,2 @@
+. /scenarios/lib.sh
+fail "not written yet"
