@@ -10,6 +10,7 @@ use crate::pmem::{MediaError, OpenError};
 use crate::secret::KeyError;
 use crate::volume::VolumeError;
 use crate::xts::BackendError;
+use crate::xts::bench::BenchError;
 
 /// Exit codes, as `--help` lists them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +62,8 @@ pub(crate) enum Error {
     Media { path: PathBuf, source: MediaError },
     #[error("cannot choose an AES-XTS backend")]
     Backend(#[from] BackendError),
+    #[error("cannot measure AES-XTS")]
+    Bench(#[from] BenchError),
     #[error("cannot make a key")]
     Key(#[from] KeyError),
     #[error("cannot serve {path}", path = path.display())]

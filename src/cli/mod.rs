@@ -2,6 +2,7 @@
 //!
 //! One file a command. Nothing below this layer prints, and nothing here knows how anything is done.
 
+mod bench;
 mod credentials;
 mod demo;
 mod dmtable;
@@ -88,6 +89,8 @@ Examples:
   daxcrypt erase vault.img          # asks for the label
   daxcrypt erase vault.img --yes")]
     Erase(erase::EraseArgs),
+    /// Measure AES-XTS on this machine: every backend, in cache and in memory, beside memcpy (about 10 seconds)
+    Bench(bench::BenchArgs),
     /// Show all of it on a temporary file: no root, no hardware, no configuration
     Demo,
 }
@@ -123,6 +126,7 @@ fn run(command: &Command) -> Result<(), Error> {
         Command::Dmtable(args) => dmtable::run(args),
         Command::Key(args) => key::run(args),
         Command::Erase(args) => erase::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Demo => demo::run(),
     }
 }

@@ -8,7 +8,8 @@ use super::backend::Kind;
 use super::portable::PortableKey;
 #[cfg(target_arch = "x86_64")]
 use super::x86::{self, RoundKeys, aesni, vaes256, vaes512};
-use super::{Backend, DataUnit, Pass};
+use super::{Backend, DataUnit, Direction, Pass};
+use crate::memory::{Source, Store, Target};
 use crate::secret::SecretBox;
 
 /// A key expanded for one kernel.
@@ -51,6 +52,16 @@ impl Schedule {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the variant is proof of the CPU's features.
             Self::Vaes512(keys) => unsafe { vaes512::blocks(keys, tweak, first_block, pass) },
+        }
+    }
+
+    /// At most 64 bytes of one unit, from `first_block` on, stored through the cache.
+    pub(super) fn line(&self, direction: Direction, tweak: u64, first_block: usize, src: Source<'_>, dst: Target<'_>) {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the variant is proof of the CPU's features.
+            Self::Vaes512(keys) => unsafe { vaes512::line(keys, direction, tweak, first_block, src, dst) },
+            _ => self.blocks(tweak.into(), first_block, Pass::new(direction, src, dst, Store::Cached)),
         }
     }
 

@@ -11,6 +11,7 @@
 //! There is no ciphertext stealing, since units are whole blocks, and no knowledge of where a tweak value comes from.
 
 mod backend;
+pub mod bench;
 mod dispatch;
 mod portable;
 mod tweak;
@@ -199,6 +200,10 @@ impl XtsKey {
     fn run(&self, direction: Direction, span: Span, src: Source<'_>, dst: Target<'_>, store: Store) {
         let unit_bytes = span.unit.len_bytes();
         let len_bytes = check_run(span, src, &dst);
+        let within_unit = len_bytes <= unit_bytes - span.skip_bytes;
+        if within_unit && len_bytes <= LINE_BYTES && len_bytes > 0 && store == Store::Cached {
+            return self.schedule.line(direction, span.tweak, span.skip_bytes / BLOCK_BYTES, src, dst);
+        }
         let head_bytes = if span.skip_bytes == 0 { 0 } else { len_bytes.min(unit_bytes - span.skip_bytes) };
         let body_bytes = (len_bytes - head_bytes) / unit_bytes * unit_bytes;
 

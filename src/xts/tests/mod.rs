@@ -1,5 +1,7 @@
 //! Tests of AES-XTS, every one of them through every backend that this CPU has.
 
+mod guard;
+mod memory;
 mod suite;
 mod vectors;
 

@@ -58,6 +58,77 @@ proptest! {
     }
 }
 
+proptest! {
+    #[test]
+    fn any_backend_equals_the_portable_one(
+        halves in prop_oneof![prop::collection::vec(any::<u8>(), 32), prop::collection::vec(any::<u8>(), 64)],
+        unit in prop_oneof![Just(DataUnit::Bytes512), Just(DataUnit::Bytes4096)],
+        tweak: u64,
+        skip_blocks in 0_usize..256,
+        text in prop::collection::vec(any::<[u8; BLOCK_BYTES]>(), 0..700),
+    ) {
+        let span = Span { unit, tweak, skip_bytes: skip_blocks * BLOCK_BYTES % unit.len_bytes() };
+        let (data, tweak_half) = halves.split_at(halves.len() / 2);
+        let key = |backend| XtsKey::from_halves(data, tweak_half, backend);
+        let text = text.as_flattened();
+        let mut expected = vec![0; text.len()];
+        let portable = key(Backend::from_name("portable").unwrap());
+        portable.encrypt(span, Source::from_slice(text), Target::from_slice(&mut expected), Store::Cached);
+        for backend in Backend::available() {
+            check(&key(backend), span, text, &expected, Store::NonTemporal);
+        }
+    }
+}
+
+/// 70 units make two full batches of first tweaks and a rest.
+#[test]
+fn units_in_one_call_equal_a_call_for_every_unit() {
+    for half_bytes in [16, 32] {
+        for unit in UNITS {
+            let text = pattern(70 * unit.len_bytes(), 11);
+            for key in keys(half_bytes) {
+                for unit_count in [1, 2, 3, 31, 32, 33, 64, 70] {
+                    let text = &text[..unit_count * unit.len_bytes()];
+                    let mut singly = vec![0; text.len()];
+                    for (i, (from, to)) in
+                        (0..).zip(text.chunks(unit.len_bytes()).zip(singly.chunks_mut(unit.len_bytes())))
+                    {
+                        let span = Span {
+                            unit,
+                            tweak: 5_u64.wrapping_sub(16).wrapping_add(i * unit.tweak_step()),
+                            skip_bytes: 0,
+                        };
+                        key.encrypt(span, Source::from_slice(from), Target::from_slice(to), Store::Cached);
+                    }
+                    let span = Span { unit, tweak: 5_u64.wrapping_sub(16), skip_bytes: 0 };
+                    check(&key, span, text, &singly, Store::Cached);
+                }
+            }
+        }
+    }
+}
+
+/// Every cache line and every block of a unit alone, as small writes use them.
+#[test]
+fn pieces_of_a_unit_equal_the_unit() {
+    for half_bytes in [16, 32] {
+        for unit in UNITS {
+            let text = pattern(unit.len_bytes(), 13);
+            let span = Span { unit, tweak: 1 << 40, skip_bytes: 0 };
+            let expected = oracle_run(Direction::Encrypt, half_bytes, span, &text);
+            for key in keys(half_bytes) {
+                for piece_bytes in [16, 32, 48, 64, 80, 128, 512] {
+                    for at in (0..=unit.len_bytes() - piece_bytes).step_by(BLOCK_BYTES) {
+                        let range = at..at + piece_bytes;
+                        let span = Span { skip_bytes: at, ..span };
+                        check(&key, span, &text[range.clone()], &expected[range], Store::Cached);
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn tweak_values_carry_and_wrap() {
     for unit in UNITS {

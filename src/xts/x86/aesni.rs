@@ -6,12 +6,13 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use zeroize::Zeroize;
 
 use super::super::{BLOCK_BYTES, DataUnit, Direction, Pass};
-use super::schedule::{self, RoundKeys};
-use super::{Batch, Batches, firsts, store_block};
+use super::schedule::{self, RoundKeys, Rounds};
+use super::{Batch, Batches, Place, firsts, place, store_block};
 
 /// Blocks in flight.
 const GROUP: usize = 8;
@@ -39,20 +40,14 @@ pub(in crate::xts) fn units(keys: &RoundKeys, unit: DataUnit, tweak: u64, pass: 
 
 #[target_feature(enable = "aes,avx,pclmulqdq")]
 fn dispatch(keys: &RoundKeys, direction: Direction, firsts: &[__m128i], batch: Batch<'_>) {
-    match (keys.key_count(), direction) {
-        (11, Direction::Encrypt) => run_batch::<11, true>(keys.encrypt(), firsts, batch),
-        (11, Direction::Decrypt) => run_batch::<11, false>(keys.decrypt(), firsts, batch),
-        (_, Direction::Encrypt) => run_batch::<15, true>(keys.encrypt(), firsts, batch),
-        (_, Direction::Decrypt) => run_batch::<15, false>(keys.decrypt(), firsts, batch),
+    match direction {
+        Direction::Encrypt => run_batch::<true>(keys.rounds(direction), firsts, batch),
+        Direction::Decrypt => run_batch::<false>(keys.rounds(direction), firsts, batch),
     }
 }
 
 #[target_feature(enable = "aes,avx")]
-fn run_batch<const KEYS: usize, const ENCRYPT: bool>(
-    keys: &[[u8; BLOCK_BYTES]; KEYS],
-    firsts: &[__m128i],
-    mut batch: Batch<'_>,
-) {
+fn run_batch<const ENCRYPT: bool>(rounds: Rounds<'_>, firsts: &[__m128i], mut batch: Batch<'_>) {
     let (src, dst) = (batch.src.as_ptr(), batch.dst.as_mut_ptr());
     for (unit, first) in firsts.iter().enumerate() {
         let mut next = *first;
@@ -66,11 +61,9 @@ fn run_batch<const KEYS: usize, const ENCRYPT: bool>(
                 // SAFETY: the group ends at or before the end of the source.
                 *block = unsafe { _mm_loadu_si128(src.wrapping_add(at + i * BLOCK_BYTES).cast()) };
             }
-            cipher::<KEYS, ENCRYPT>(keys, &tweaks, &mut data);
-            for (i, block) in data.iter().enumerate() {
-                // SAFETY: within the target, as the load was in the source; lines are given for aligned targets only.
-                unsafe { store_block(dst.wrapping_add(at + i * BLOCK_BYTES), *block, &batch.lines) };
-            }
+            cipher::<ENCRYPT>(rounds, &tweaks, &mut data);
+            // SAFETY: within the target, as the loads were in the source; lines are given for aligned targets only.
+            unsafe { store_group(dst.wrapping_add(at), &data, &batch.lines) };
             at += GROUP_BYTES;
         }
         // The last blocks of a part of a unit go through the same eight lanes, of which some stay empty.
@@ -81,11 +74,34 @@ fn run_batch<const KEYS: usize, const ENCRYPT: bool>(
                 // SAFETY: a block before the end of the source.
                 *block = unsafe { _mm_loadu_si128(src.wrapping_add(at).cast()) };
             }
-            cipher::<KEYS, ENCRYPT>(keys, &tweaks, &mut data);
+            cipher::<ENCRYPT>(rounds, &tweaks, &mut data);
             for (block, at) in data.iter().zip((at..end).step_by(BLOCK_BYTES)) {
                 // SAFETY: as above.
                 unsafe { store_block(dst.wrapping_add(at), *block, &batch.lines) };
             }
+        }
+    }
+}
+
+/// Stores a group: around the cache where it lies in `lines`.
+///
+/// # Safety
+///
+/// - The 128 bytes at `to` are writable.
+/// - `to` is a multiple of 16 unless `lines` is empty.
+#[target_feature(enable = "avx")]
+#[inline]
+unsafe fn store_group(to: *mut u8, data: &[__m128i; GROUP], lines: &Range<usize>) {
+    let place = place(to, GROUP_BYTES, lines);
+    for (i, block) in data.iter().enumerate() {
+        let to = to.wrapping_add(i * BLOCK_BYTES);
+        match place {
+            // SAFETY: by the contract.
+            Place::Cached => unsafe { _mm_storeu_si128(to.cast(), *block) },
+            // SAFETY: by the contract; lines are not empty.
+            Place::Lines => unsafe { _mm_stream_si128(to.cast(), *block) },
+            // SAFETY: by the contract.
+            Place::Ragged => unsafe { store_block(to, *block, lines) },
         }
     }
 }
@@ -113,22 +129,18 @@ fn double(tweak: __m128i) -> __m128i {
 
 #[target_feature(enable = "aes,avx")]
 #[inline]
-fn cipher<const KEYS: usize, const ENCRYPT: bool>(
-    keys: &[[u8; BLOCK_BYTES]; KEYS],
-    tweaks: &[__m128i; GROUP],
-    data: &mut [__m128i; GROUP],
-) {
-    let first = schedule::load(keys[0]);
+fn cipher<const ENCRYPT: bool>(rounds: Rounds<'_>, tweaks: &[__m128i; GROUP], data: &mut [__m128i; GROUP]) {
+    let first = schedule::load(*rounds.first);
     for (block, tweak) in data.iter_mut().zip(tweaks) {
         *block = _mm_xor_si128(_mm_xor_si128(*block, *tweak), first);
     }
-    for key in &keys[1..KEYS - 1] {
+    for key in rounds.middle {
         let key = schedule::load(*key);
         for block in data.iter_mut() {
             *block = if ENCRYPT { _mm_aesenc_si128(*block, key) } else { _mm_aesdec_si128(*block, key) };
         }
     }
-    let last = schedule::load(keys[KEYS - 1]);
+    let last = schedule::load(*rounds.last);
     for (block, tweak) in data.iter_mut().zip(tweaks) {
         let key = _mm_xor_si128(last, *tweak);
         *block = if ENCRYPT { _mm_aesenclast_si128(*block, key) } else { _mm_aesdeclast_si128(*block, key) };

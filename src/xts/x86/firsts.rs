@@ -1,6 +1,6 @@
 //! First tweaks: E(tweak value) for several units at once, and from there to any block of a unit.
 //!
-//! The way to block `j` is one multiplication by alpha^j from a table that depends on no key. A position is public, so
+//! The way to block `j` is one carry-less multiplication by alpha^j, from a table that depends on no key. A position is public, so
 //! it may be an index.
 #![allow(unsafe_code)]
 
@@ -18,19 +18,28 @@ const GROUP: usize = 8;
 /// Blocks of the largest unit.
 const UNIT_BLOCKS_MAX: usize = DataUnit::Bytes4096.len_bytes() / BLOCK_BYTES;
 
-/// alpha^j for every block j of a unit.
-static POWERS: [[u8; BLOCK_BYTES]; UNIT_BLOCKS_MAX] = powers();
+/// Powers of alpha from that of a unit's first block to that of its last, 64 more for the upper half of a factor, and
+/// three more for the lanes of a register.
+const POWER_COUNT: usize = UNIT_BLOCKS_MAX + 64 + 3;
+static POWERS: [[u8; BLOCK_BYTES]; POWER_COUNT] = powers();
 
-const fn powers() -> [[u8; BLOCK_BYTES]; UNIT_BLOCKS_MAX] {
-    let mut powers = [[0; BLOCK_BYTES]; UNIT_BLOCKS_MAX];
+const fn powers() -> [[u8; BLOCK_BYTES]; POWER_COUNT] {
+    let mut powers = [[0; BLOCK_BYTES]; POWER_COUNT];
     let mut power = 1;
-    let mut block = 0;
-    while block < UNIT_BLOCKS_MAX {
-        powers[block] = u128::to_le_bytes(power);
+    let mut exponent = 0;
+    while exponent < POWER_COUNT {
+        powers[exponent] = u128::to_le_bytes(power);
         power = tweak::double(power);
-        block += 1;
+        exponent += 1;
     }
     powers
+}
+
+/// `N` powers of alpha from that of `block` on, and those 64 higher.
+#[inline]
+pub(super) fn powers_at<const N: usize>(block: usize) -> [&'static [[u8; BLOCK_BYTES]; N]; 2] {
+    assert!(block < UNIT_BLOCKS_MAX, "no unit has a block {block}");
+    [block, block + 64].map(|at| POWERS[at..].first_chunk().expect("the table has lanes to spare"))
 }
 
 /// The first tweaks of a batch of units, wiped on drop.
@@ -105,12 +114,19 @@ impl Drop for Firsts {
 #[target_feature(enable = "aes,avx,pclmulqdq")]
 #[inline]
 pub(super) fn at_block(keys: &RoundKeys, tweak: u128, block: usize) -> __m128i {
+    let first = encrypted(keys, tweak);
+    if block == 0 { first } else { jump(first, block) }
+}
+
+/// E(tweak).
+#[target_feature(enable = "aes,avx")]
+#[inline]
+pub(super) fn encrypted(keys: &RoundKeys, tweak: u128) -> __m128i {
     let tweak = schedule::load(tweak.to_le_bytes());
-    let first = match keys.key_count() {
+    match keys.key_count() {
         11 => encrypt_block(keys.tweak::<11>(), tweak),
         _ => encrypt_block(keys.tweak::<15>(), tweak),
-    };
-    if block == 0 { first } else { multiply(first, schedule::load(POWERS[block])) }
+    }
 }
 
 #[target_feature(enable = "aes,avx")]
@@ -137,19 +153,16 @@ fn encrypt_group<const KEYS: usize>(keys: &[[u8; BLOCK_BYTES]; KEYS], group: &mu
     *group = blocks.map(|block| _mm_aesenclast_si128(block, last));
 }
 
-/// The product in GF(2^128): 256 bits without carries, of which the upper half folds down by x^128 = 0x87, twice.
+/// `tweak * alpha^block`: the lower half of the tweak times alpha^block and the upper half, which is x^64 higher, times
+/// alpha^(block + 64). Both products have 192 bits, of which the upper 64 fold down by x^128 = 0x87.
 #[target_feature(enable = "avx,pclmulqdq")]
 #[inline]
-fn multiply(a: __m128i, b: __m128i) -> __m128i {
-    let reduction = _mm_set_epi64x(0, 0x87);
-    let middle = _mm_xor_si128(_mm_clmulepi64_si128::<0x01>(a, b), _mm_clmulepi64_si128::<0x10>(a, b));
-    let low = _mm_xor_si128(_mm_clmulepi64_si128::<0x00>(a, b), _mm_bslli_si128::<8>(middle));
-    let high = _mm_xor_si128(_mm_clmulepi64_si128::<0x11>(a, b), _mm_bsrli_si128::<8>(middle));
-    // Bits 192 and up land at 64 and up; what exceeds 128 there joins the bits from 128 on.
-    let upper = _mm_clmulepi64_si128::<0x01>(high, reduction);
-    let lower = _mm_xor_si128(high, _mm_bsrli_si128::<8>(upper));
-    let folded = _mm_xor_si128(_mm_bslli_si128::<8>(upper), _mm_clmulepi64_si128::<0x00>(lower, reduction));
-    _mm_xor_si128(low, folded)
+fn jump(tweak: __m128i, block: usize) -> __m128i {
+    let [low, high] = powers_at::<1>(block).map(|[power]| schedule::load(*power));
+    let lower = _mm_xor_si128(_mm_clmulepi64_si128::<0x00>(tweak, low), _mm_clmulepi64_si128::<0x01>(tweak, high));
+    let upper = _mm_xor_si128(_mm_clmulepi64_si128::<0x10>(tweak, low), _mm_clmulepi64_si128::<0x11>(tweak, high));
+    let folded = _mm_clmulepi64_si128::<0x01>(upper, _mm_set_epi64x(0, 0x87));
+    _mm_xor_si128(_mm_xor_si128(lower, _mm_bslli_si128::<8>(upper)), folded)
 }
 
 #[cfg(test)]
@@ -159,32 +172,22 @@ mod tests {
     use super::*;
 
     #[target_feature(enable = "aes,avx,pclmulqdq")]
-    fn product(a: u128, b: u128) -> u128 {
-        let product = multiply(schedule::load(a.to_le_bytes()), schedule::load(b.to_le_bytes()));
-        u128::from_le_bytes(schedule::store(product))
-    }
-
-    fn has_the_instructions() -> bool {
-        is_x86_feature_detected!("aes") && is_x86_feature_detected!("avx") && is_x86_feature_detected!("pclmulqdq")
+    fn jumped(tweak: u128, block: usize) -> u128 {
+        u128::from_le_bytes(schedule::store(jump(schedule::load(tweak.to_le_bytes()), block)))
     }
 
     proptest! {
         #[test]
-        fn multiplying_by_a_power_of_alpha_is_advancing(tweak: u128) {
-            prop_assume!(has_the_instructions());
-            for (block, power) in POWERS.iter().enumerate() {
+        fn a_jump_is_as_many_doublings(tweak: u128) {
+            prop_assume!(is_x86_feature_detected!("aes"));
+            prop_assume!(is_x86_feature_detected!("avx"));
+            prop_assume!(is_x86_feature_detected!("pclmulqdq"));
+            let mut doubled = tweak;
+            for block in 0..UNIT_BLOCKS_MAX {
                 // SAFETY: the features are there.
-                let jumped = unsafe { product(tweak, u128::from_le_bytes(*power)) };
-                prop_assert_eq!(jumped, tweak::advance(tweak, block));
+                prop_assert_eq!(unsafe { jumped(tweak, block) }, doubled);
+                doubled = tweak::double(doubled);
             }
-        }
-
-        #[test]
-        fn multiplication_is_a_sum_of_shifts(a: u128, b: u128) {
-            prop_assume!(has_the_instructions());
-            let sum = (0..128).filter(|bit| b >> bit & 1 == 1).fold(0, |sum, bit| sum ^ tweak::advance(a, bit));
-            // SAFETY: the features are there.
-            prop_assert_eq!(unsafe { product(a, b) }, sum);
         }
     }
 }

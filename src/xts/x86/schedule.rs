@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use zeroize::Zeroize;
 
-use super::super::BLOCK_BYTES;
+use super::super::{BLOCK_BYTES, Direction};
 use crate::secret::SecretBox;
 
 /// Round keys of AES-256, the most there can be.
@@ -18,6 +18,15 @@ const PART_BYTES: usize = KEYS_MAX * BLOCK_BYTES;
 pub(in crate::xts) struct RoundKeys {
     bytes: SecretBox<[u8; 3 * PART_BYTES]>,
     key_count: usize,
+}
+
+/// The round keys of one direction, for kernels that read them from memory. The number of middle rounds is known at run
+/// time only, so that the compiler keeps the rounds a loop over all blocks in flight instead of a chain for each block.
+#[derive(Clone, Copy)]
+pub(super) struct Rounds<'a> {
+    pub(super) first: &'a [u8; BLOCK_BYTES],
+    pub(super) middle: &'a [[u8; BLOCK_BYTES]],
+    pub(super) last: &'a [u8; BLOCK_BYTES],
 }
 
 impl RoundKeys {
@@ -55,6 +64,16 @@ impl RoundKeys {
         self.part(2)
     }
 
+    /// The round keys of data in `direction`.
+    pub(super) fn rounds(&self, direction: Direction) -> Rounds<'_> {
+        let part = match direction {
+            Direction::Encrypt => self.encrypt::<KEYS_MAX>(),
+            Direction::Decrypt => self.decrypt::<KEYS_MAX>(),
+        };
+        let last = self.key_count - 1;
+        Rounds { first: &part[0], middle: &part[1..last], last: &part[last] }
+    }
+
     fn part<const KEYS: usize>(&self, part: usize) -> &[[u8; BLOCK_BYTES]; KEYS] {
         let keys = self.bytes[part * PART_BYTES..].as_chunks().0;
         keys.first_chunk().expect("a part holds the most keys there can be")
@@ -89,7 +108,7 @@ fn sub_word(word: u32) -> u32 {
 }
 
 /// A block in a register.
-#[target_feature(enable = "aes,avx")]
+#[target_feature(enable = "sse2")]
 #[inline]
 pub(super) fn load(block: [u8; BLOCK_BYTES]) -> __m128i {
     let (low, high) = (u64::from_le_bytes(block.as_chunks().0[0]), u64::from_le_bytes(block.as_chunks().0[1]));

@@ -11,8 +11,8 @@ use std::ops::Range;
 use zeroize::Zeroize;
 
 use super::super::{BLOCK_BYTES, DataUnit, Direction, Pass};
-use super::schedule::RoundKeys;
-use super::{Batch, Batches, firsts, store_block};
+use super::schedule::{RoundKeys, Rounds};
+use super::{Batch, Batches, Place, firsts, place, store_block};
 
 /// Bytes in a register.
 const VECTOR_BYTES: usize = 32;
@@ -42,20 +42,14 @@ pub(in crate::xts) fn units(keys: &RoundKeys, unit: DataUnit, tweak: u64, pass: 
 
 #[target_feature(enable = "avx2,vaes,vpclmulqdq,aes")]
 fn dispatch(keys: &RoundKeys, direction: Direction, firsts: &[__m128i], batch: Batch<'_>) {
-    match (keys.key_count(), direction) {
-        (11, Direction::Encrypt) => run_batch::<11, true>(keys.encrypt(), firsts, batch),
-        (11, Direction::Decrypt) => run_batch::<11, false>(keys.decrypt(), firsts, batch),
-        (_, Direction::Encrypt) => run_batch::<15, true>(keys.encrypt(), firsts, batch),
-        (_, Direction::Decrypt) => run_batch::<15, false>(keys.decrypt(), firsts, batch),
+    match direction {
+        Direction::Encrypt => run_batch::<true>(keys.rounds(direction), firsts, batch),
+        Direction::Decrypt => run_batch::<false>(keys.rounds(direction), firsts, batch),
     }
 }
 
 #[target_feature(enable = "avx2,vaes,vpclmulqdq,aes")]
-fn run_batch<const KEYS: usize, const ENCRYPT: bool>(
-    keys: &[[u8; BLOCK_BYTES]; KEYS],
-    firsts: &[__m128i],
-    mut batch: Batch<'_>,
-) {
+fn run_batch<const ENCRYPT: bool>(rounds: Rounds<'_>, firsts: &[__m128i], mut batch: Batch<'_>) {
     let (src, dst) = (batch.src.as_ptr(), batch.dst.as_mut_ptr());
     for (unit, first) in firsts.iter().enumerate() {
         let mut tweaks = spread(*first);
@@ -70,11 +64,9 @@ fn run_batch<const KEYS: usize, const ENCRYPT: bool>(
             }
             let whitening = tweaks;
             tweaks = tweaks.map(|tweak| step(tweak));
-            cipher::<KEYS, ENCRYPT>(keys, &whitening, &mut data);
-            for (i, pair) in data.iter().enumerate() {
-                // SAFETY: within the target, as the load was in the source; lines are given for aligned targets only.
-                unsafe { store_pair(dst.wrapping_add(at + i * VECTOR_BYTES), *pair, &batch.lines) };
-            }
+            cipher::<ENCRYPT>(rounds, &whitening, &mut data);
+            // SAFETY: within the target, as the loads were in the source; lines are given for aligned targets only.
+            unsafe { store_group(dst.wrapping_add(at), &data, &batch.lines) };
             at += GROUP_BYTES;
         }
         // The last blocks of a part of a unit go through the same lanes, of which some stay empty.
@@ -84,15 +76,16 @@ fn run_batch<const KEYS: usize, const ENCRYPT: bool>(
                 // SAFETY: a block or a pair before the end of the source.
                 *pair = unsafe { load_up_to_pair(src.wrapping_add(at), end - at) };
             }
-            cipher::<KEYS, ENCRYPT>(keys, &tweaks, &mut data);
+            cipher::<ENCRYPT>(rounds, &tweaks, &mut data);
             for (pair, at) in data.iter().zip((at..end).step_by(VECTOR_BYTES)) {
                 let to = dst.wrapping_add(at);
                 if end - at >= VECTOR_BYTES {
                     // SAFETY: a pair before the end of the target; lines as above.
                     unsafe { store_pair(to, *pair, &batch.lines) };
                 } else {
+                    let block = _mm256_castsi256_si128(*pair);
                     // SAFETY: a block before the end of the target; lines as above.
-                    unsafe { store_block(to, _mm256_castsi256_si128(*pair), &batch.lines) };
+                    unsafe { store_block(to, block, &batch.lines) };
                 }
             }
         }
@@ -116,7 +109,30 @@ unsafe fn load_up_to_pair(from: *const u8, rest_bytes: usize) -> __m256i {
     }
 }
 
-/// Stores a pair of blocks: around the cache where it lies in `lines`.
+/// Stores a group: around the cache where it lies in `lines`.
+///
+/// # Safety
+///
+/// - The 256 bytes at `to` are writable.
+/// - `to` is a multiple of 16 unless `lines` is empty.
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn store_group(to: *mut u8, data: &[__m256i; GROUP], lines: &Range<usize>) {
+    let place = place(to, GROUP_BYTES, lines);
+    for (i, pair) in data.iter().enumerate() {
+        let to = to.wrapping_add(i * VECTOR_BYTES);
+        match place {
+            // SAFETY: by the contract.
+            Place::Cached => unsafe { _mm256_storeu_si256(to.cast(), *pair) },
+            // SAFETY: by the contract; the group begins at a line.
+            Place::Lines => unsafe { _mm256_stream_si256(to.cast(), *pair) },
+            // SAFETY: by the contract.
+            Place::Ragged => unsafe { store_pair(to, *pair, lines) },
+        }
+    }
+}
+
+/// Stores a pair of blocks, each as it lies.
 ///
 /// # Safety
 ///
@@ -125,39 +141,27 @@ unsafe fn load_up_to_pair(from: *const u8, rest_bytes: usize) -> __m256i {
 #[target_feature(enable = "avx2")]
 #[inline]
 unsafe fn store_pair(to: *mut u8, pair: __m256i, lines: &Range<usize>) {
-    if lines.is_empty() {
-        // SAFETY: writable, by the contract.
-        unsafe { _mm256_storeu_si256(to.cast(), pair) };
-    } else if to.addr().is_multiple_of(VECTOR_BYTES) && lines.contains(&to.addr()) {
-        // SAFETY: writable, by the contract, and aligned.
-        unsafe { _mm256_stream_si256(to.cast(), pair) };
-    } else {
-        // SAFETY: by the contract.
-        unsafe { store_block(to, _mm256_castsi256_si128(pair), lines) };
-        let upper = _mm256_extracti128_si256::<1>(pair);
-        // SAFETY: by the contract.
-        unsafe { store_block(to.wrapping_add(BLOCK_BYTES), upper, lines) };
-    }
+    let (lower, upper) = (_mm256_castsi256_si128(pair), _mm256_extracti128_si256::<1>(pair));
+    // SAFETY: by the contract.
+    unsafe { store_block(to, lower, lines) };
+    // SAFETY: by the contract.
+    unsafe { store_block(to.wrapping_add(BLOCK_BYTES), upper, lines) };
 }
 
 #[target_feature(enable = "avx2,vaes")]
 #[inline]
-fn cipher<const KEYS: usize, const ENCRYPT: bool>(
-    keys: &[[u8; BLOCK_BYTES]; KEYS],
-    tweaks: &[__m256i; GROUP],
-    data: &mut [__m256i; GROUP],
-) {
-    let first = broadcast(keys[0]);
+fn cipher<const ENCRYPT: bool>(rounds: Rounds<'_>, tweaks: &[__m256i; GROUP], data: &mut [__m256i; GROUP]) {
+    let first = broadcast(*rounds.first);
     for (pair, tweak) in data.iter_mut().zip(tweaks) {
         *pair = _mm256_xor_si256(_mm256_xor_si256(*pair, *tweak), first);
     }
-    for key in &keys[1..KEYS - 1] {
+    for key in rounds.middle {
         let key = broadcast(*key);
         for pair in data.iter_mut() {
             *pair = if ENCRYPT { _mm256_aesenc_epi128(*pair, key) } else { _mm256_aesdec_epi128(*pair, key) };
         }
     }
-    let last = broadcast(keys[KEYS - 1]);
+    let last = broadcast(*rounds.last);
     for (pair, tweak) in data.iter_mut().zip(tweaks) {
         let key = _mm256_xor_si256(last, *tweak);
         *pair = if ENCRYPT { _mm256_aesenclast_epi128(*pair, key) } else { _mm256_aesdeclast_epi128(*pair, key) };

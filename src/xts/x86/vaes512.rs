@@ -15,7 +15,8 @@ use zeroize::Zeroize;
 use super::super::{BLOCK_BYTES, DataUnit, Direction, Pass};
 use super::firsts::{self, Firsts};
 use super::schedule::{self, RoundKeys};
-use super::{Batch, Batches, store_block};
+use super::{Batch, Batches, Place, place, store_block};
+use crate::memory::{Source, Target};
 
 /// Bytes in a register.
 const VECTOR_BYTES: usize = 64;
@@ -49,16 +50,78 @@ pub(in crate::xts) fn units(keys: &RoundKeys, unit: DataUnit, tweak: u64, pass: 
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,vaes,vpclmulqdq,aes,avx")]
 fn dispatch(keys: &RoundKeys, direction: Direction, firsts: &[__m128i], batch: Batch<'_>) {
-    match (keys.key_count(), direction, batch.lines.is_empty()) {
-        (11, Direction::Encrypt, true) => run_batch::<11, true, false>(keys.encrypt(), firsts, batch),
-        (11, Direction::Encrypt, false) => run_batch::<11, true, true>(keys.encrypt(), firsts, batch),
-        (11, Direction::Decrypt, true) => run_batch::<11, false, false>(keys.decrypt(), firsts, batch),
-        (11, Direction::Decrypt, false) => run_batch::<11, false, true>(keys.decrypt(), firsts, batch),
-        (_, Direction::Encrypt, true) => run_batch::<15, true, false>(keys.encrypt(), firsts, batch),
-        (_, Direction::Encrypt, false) => run_batch::<15, true, true>(keys.encrypt(), firsts, batch),
-        (_, Direction::Decrypt, true) => run_batch::<15, false, false>(keys.decrypt(), firsts, batch),
-        (_, Direction::Decrypt, false) => run_batch::<15, false, true>(keys.decrypt(), firsts, batch),
+    match (keys.key_count(), direction) {
+        (11, Direction::Encrypt) => run_batch::<11, true>(keys.encrypt(), firsts, batch),
+        (11, Direction::Decrypt) => run_batch::<11, false>(keys.decrypt(), firsts, batch),
+        (_, Direction::Encrypt) => run_batch::<15, true>(keys.encrypt(), firsts, batch),
+        (_, Direction::Decrypt) => run_batch::<15, false>(keys.decrypt(), firsts, batch),
     }
+}
+
+/// At most four blocks from `block` on of the unit with tweak value `tweak`, stored through the cache.
+///
+/// Everything is passed in registers: structures in memory would make a call wait for the one before it.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,vaes,vpclmulqdq,aes,avx,pclmulqdq")]
+pub(in crate::xts) fn line(
+    keys: &RoundKeys,
+    direction: Direction,
+    tweak: u64,
+    block: usize,
+    src: Source<'_>,
+    mut dst: Target<'_>,
+) {
+    let tweaks = jump(firsts::encrypted(keys, tweak.into()), block);
+    let len_bytes = src.len().min(dst.len()).min(VECTOR_BYTES);
+    if len_bytes == VECTOR_BYTES {
+        // SAFETY: the source has 64 bytes.
+        let data = unsafe { _mm512_loadu_si512(src.as_ptr().cast()) };
+        let data = cipher_one(keys, direction, tweaks, data);
+        // SAFETY: the target has 64 bytes.
+        unsafe { _mm512_storeu_si512(dst.as_mut_ptr().cast(), data) };
+    } else {
+        let mask = mask(len_bytes);
+        // SAFETY: the mask covers no more than the source's bytes.
+        let data = unsafe { _mm512_maskz_loadu_epi64(mask, src.as_ptr().cast()) };
+        let data = cipher_one(keys, direction, tweaks, data);
+        // SAFETY: the mask covers no more than the target's bytes.
+        unsafe { _mm512_mask_storeu_epi64(dst.as_mut_ptr().cast(), mask, data) };
+    }
+}
+
+/// Four blocks through the cipher.
+#[target_feature(enable = "avx512f,vaes")]
+#[inline]
+fn cipher_one(keys: &RoundKeys, direction: Direction, tweaks: __m512i, data: __m512i) -> __m512i {
+    let mut data = [data];
+    match (keys.key_count(), direction) {
+        (11, Direction::Encrypt) => cipher::<11, 1, true>(&broadcast(keys.encrypt()), &[tweaks], &mut data),
+        (11, Direction::Decrypt) => cipher::<11, 1, false>(&broadcast(keys.decrypt()), &[tweaks], &mut data),
+        (_, Direction::Encrypt) => cipher::<15, 1, true>(&broadcast(keys.encrypt()), &[tweaks], &mut data),
+        (_, Direction::Decrypt) => cipher::<15, 1, false>(&broadcast(keys.decrypt()), &[tweaks], &mut data),
+    }
+    data[0]
+}
+
+/// The tweaks of four blocks from `block` on of the unit that begins with `first`: [`firsts::at_block`] in every lane.
+#[target_feature(enable = "avx512f,vpclmulqdq")]
+#[inline]
+fn jump(first: __m128i, block: usize) -> __m512i {
+    let tweak = _mm512_broadcast_i32x4(first);
+    let [low, high] = firsts::powers_at::<4>(block).map(|four| {
+        // SAFETY: four powers are 64 readable bytes.
+        unsafe { _mm512_loadu_si512(four.as_ptr().cast()) }
+    });
+    let lower =
+        _mm512_xor_si512(_mm512_clmulepi64_epi128::<0x00>(tweak, low), _mm512_clmulepi64_epi128::<0x01>(tweak, high));
+    let upper =
+        _mm512_xor_si512(_mm512_clmulepi64_epi128::<0x10>(tweak, low), _mm512_clmulepi64_epi128::<0x11>(tweak, high));
+    let folded = _mm512_clmulepi64_epi128::<0x01>(upper, _mm512_set1_epi64(0x87));
+    _mm512_ternarylogic_epi64::<0x96>(lower, _mm512_unpacklo_epi64(_mm512_setzero_si512(), upper), folded)
+}
+
+/// The lanes of 8 bytes that `len_bytes`, 16 to 64, fill.
+const fn mask(len_bytes: usize) -> __mmask8 {
+    (u16::MAX >> (16 - len_bytes / 8)).to_le_bytes()[0]
 }
 
 /// Encrypts every slot, eight registers at a time: that takes no longer than one register would.
@@ -84,7 +147,7 @@ fn encrypt_firsts<const KEYS: usize>(keys: &[[u8; BLOCK_BYTES]; KEYS], firsts: &
     }
 }
 
-#[target_feature(enable = "avx512f,aes,avx")]
+#[target_feature(enable = "avx512f")]
 #[inline]
 fn broadcast<const KEYS: usize>(keys: &[[u8; BLOCK_BYTES]; KEYS]) -> [__m512i; KEYS] {
     let mut wide = [_mm512_setzero_si512(); KEYS];
@@ -95,7 +158,7 @@ fn broadcast<const KEYS: usize>(keys: &[[u8; BLOCK_BYTES]; KEYS]) -> [__m512i; K
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,vaes,vpclmulqdq,aes,avx")]
-fn run_batch<const KEYS: usize, const ENCRYPT: bool, const STREAM: bool>(
+fn run_batch<const KEYS: usize, const ENCRYPT: bool>(
     keys: &[[u8; BLOCK_BYTES]; KEYS],
     firsts: &[__m128i],
     mut batch: Batch<'_>,
@@ -114,18 +177,12 @@ fn run_batch<const KEYS: usize, const ENCRYPT: bool, const STREAM: bool>(
                 *vector = unsafe { _mm512_loadu_si512(src.wrapping_add(at + i * VECTOR_BYTES).cast()) };
             }
             let whitening = tweaks;
-            tweaks = tweaks.map(|tweak| step(tweak));
-            cipher::<KEYS, QUAD, ENCRYPT>(&keys, &whitening, &mut data);
-            for (i, vector) in data.iter().enumerate() {
-                let to = dst.wrapping_add(at + i * VECTOR_BYTES);
-                if STREAM {
-                    // SAFETY: within the target, as the load was in the source; lines are given for aligned targets.
-                    unsafe { stream(to, *vector, &batch.lines) };
-                } else {
-                    // SAFETY: within the target, as the load was in the source.
-                    unsafe { _mm512_storeu_si512(to.cast(), *vector) };
-                }
+            if end - at > QUAD_BYTES {
+                tweaks = tweaks.map(|tweak| step(tweak));
             }
+            cipher::<KEYS, QUAD, ENCRYPT>(&keys, &whitening, &mut data);
+            // SAFETY: within the target, as the loads were in the source; lines are given for aligned targets only.
+            unsafe { store_quad(dst.wrapping_add(at), &data, &batch.lines) };
             at += QUAD_BYTES;
         }
         for tweak in tweaks {
@@ -133,39 +190,57 @@ fn run_batch<const KEYS: usize, const ENCRYPT: bool, const STREAM: bool>(
                 break;
             }
             let vector_bytes = VECTOR_BYTES.min(end - at);
-            let mask = (u16::MAX >> (16 - vector_bytes / 8)).to_le_bytes()[0];
+            let mask = mask(vector_bytes);
             // SAFETY: the mask covers exactly the bytes left of the unit, which are within the source.
             let mut data = [unsafe { _mm512_maskz_loadu_epi64(mask, src.wrapping_add(at).cast()) }];
             cipher::<KEYS, 1, ENCRYPT>(&keys, &[tweak], &mut data);
             let to = dst.wrapping_add(at);
-            if STREAM {
+            if batch.lines.is_empty() {
+                // SAFETY: the same bytes of the target as the mask covered of the source.
+                unsafe { _mm512_mask_storeu_epi64(to.cast(), mask, data[0]) };
+            } else {
                 for (block, at) in lanes(data[0]).into_iter().zip((0..vector_bytes).step_by(BLOCK_BYTES)) {
                     // SAFETY: a block before the end of the target; lines as above.
                     unsafe { store_block(to.wrapping_add(at), block, &batch.lines) };
                 }
-            } else {
-                // SAFETY: the same bytes of the target as the mask covered of the source.
-                unsafe { _mm512_mask_storeu_epi64(to.cast(), mask, data[0]) };
             }
             at += vector_bytes;
         }
     }
 }
 
-/// Stores four blocks: around the cache where they lie in `lines`, which hold every whole line of the target.
+/// Stores a quad: around the cache where it lies in `lines`.
+///
+/// # Safety
+///
+/// - The 256 bytes at `to` are writable.
+/// - `to` is a multiple of 16 unless `lines` is empty.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn store_quad(to: *mut u8, data: &[__m512i; QUAD], lines: &Range<usize>) {
+    let place = place(to, QUAD_BYTES, lines);
+    for (i, vector) in data.iter().enumerate() {
+        let to = to.wrapping_add(i * VECTOR_BYTES);
+        match place {
+            // SAFETY: by the contract.
+            Place::Cached => unsafe { _mm512_storeu_si512(to.cast(), *vector) },
+            // SAFETY: by the contract; the quad begins at a line.
+            Place::Lines => unsafe { _mm512_stream_si512(to.cast(), *vector) },
+            // SAFETY: by the contract.
+            Place::Ragged => unsafe { store_lanes(to, *vector, lines) },
+        }
+    }
+}
+
+/// Stores four blocks, each as it lies.
 ///
 /// # Safety
 ///
 /// - The 64 bytes at `to` are writable.
-/// - `to` is a multiple of 16.
+/// - `to` is a multiple of 16 unless `lines` is empty.
 #[target_feature(enable = "avx512f")]
 #[inline]
-unsafe fn stream(to: *mut u8, vector: __m512i, lines: &Range<usize>) {
-    if to.addr().is_multiple_of(VECTOR_BYTES) {
-        // SAFETY: writable, by the contract, and aligned.
-        unsafe { _mm512_stream_si512(to.cast(), vector) };
-        return;
-    }
+unsafe fn store_lanes(to: *mut u8, vector: __m512i, lines: &Range<usize>) {
     for (i, block) in lanes(vector).into_iter().enumerate() {
         // SAFETY: by the contract.
         unsafe { store_block(to.wrapping_add(i * BLOCK_BYTES), block, lines) };
@@ -210,14 +285,20 @@ fn cipher<const KEYS: usize, const N: usize, const ENCRYPT: bool>(
 #[target_feature(enable = "avx512f,avx512bw,vpclmulqdq,aes,avx")]
 #[inline]
 fn spread(first: __m128i) -> [__m512i; QUAD] {
-    let same = _mm512_broadcast_i32x4(first);
-    let lanes = shifted(same, _mm512_set_epi64(3, 3, 2, 2, 1, 1, 0, 0));
+    let lanes = lane_tweaks(first);
     [
         lanes,
         shifted(lanes, _mm512_set1_epi64(4)),
         shifted(lanes, _mm512_set1_epi64(8)),
         shifted(lanes, _mm512_set1_epi64(12)),
     ]
+}
+
+/// The tweaks of four blocks, the first of which has `first`.
+#[target_feature(enable = "avx512f,avx512bw,vpclmulqdq")]
+#[inline]
+fn lane_tweaks(first: __m128i) -> __m512i {
+    shifted(_mm512_broadcast_i32x4(first), _mm512_set_epi64(3, 3, 2, 2, 1, 1, 0, 0))
 }
 
 /// Every lane times alpha^power, for powers up to 57 (the folded overflow must stay below 2^64).
