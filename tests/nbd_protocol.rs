@@ -566,13 +566,3 @@ fn a_live_socket_is_busy_and_a_stale_one_is_recovered() {
     std::fs::write(&path, b"data").unwrap();
     assert!(matches!(Listener::unix(&path), Err(ListenError::NotASocket { .. })));
 }
-
-#[test]
-fn two_thousand_clients_come_and_go() {
-    let server = disk();
-    for _ in 0..2000 {
-        Raw::connect(&server.path);
-    }
-    eventually("the end of all connections", || server.handle.connection_count() == 0);
-    Raw::in_transmission(&server.path, "simple");
-}

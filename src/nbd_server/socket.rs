@@ -116,3 +116,19 @@ fn timespec(duration: Duration) -> Timespec {
     let duration = duration + Duration::from_micros(1);
     Timespec { tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX), tv_nsec: duration.subsec_nanos().into() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rule 20 of the protocol's list.
+    #[test]
+    fn accepted_tcp_sockets_do_not_delay_small_replies() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        assert!(!accepted.nodelay().unwrap());
+        tune(accepted.as_fd(), 1 << 20);
+        assert!(accepted.nodelay().unwrap());
+    }
+}
