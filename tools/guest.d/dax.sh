@@ -7,7 +7,7 @@ ndctl create-namespace -f -e namespace2.0 -m devdax
 wait_for test -b /dev/pmem0
 wait_for test -c /dev/dax2.0
 mkfs.ext4 -q -b 4096 /dev/pmem0
-mount -o dax=always /dev/pmem0 /mnt/dax
+mount -t ext4 -o dax=always /dev/pmem0 /mnt/dax
 
 # one PATH EXPECTED_IN_INFO FORMAT_OPTIONS...
 one() {
@@ -18,8 +18,8 @@ one() {
   grep -q "^granularity .*$wanted" /run/info || fail "$path: $(grep '^granularity' /run/info), wanted $wanted"
   serve "$path"
   attach /dev/nbd0
-  mkfs.ext4 -q /dev/nbd0
-  mount /dev/nbd0 /mnt/fs
+  mkfs.ext4 -q -b 4096 -J size=4 /dev/nbd0
+  mount -t ext4 /dev/nbd0 /mnt/fs
   write_tree /mnt/fs dax
   verify_tree /mnt/fs dax
   umount /mnt/fs
@@ -28,7 +28,7 @@ one() {
   serve "$path"
   attach /dev/nbd0 -b 4096 -C 4
   check_ext4 /dev/nbd0
-  mount /dev/nbd0 /mnt/fs
+  mount -t ext4 /dev/nbd0 /mnt/fs
   verify_tree /mnt/fs dax
   umount /mnt/fs
   detach /dev/nbd0
@@ -37,10 +37,10 @@ one() {
 
 one /mnt/dax/vault.img MAP_SYNC --size 64M
 umount /mnt/dax
-mount -o dax=always /dev/pmem0 /mnt/dax
+mount -t ext4 -o dax=always /dev/pmem0 /mnt/dax
 serve /mnt/dax/vault.img
 attach /dev/nbd0
-mount /dev/nbd0 /mnt/fs
+mount -t ext4 /dev/nbd0 /mnt/fs
 verify_tree /mnt/fs dax
 umount /mnt/fs
 detach /dev/nbd0

@@ -8,8 +8,8 @@ one() {
   format "$1" --force --cipher "$2" --unit "$3"
   serve "$1"
   attach /dev/nbd0 -b "$3"
-  mkfs.ext4 -q -b 4096 /dev/nbd0
-  mount /dev/nbd0 /mnt/fs
+  mkfs.ext4 -q -b 4096 -J size=4 /dev/nbd0
+  mount -t ext4 /dev/nbd0 /mnt/fs
   write_tree /mnt/fs ours
   umount /mnt/fs
   detach /dev/nbd0
@@ -17,14 +17,14 @@ one() {
 
   table=$(daxcrypt dmtable "$1" --show-key --key-file $key)
   dmsetup create witness --readonly --table "$table"
-  mount -o ro /dev/mapper/witness /mnt/fs
+  mount -t ext4 -o ro /dev/mapper/witness /mnt/fs
   verify_tree /mnt/fs ours
   umount /mnt/fs
   dmsetup remove witness
 
   dmsetup create witness --table "$table"
   check_ext4 /dev/mapper/witness
-  mount /dev/mapper/witness /mnt/fs
+  mount -t ext4 /dev/mapper/witness /mnt/fs
   write_tree /mnt/fs theirs
   umount /mnt/fs
   dmsetup remove witness
@@ -32,7 +32,7 @@ one() {
   serve "$1"
   attach /dev/nbd0 -b "$3"
   check_ext4 /dev/nbd0
-  mount /dev/nbd0 /mnt/fs
+  mount -t ext4 /dev/nbd0 /mnt/fs
   verify_tree /mnt/fs ours
   verify_tree /mnt/fs theirs
   umount /mnt/fs

@@ -53,11 +53,11 @@ detach() {
 # A tree of files of many sizes, none a multiple of a block, with its checksums in /run/sums.NAME.
 write_tree() {
   mkdir -p "$1/tree.$2/deep/er"
-  for size in 1 15 16 17 511 512 513 4095 4097 65537 262145; do
+  for size in 1 15 16 17 511 512 513 4095 4097 65537; do
     head -c $size /dev/urandom >"$1/tree.$2/$size"
     head -c $((size * 3)) /dev/urandom >"$1/tree.$2/deep/er/$size"
   done
-  head -c 1500000 /dev/urandom >"$1/tree.$2/large"
+  head -c 700000 /dev/urandom >"$1/tree.$2/large"
   ln -s large "$1/tree.$2/link"
   (cd "$1" && find "tree.$2" -type f -exec sha256sum {} + >"/run/sums.$2")
 }

@@ -5,11 +5,11 @@ mark
 format /run/disk.img --sparse --size 96M
 serve /run/disk.img
 attach /dev/nbd0
-printf 'label: gpt\nsize=48MiB\n\n' | sfdisk -q /dev/nbd0
+printf 'label: gpt\nsize=48MiB\nsize=+\n' | sfdisk -q /dev/nbd0
 wait_for test -b /dev/nbd0p2
 for n in 1 2; do mkfs.ext4 -q /dev/nbd0p$n; done
-mount /dev/nbd0p1 /mnt/one
-mount /dev/nbd0p2 /mnt/two
+mount -t ext4 /dev/nbd0p1 /mnt/one
+mount -t ext4 /dev/nbd0p2 /mnt/two
 write_tree /mnt/one one
 write_tree /mnt/two two
 verify_tree /mnt/one one
@@ -26,8 +26,8 @@ blockdev --rereadpt /dev/nbd0
 wait_for test -b /dev/nbd0p2
 check_ext4 /dev/nbd0p1
 check_ext4 /dev/nbd0p2
-mount /dev/nbd0p1 /mnt/one
-mount /dev/nbd0p2 /mnt/two
+mount -t ext4 /dev/nbd0p1 /mnt/one
+mount -t ext4 /dev/nbd0p2 /mnt/two
 verify_tree /mnt/one one
 verify_tree /mnt/two two
 umount /mnt/one

@@ -14,8 +14,8 @@ fail() {
 prepare() {
   ndctl create-namespace -f -e namespace0.0 -m fsdax >/run/out 2>&1 || fail "ndctl: $(tail -n 1 /run/out)"
   mkfs.ext4 -q -b 4096 /dev/pmem0
-  mount -o dax=always /dev/pmem0 /mnt/dax
-  format /mnt/dax/vault.img --size 64M --label file
+  mount -t ext4 -o dax=always /dev/pmem0 /mnt/dax
+  format /mnt/dax/vault.img --size 40M --label file
   format /dev/pmem1 --label raw
 }
 
@@ -57,13 +57,13 @@ mark
 if [ "$round" = 0 ]; then
   prepare
   open_exports
-  for device in nbd0 nbd1; do mkfs.ext4 -q /dev/$device; done
+  for device in nbd0 nbd1; do mkfs.ext4 -q -J size=4 /dev/$device; done
 else
-  mount -o dax=always /dev/pmem0 /mnt/dax || fail "the outer file system does not mount"
+  mount -t ext4 -o dax=always /dev/pmem0 /mnt/dax || fail "the outer file system does not mount"
   open_exports
 fi
-mount /dev/nbd0 /mnt/file || fail "file does not mount"
-mount /dev/nbd1 /mnt/raw || fail "raw does not mount"
+mount -t ext4 /dev/nbd0 /mnt/file || fail "file does not mount"
+mount -t ext4 /dev/nbd1 /mnt/raw || fail "raw does not mount"
 for place in file raw; do verify $place; done
 for place in file raw; do umount /mnt/$place; done
 for device in nbd0 nbd1; do e2fsck -fn /dev/$device >/run/out 2>&1 || fail "e2fsck $device: $(tail -n 1 /run/out)"; done
@@ -73,8 +73,8 @@ if [ "$round" = "$last" ]; then
   echo "POWER FINISHED"
   exit 0
 fi
-mount /dev/nbd0 /mnt/file
-mount /dev/nbd1 /mnt/raw
+mount -t ext4 /dev/nbd0 /mnt/file
+mount -t ext4 /dev/nbd1 /mnt/raw
 rm -f /mnt/file/* /mnt/raw/* 2>/dev/null || true
 sync
 write_for_ever file &
