@@ -1,6 +1,8 @@
 //! TLS: modes, certificates and allow lists, by libnbd, qemu and a raw client over rustls.
 #![allow(clippy::unwrap_used)]
 
+#[path = "common/certificates.rs"]
+mod certificate_files;
 #[path = "common/nbd.rs"]
 mod common;
 
@@ -10,37 +12,14 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
 
+use certificate_files::certificates;
 use common::{MemoryExport, Raw, info, info_payload, meta_payload, option_bytes, serve_with};
 use daxcrypt::nbd_server::{Allowed, ClientCertificates, ExportInfo, Exports, Limits, Listener, Options, Server, Tls};
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 
 const TLS_REQD: u32 = 0x8000_0005;
 const ERR_INVALID: u32 = 0x8000_0003;
-
-/// A directory with an authority, a server's and a client's certificate in the ecosystem's file names.
-fn certificates(client_name: &str) -> tempfile::TempDir {
-    let directory = tempfile::tempdir().unwrap();
-    let write = |name: &str, text: String| std::fs::write(directory.path().join(name), text).unwrap();
-    let named = |name: &str| {
-        let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
-        params.distinguished_name.push(DnType::CommonName, name);
-        params.subject_alt_names.push(SanType::IpAddress("127.0.0.1".parse().unwrap()));
-        params
-    };
-    let mut authority = named("test authority");
-    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let authority_key = KeyPair::generate().unwrap();
-    write("ca-cert.pem", authority.self_signed(&authority_key).unwrap().pem());
-    let issuer = Issuer::new(authority, authority_key);
-    for (file, name) in [("server", "localhost"), ("client", client_name)] {
-        let key = KeyPair::generate().unwrap();
-        write(&format!("{file}-cert.pem"), named(name).signed_by(&key, &issuer).unwrap().pem());
-        write(&format!("{file}-key.pem"), key.serialize_pem());
-    }
-    directory
-}
 
 fn options(directory: &Path, clients: ClientCertificates, required: bool) -> Options {
     Options { tls: Some(Tls::from_directory(directory, clients, required).unwrap()), ..Options::default() }

@@ -17,7 +17,7 @@ use crate::namespace::{Credential, KEY_FILE_BYTES_MAX, KEY_FILE_BYTES_MIN, KdfCo
 use crate::secret::SecretBytes;
 
 /// The options that say where the key comes from; without one, the terminal is asked.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug, Default)]
 #[group(multiple = false)]
 pub(crate) struct KeyArgs {
     /// File whose exact bytes are the key (32 bytes at least, random)

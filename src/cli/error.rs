@@ -5,7 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::namespace::{self, FormatError, Signature, UnlockError, UpdateError, WriteError};
-use crate::nbd_server::{ListenError, RegistryError, ServerError};
+use crate::nbd_server::{ListenError, RegistryError, ServerError, TlsError};
 use crate::pmem::{MediaError, OpenError};
 use crate::secret::KeyError;
 use crate::volume::VolumeError;
@@ -68,6 +68,16 @@ pub(crate) enum Error {
     Key(#[from] KeyError),
     #[error("cannot serve {path}", path = path.display())]
     Export { path: PathBuf, source: RegistryError },
+    #[error("{path}: cannot record that discards are allowed", path = path.display())]
+    AllowDiscards { path: PathBuf, source: UpdateError },
+    #[error("cannot read the configuration file {path}", path = path.display())]
+    ConfigFile { path: PathBuf, source: io::Error },
+    #[error("{path}", path = path.display())]
+    Config { path: PathBuf, source: Box<toml::de::Error> },
+    #[error("cannot set up TLS")]
+    Tls(#[from] TlsError),
+    #[error("cannot ask the server at {path}", path = path.display())]
+    Control { path: PathBuf, source: io::Error },
     #[error("cannot listen")]
     Listen(#[from] ListenError),
     #[error("the NBD server failed")]
@@ -90,6 +100,7 @@ impl Error {
             Self::Open {
                 source: OpenError::NotFound | OpenError::NotMappable | OpenError::TooLarge { .. }, ..
             } => Exit::Usage,
+            Self::Config { .. } | Self::Tls(_) => Exit::Usage,
             Self::Open { source: OpenError::Busy, .. } | Self::Listen(ListenError::Busy { .. }) => Exit::Busy,
             Self::Open { source: OpenError::Empty, .. } => Exit::Damaged,
             Self::Namespace { source: namespace::OpenError::Media(_), .. } => Exit::Io,
@@ -128,6 +139,9 @@ impl Error {
                 "stop the process that serves it first (fuser -v shows which), or open it with --read-only there"
                     .into(),
             ),
+            Self::Control { .. } => {
+                Some("is a server running with --control SOCKET? The socket is its user's and root's alone".into())
+            }
             Self::WouldOverwrite { .. } => Some("--force overwrites it, and what it holds is then lost".into()),
             Self::Update { source: UpdateError::LastSlot { .. }, .. } => {
                 Some("--force removes it all the same; `daxcrypt key add` makes another one first".into())
@@ -149,9 +163,10 @@ impl Error {
         let mut cause = self.source();
         while let Some(error) = cause {
             let message = error.to_string();
-            if !text.ends_with(&message) {
+            let message = message.trim_end();
+            if !text.ends_with(message) {
                 text.push_str(": ");
-                text.push_str(&message);
+                text.push_str(message);
             }
             cause = error.source();
         }

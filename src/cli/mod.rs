@@ -11,9 +11,11 @@ mod error;
 mod format;
 mod info;
 mod key;
+mod log;
 mod open;
 mod serve;
 mod size;
+mod status;
 
 use std::process::ExitCode;
 
@@ -32,6 +34,7 @@ Exit codes:
   5  busy: another process uses it
 
 Environment:
+  DAXCRYPT_LOG                what `serve` logs, as --log does
   DAXCRYPT_XTS_BACKEND        AES-XTS backend to use instead of the fastest one
   DAXCRYPT_FORCE_GRANULARITY  page or cacheline, for tests: durability is then not what the media give";
 
@@ -63,12 +66,21 @@ Examples:
 Examples:
   daxcrypt serve vault.img --key-file vault.key --socket /run/user/1000/vault.sock
   daxcrypt serve vault.img --key-file vault.key --listen 127.0.0.1:10809 --read-only
+  daxcrypt serve vault.img --key-file vault.key --listen 0.0.0.0:10809 --tls-certificates /etc/daxcrypt/tls
+  daxcrypt serve --config /etc/daxcrypt/daxcrypt.toml
 
 Then, with the kernel's client:
   nbd-client -unix /run/user/1000/vault.sock /dev/nbd0 -N vault
 or without it:
   nbdfuse mnt 'nbd+unix:///vault?socket=/run/user/1000/vault.sock' & losetup -f --show mnt/nbd")]
     Serve(serve::ServeArgs),
+    /// Show what a running server and its clients do
+    #[command(after_help = "\
+Examples:
+  daxcrypt serve vault.img --key-file vault.key --socket vault.sock --control vault.control &
+  daxcrypt status --control vault.control
+  daxcrypt status --control vault.control --json | jq .exports")]
+    Status(status::StatusArgs),
     /// Print the dm-crypt table line for the same bytes
     #[command(after_help = "\
 Examples:
@@ -123,6 +135,7 @@ fn run(command: &Command) -> Result<(), Error> {
         Command::Format(args) => format::run(args),
         Command::Info(args) => info::run(args),
         Command::Serve(args) => serve::run(args),
+        Command::Status(args) => status::run(args),
         Command::Dmtable(args) => dmtable::run(args),
         Command::Key(args) => key::run(args),
         Command::Erase(args) => erase::run(args),

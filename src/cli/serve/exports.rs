@@ -1,0 +1,80 @@
+//! From the namespaces of a plan to exports that have been read from.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use zeroize::Zeroizing;
+
+use super::stem;
+use crate::cli::credentials::KeyArgs;
+use crate::cli::error::Error;
+use crate::cli::open;
+use crate::nbd_server::{Allowed, ExportInfo, Exports};
+use crate::pmem::Access;
+use crate::volume::Volume;
+use crate::xts::Backend;
+
+/// A namespace to serve, and how.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub(super) path: PathBuf,
+    pub(super) key: KeyArgs,
+    /// Instead of the label or the file's stem.
+    pub(super) name: Option<String>,
+    pub(super) description: String,
+    pub(super) read_only: bool,
+    pub(super) allow_discards: bool,
+    pub(super) tls_required: bool,
+    pub(super) allowed: Allowed,
+}
+
+/// Opens, unlocks and reads every namespace. With `keep_going` one that fails is left out, unless all do.
+pub(super) fn open_all(sources: &[Source], keep_going: bool) -> Result<Exports, Error> {
+    let backend = Backend::from_env()?;
+    let mut exports = Exports::new();
+    let mut first_error = None;
+    for source in sources {
+        match add(&mut exports, source, backend) {
+            Ok(()) => {}
+            Err(error) if keep_going => {
+                eprintln!("daxcrypt: warning: not served: {}", error.chain());
+                first_error.get_or_insert(error);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    match first_error {
+        Some(error) if exports.is_empty() => Err(error),
+        _ => Ok(exports),
+    }
+}
+
+fn add(exports: &mut Exports, source: &Source, backend: Backend) -> Result<(), Error> {
+    let path = &source.path;
+    let access = if source.read_only { Access::ReadOnly } else { Access::ReadWrite };
+    let mut namespace = open::namespace(path, access, &source.key)?;
+    if source.allow_discards {
+        namespace.allow_discards().map_err(|source| Error::AllowDiscards { path: path.clone(), source })?;
+    }
+    let label = namespace.header().label;
+    let name = source.name.clone().unwrap_or_else(|| if label.is_empty() { stem(path) } else { label });
+    let volume = Volume::new(namespace, backend);
+    if volume.discards() {
+        eprintln!("daxcrypt: warning: {}: discards are allowed, so media shows which units are unused", path.display());
+    }
+    read_one_unit(&volume).map_err(|source| Error::Volume { path: path.clone(), source })?;
+    let info = ExportInfo {
+        name,
+        description: source.description.clone(),
+        read_only: source.read_only,
+        tls_required: source.tls_required,
+        allowed: source.allowed.clone(),
+    };
+    exports.add(info, Arc::new(volume)).map_err(|source| Error::Export { path: path.clone(), source })
+}
+
+/// Shows that data can be read, before anybody is told so.
+fn read_one_unit(volume: &Volume) -> Result<(), crate::volume::VolumeError> {
+    let mut unit = Zeroizing::new(vec![0; volume.geometry().unit_bytes() as usize]);
+    volume.read_at(&mut unit[..], 0)
+}

@@ -1,0 +1,202 @@
+//! `daxcrypt serve`: namespaces over NBD.
+//!
+//! The command line or a configuration file becomes a [`Plan`]; the plan becomes exports, listeners and a server.
+//! Guards: nobody is told that the server is ready before every export has been read from.
+
+mod config;
+mod exports;
+mod listeners;
+mod tls;
+
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use clap::Args;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use self::exports::Source;
+use self::listeners::Address;
+use self::tls::{TlsMode, TlsPlan};
+use super::credentials::KeyArgs;
+use super::error::Error;
+use super::log;
+use super::size::ByteSize;
+use crate::nbd_server::{self, Allowed, Handle, Limits, Listener, Options, Server};
+use crate::secret;
+
+#[derive(Args, Debug)]
+pub(crate) struct ServeArgs {
+    /// Namespaces to serve; the first one is the default export
+    #[arg(required_unless_present = "config", value_name = "PATH")]
+    paths: Vec<PathBuf>,
+    /// Take namespaces, limits and TLS from a TOML file, and its listeners besides those given here
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["paths", "KeyArgs", "read_only", "allow_discards", "tls",
+        "tls_certificates", "tls_verify_client", "max_connections", "max_buffer"])]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    key: KeyArgs,
+    /// Listen on a Unix socket, made with mode 0600 (may be given several times); without any listener, on the sockets
+    /// that systemd passes
+    #[arg(long = "socket", value_name = "SOCKET")]
+    sockets: Vec<PathBuf>,
+    /// Listen on a TCP address such as 127.0.0.1:10809, or for virtual machines on vsock:PORT (may be given several
+    /// times); NBD without TLS is readable by everyone on the way
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Vec<Address>,
+    /// Refuse writes
+    #[arg(long)]
+    read_only: bool,
+    /// Let discards punch holes from now on; media then shows which units are unused, and there is no way back
+    #[arg(long, conflicts_with = "read_only")]
+    allow_discards: bool,
+    /// Whether clients may or must use TLS [default: require with --tls-certificates, otherwise off]
+    #[arg(long, value_enum)]
+    tls: Option<TlsMode>,
+    /// Folder with server-cert.pem, server-key.pem and, for --tls-verify-client, ca-cert.pem
+    #[arg(long, value_name = "DIR")]
+    tls_certificates: Option<PathBuf>,
+    /// Admit only clients with a certificate of the authority in ca-cert.pem
+    #[arg(long, requires = "tls_certificates")]
+    tls_verify_client: bool,
+    /// Socket, made with mode 0600, on which `daxcrypt status` asks
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
+    /// Answer Prometheus at http://ADDRESS:PORT/metrics
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    metrics: Option<String>,
+    /// Serve the other namespaces when one cannot be served
+    #[arg(long)]
+    keep_going: bool,
+    /// Clients at a time [default: 4096]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_connections: Option<u32>,
+    /// Memory for the large requests and replies of all clients together [default: 128M]
+    #[arg(long, value_name = "SIZE")]
+    max_buffer: Option<ByteSize>,
+    /// Microseconds to poll for the next request before sleeping; 0 turns polling off [default: 50]
+    #[arg(long, value_name = "MICROSECONDS")]
+    poll_us: Option<u64>,
+    /// What to log on standard error: off, error, warn, info, debug or trace [default: $DAXCRYPT_LOG, or warn]
+    #[arg(long, value_name = "LEVEL")]
+    log: Option<String>,
+}
+
+/// Everything that decides what a server does.
+#[derive(Debug)]
+struct Plan {
+    namespaces: Vec<Source>,
+    addresses: Vec<Address>,
+    control: Option<PathBuf>,
+    metrics: Option<String>,
+    tls: TlsPlan,
+    limits: Limits,
+    poll: Option<Duration>,
+    keep_going: bool,
+}
+
+pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
+    log::start(args.log.as_deref())?;
+    // Signals are caught before anything is there that they could leave behind.
+    let signals = Signals::new([SIGTERM, SIGINT])
+        .map_err(|source| Error::Io { doing: "cannot catch SIGTERM and SIGINT", source })?;
+    let plan = match &args.config {
+        None => plan(args),
+        Some(path) => with_file(config::read(path)?, args),
+    };
+    let tls = tls::set_up(&plan.tls, &plan.namespaces)?;
+    let exports = exports::open_all(&plan.namespaces, plan.keep_going)?;
+    if secret::lock_refused() {
+        eprintln!("daxcrypt: warning: key memory could not be locked in RAM (ulimit -l), so it may reach swap");
+    }
+    let names: Vec<_> = exports.iter().map(|served| (served.info.name.clone(), served.size_bytes())).collect();
+    let mut options = Options { tls, ..Options::default() };
+    options.poll = plan.poll.unwrap_or(options.poll);
+    let mut server = Server::new(exports, plan.limits, options)?;
+    for (address, listener) in listeners::open(plan.addresses)? {
+        listeners::announce(&address, &listener, &names, plan.tls.mode);
+        server = server.listen(listener);
+    }
+    if let Some(path) = &plan.control {
+        server = server.control(Listener::unix(path)?);
+    }
+    for address in plan.metrics.iter().map(|text| listeners::resolve(text)).collect::<Result<Vec<_>, _>>()?.concat() {
+        server = server.metrics(Listener::tcp(address)?);
+    }
+    stop_on_signal(signals, server.handle());
+    tell_systemd("READY=1");
+    Ok(server.run()?)
+}
+
+/// What the command line alone says.
+fn plan(args: &ServeArgs) -> Plan {
+    let source = |path: &PathBuf| Source {
+        path: path.clone(),
+        key: args.key.clone(),
+        name: None,
+        description: String::new(),
+        read_only: args.read_only,
+        allow_discards: args.allow_discards,
+        tls_required: false,
+        allowed: Allowed::default(),
+    };
+    let mut limits = Limits::default();
+    if let Some(connections) = args.max_connections {
+        limits.connections_max = connections as usize;
+        limits.handshaking_max = limits.handshaking_max.min(limits.connections_max);
+    }
+    if let Some(ByteSize(bytes)) = args.max_buffer {
+        limits.buffer_bytes_max = usize::try_from(bytes).unwrap_or(usize::MAX);
+    }
+    let offered = if args.tls_certificates.is_some() { TlsMode::Require } else { TlsMode::Off };
+    let tls = TlsPlan {
+        mode: args.tls.unwrap_or(offered),
+        certificates: args.tls_certificates.clone(),
+        verify_client: args.tls_verify_client,
+    };
+    let nothing = Plan {
+        namespaces: args.paths.iter().map(source).collect(),
+        addresses: Vec::new(),
+        control: None,
+        metrics: None,
+        tls,
+        limits,
+        poll: None,
+        keep_going: false,
+    };
+    with_file(nothing, args)
+}
+
+/// `plan` with the options that may stand beside a file.
+fn with_file(mut plan: Plan, args: &ServeArgs) -> Plan {
+    plan.addresses.extend(args.sockets.iter().cloned().map(Address::Unix));
+    plan.addresses.extend(args.listen.iter().cloned());
+    plan.control = args.control.clone().or(plan.control);
+    plan.metrics = args.metrics.clone().or(plan.metrics);
+    plan.poll = args.poll_us.map(Duration::from_micros).or(plan.poll);
+    plan.keep_going |= args.keep_going;
+    plan
+}
+
+/// The first signal drains; the thread stays, so that a second one changes nothing.
+fn stop_on_signal(mut signals: Signals, server: Handle) {
+    thread::spawn(move || {
+        for _ in signals.forever() {
+            tell_systemd("STOPPING=1");
+            server.stop();
+        }
+    });
+}
+
+/// A supervisor that cannot be told is no reason not to serve.
+fn tell_systemd(state: &str) {
+    if let Err(error) = nbd_server::notify(state) {
+        tracing::warn!(%error, state, "systemd could not be told");
+    }
+}
+
+/// `vault` for `/srv/vault.img`.
+pub(crate) fn stem(path: &Path) -> String {
+    path.file_stem().map_or_else(|| "namespace".into(), |stem| stem.to_string_lossy().into_owned())
+}

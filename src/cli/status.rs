@@ -1,0 +1,191 @@
+//! `daxcrypt status`: what a running server says on its control socket.
+
+use std::fmt::Write;
+use std::io::{self, Read};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use serde::Deserialize;
+
+use super::error::Error;
+use super::size::ByteSize;
+
+/// How long the server may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// The longest answer that is read, in bytes: some hundred thousand clients.
+const ANSWER_BYTES_MAX: u64 = 64 << 20;
+
+#[derive(Args, Debug)]
+pub(crate) struct StatusArgs {
+    /// Control socket of the server (its --control)
+    #[arg(long, visible_alias = "socket", value_name = "SOCKET")]
+    control: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What the table shows of a server's answer.
+#[derive(Debug, Deserialize)]
+struct Status {
+    uptime_seconds: u64,
+    connections: u64,
+    buffer_bytes: u64,
+    exports: Vec<Export>,
+    clients: Vec<Client>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Export {
+    name: String,
+    size_bytes: u64,
+    read_only: bool,
+    resident_plaintext_bytes: u64,
+    stats: Stats,
+}
+
+#[derive(Debug, Deserialize)]
+struct Client {
+    id: u64,
+    export: String,
+    uid: Option<u32>,
+    stats: Stats,
+}
+
+#[derive(Debug, Deserialize)]
+struct Stats {
+    requests: Vec<u64>,
+    read_bytes: u64,
+    written_bytes: u64,
+    errors: u64,
+    latency_p50_ns: u64,
+    latency_p99_ns: u64,
+    latency_p999_ns: u64,
+}
+
+pub(crate) fn run(args: &StatusArgs) -> Result<(), Error> {
+    let failed = |source| Error::Control { path: args.control.clone(), source };
+    let answer = ask(&args.control).map_err(failed)?;
+    if args.json {
+        println!("{}", answer.trim_end());
+        return Ok(());
+    }
+    let status: Status = serde_json::from_str(&answer).map_err(|error| failed(error.into()))?;
+    print!("{}", table(&status));
+    Ok(())
+}
+
+fn ask(path: &Path) -> io::Result<String> {
+    let stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut answer = String::new();
+    stream.take(ANSWER_BYTES_MAX).read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+fn table(status: &Status) -> String {
+    let mut text = format!(
+        "up {}, {} connections, {} of buffers in use\n\n",
+        uptime(status.uptime_seconds),
+        status.connections,
+        ByteSize(status.buffer_bytes)
+    );
+    let mut rows = vec![head(&["EXPORT", "SIZE", "ACCESS", "PLAINTEXT"])];
+    for export in &status.exports {
+        let access = if export.read_only { "read-only" } else { "read-write" };
+        let size = ByteSize(export.size_bytes).to_string();
+        let plaintext = ByteSize(export.resident_plaintext_bytes).to_string();
+        rows.push(row([printable(&export.name), size, access.into(), plaintext], &export.stats));
+    }
+    align(&mut text, &rows);
+    if !status.clients.is_empty() {
+        text.push('\n');
+        rows = vec![head(&["CLIENT", "EXPORT", "UID"])];
+        for client in &status.clients {
+            let uid = client.uid.map_or_else(|| "-".to_owned(), |uid| uid.to_string());
+            rows.push(row([client.id.to_string(), printable(&client.export), uid], &client.stats));
+        }
+        align(&mut text, &rows);
+    }
+    text
+}
+
+fn head(first: &[&str]) -> Vec<String> {
+    let stats = ["READ", "WRITTEN", "REQUESTS", "ERRORS", "P50", "P99", "P99.9"];
+    first.iter().chain(&stats).map(|&title| title.to_owned()).collect()
+}
+
+fn row<const N: usize>(first: [String; N], stats: &Stats) -> Vec<String> {
+    let mut cells = Vec::from(first);
+    cells.extend([ByteSize(stats.read_bytes).to_string(), ByteSize(stats.written_bytes).to_string()]);
+    cells.extend([stats.requests.iter().sum::<u64>().to_string(), stats.errors.to_string()]);
+    cells.extend([stats.latency_p50_ns, stats.latency_p99_ns, stats.latency_p999_ns].map(latency));
+    cells
+}
+
+/// Columns as wide as their widest cell, two spaces apart.
+fn align(text: &mut String, rows: &[Vec<String>]) {
+    let columns = rows.first().map_or(0, Vec::len);
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<_> = (0..columns).map(width).collect();
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            let _ = write!(line, "{cell:width$}  ");
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+}
+
+/// A name comes from a header or from whoever made it, and must not steer the terminal.
+fn printable(name: &str) -> String {
+    name.escape_debug().to_string()
+}
+
+fn uptime(seconds: u64) -> String {
+    let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds} s"),
+        (0, 0, _) => format!("{minutes} min {} s", seconds % 60),
+        (0, ..) => format!("{hours} h {minutes} min"),
+        _ => format!("{days} d {hours} h"),
+    }
+}
+
+fn latency(nanoseconds: u64) -> String {
+    match nanoseconds {
+        0 => "-".into(),
+        1..1_000 => format!("{nanoseconds} ns"),
+        1_000..1_000_000 => format!("{}.{} us", nanoseconds / 1_000, nanoseconds / 100 % 10),
+        1_000_000..1_000_000_000 => format!("{}.{} ms", nanoseconds / 1_000_000, nanoseconds / 100_000 % 10),
+        _ => format!("{}.{} s", nanoseconds / 1_000_000_000, nanoseconds / 100_000_000 % 10),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_have_the_unit_that_fits() {
+        for (nanoseconds, text) in
+            [(0, "-"), (999, "999 ns"), (1_250, "1.2 us"), (3_400_000, "3.4 ms"), (12_900_000_000, "12.9 s")]
+        {
+            assert_eq!(latency(nanoseconds), text);
+        }
+        for (seconds, text) in [(59, "59 s"), (61, "1 min 1 s"), (7_260, "2 h 1 min"), (90_000, "1 d 1 h")] {
+            assert_eq!(uptime(seconds), text);
+        }
+    }
+
+    #[test]
+    fn columns_are_as_wide_as_their_widest_cell() {
+        let mut text = String::new();
+        align(&mut text, &[vec!["A".into(), "B".into()], vec!["long".into(), "x".into()]]);
+        assert_eq!(text, "A     B\nlong  x\n");
+        assert_eq!(printable("a\u{1b}[31mb"), "a\\u{1b}[31mb");
+    }
+}
