@@ -10,7 +10,7 @@ one() {
   if [ "$discards" = yes ]; then format /run/fs.img --sparse --size 320M --allow-discards; else format /run/fs.img --sparse --size 320M; fi
   serve /run/fs.img
   attach /dev/nbd0 "$@"
-  if [ "$kind" = xfs ]; then mkfs.xfs -q -l size=10m /dev/nbd0; else mkfs.ext4 -q -b 4096 -J size=4 /dev/nbd0; fi
+  if [ "$kind" = xfs ]; then mkfs.xfs -q /dev/nbd0; else mkfs.ext4 -q -b 4096 -J size=4 /dev/nbd0; fi
   mount -t "$kind" /dev/nbd0 /mnt/fs
   write_tree /mnt/fs a
   verify_tree /mnt/fs a

@@ -11,12 +11,12 @@ fail() {
 # expect_failure COMMAND...: it must not succeed.
 expect_failure() { if "$@"; then fail "succeeded: $*"; fi; }
 
-# wait_for COMMAND...: at most 20 s.
+# wait_for COMMAND...: at most 60 s.
 wait_for() {
   tries=0
   until "$@"; do
     tries=$((tries + 1))
-    [ $tries -lt 200 ] || fail "waited in vain for: $*"
+    [ $tries -lt 600 ] || fail "waited in vain for: $*"
     sleep 0.1
   done
 }
@@ -99,6 +99,7 @@ kernel_is_quiet() {
 
 # Undoes whatever a scenario that failed has left.
 clean_up() {
+  rm -f /run/wanted
   swapoff -a || true
   for try in 1 2 3; do
     for place in $(awk '$2 ~ "^/mnt/" { print $2 }' /proc/mounts); do umount "$place" || umount -l "$place"; done

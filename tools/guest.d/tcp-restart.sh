@@ -1,7 +1,8 @@
 # Scenario 3: nbd-client over TCP with -persist, and a server that restarts in the middle of a copy. Without TLS.
 #
-# nbd-client's -persist connects again; requests that were under way fail with EIO, because it does not ask the kernel
-# to hold them (NBD_ATTR_DEAD_CONN_TIMEOUT). So the copy here repeats a piece that failed, as any copy over -persist must.
+# -persist alone does not survive it on this kernel with this nbd-client (3.24, 6.1): NBD_DO_IT returns without an error
+# when the server hangs up, and nbd-client takes that for the end. So a loop attaches again, as systemd's Restart= would,
+# and the copy repeats a piece whose request met the restart (nbd-client does not ask the kernel to hold them).
 . /scenarios/lib.sh
 mark
 listen=127.0.0.1:10809
@@ -24,7 +25,7 @@ copy() {
       echo "piece $piece again"
       echo again >>/run/again
       tries=$((tries + 1))
-      [ $tries -lt 100 ] || exit 1
+      [ $tries -lt 300 ] || exit 1
       sleep 0.2
     done
     piece=$((piece + 1))
@@ -36,8 +37,12 @@ copied() { [ "$(cat /run/progress)" -ge "$1" ]; }
 start
 : >/run/again
 echo 0 >/run/progress
-# -nonetlink: in netlink mode nbd-client leaves after connecting, and nobody is there to connect again.
-nbd-client 127.0.0.1 10809 /dev/nbd0 -N tcp -persist -nonetlink
+touch /run/wanted
+while [ -e /run/wanted ]; do
+  nbd-client 127.0.0.1 10809 /dev/nbd0 -N tcp -persist -nonetlink -nofork || true
+  sleep 0.3
+done &
+attacher=$!
 wait_for has_size /dev/nbd0
 copy &
 copier=$!
@@ -52,7 +57,9 @@ wait $copier || fail "the copy did not complete"
 [ -s /run/again ] || fail "no request met the restart: nothing was tested"
 blockdev --flushbufs /dev/nbd0
 dd if=/dev/nbd0 bs=1M count=$pieces iflag=direct | cmp - /run/data.img || fail "the copy differs"
+rm /run/wanted
 detach /dev/nbd0
+wait $attacher
 stop_server
 rm /run/tcp.img /run/data.img
 # Requests that met the restart fail, and the kernel says so; nothing else may.
