@@ -403,7 +403,7 @@ fn usage_errors_are_exit_1() {
         (&["format", "x.img", "--unit", "1024", "--key-file", "vault.key"], "[possible values: 512, 4096]"),
         (&["format", "x.img", "--key-file", "vault.key"], "say how large it is to be"),
         (&["serve", "vault.img", "--key-file", "vault.key"], "--socket"),
-        (&["serve", "vault.img", "--key-file", "vault.key", "--listen", "nonsense"], "--listen nonsense"),
+        (&["serve", "vault.img", "--key-file", "vault.key", "--listen", "nonsense"], "cannot listen on nonsense"),
     ] {
         bench.run(args).fails(1, &[word]);
     }

@@ -28,6 +28,7 @@ const UNSAFE: &[&str] = &[
     "src/pmem/persist.rs",
     "src/pmem/sigbus.rs",
     "src/xts/dispatch.rs",
+    "src/xts/tests/guard.rs",
     "src/xts/x86/aesni.rs",
     "src/xts/x86/firsts.rs",
     "src/xts/x86/mod.rs",
@@ -93,7 +94,9 @@ fn layer_arrows_run_downwards() {
 fn unsafe_code_lives_in_the_named_files() {
     let mut found: Vec<_> = sources()
         .into_iter()
-        .filter(|(_, text)| text.lines().any(|line| line.starts_with("#") && line.contains("unsafe_code")))
+        .filter(|(_, text)| {
+            text.lines().any(|line| line.starts_with("#") && line.contains("unsafe_code") && !line.contains("forbid"))
+        })
         .map(|(path, _)| path.to_str().unwrap().to_owned())
         .collect();
     found.sort();

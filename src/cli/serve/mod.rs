@@ -13,7 +13,7 @@ use std::thread;
 use std::time::Duration;
 
 use clap::Args;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use self::exports::Source;
@@ -99,8 +99,13 @@ struct Plan {
 pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     log::start(args.log.as_deref())?;
     // Signals are caught before anything is there that they could leave behind.
-    let signals = Signals::new([SIGTERM, SIGINT])
-        .map_err(|source| Error::Io { doing: "cannot catch SIGTERM and SIGINT", source })?;
+    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
+        .map_err(|source| Error::Io { doing: "cannot catch SIGTERM, SIGINT and SIGHUP", source })?;
+    let reads_stdin = args.key.passphrase_file.as_deref() == Some(Path::new("-"));
+    if reads_stdin && args.paths.len() > 1 {
+        let what = "standard input can be read for one namespace only: give --passphrase-file FILE, or --config FILE";
+        return Err(Error::Usage(what.into()));
+    }
     let plan = match &args.config {
         None => plan(args),
         Some(path) => with_file(config::read(path)?, args),
