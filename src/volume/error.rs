@@ -23,6 +23,15 @@ pub enum VolumeError {
     /// The medium failed.
     #[error("the backing failed")]
     Media(#[from] MediaError),
+    /// The memory of the plaintext window could not be had or given back.
+    #[error("the plaintext window failed")]
+    Window(#[source] std::io::Error),
+    /// The plaintext that may be resident is all in use and nothing of it can be evicted.
+    #[error("no room for more plaintext: at most {resident_max} bytes may be resident")]
+    WindowFull {
+        /// The bound in bytes.
+        resident_max: u64,
+    },
     /// The chosen AES-XTS backend is not to be had.
     #[error("no AES-XTS backend")]
     Backend(#[from] BackendError),

@@ -1,0 +1,268 @@
+//! A direct map as a program holds it.
+//!
+//! The safe calls go through the volume's own mapping of the window, under the range lock: they neither fault nor raise
+//! SIGBUS, and media errors are their results. Loads and stores through the pointer are the program's own. Offsets are
+//! bytes from the start of the map.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use zeroize::Zeroizing;
+
+use super::core::Core;
+use super::error::DaxError;
+use super::options::{MapMode, MapOptions, Tracking};
+use super::threads::{FaultThread, WriteBackThread};
+use crate::volume::Volume;
+use crate::volume::window::{PAGE_BYTES, WriteBack, pages_of};
+
+/// Bytes that `copy_within` and `zero` move at a time.
+const COPY_BYTES: usize = 4096;
+
+/// A part of a volume in the address space of this process. Dropping it syncs it and unmaps it; [`Self::close`] does the
+/// same and tells whether it went well.
+#[derive(Debug)]
+pub struct DaxMapping {
+    core: Option<Arc<Core>>,
+    faults: Option<FaultThread>,
+    write_back: Option<WriteBackThread>,
+    range: Range<u64>,
+    memory_locked: bool,
+}
+
+impl DaxMapping {
+    /// Maps `range`, which was checked.
+    pub(super) fn new(volume: &Arc<Volume>, range: Range<u64>, options: &MapOptions) -> Result<Self, DaxError> {
+        let pages = pages_of(&range);
+        let core = Arc::new(Core::new(volume, pages.start * PAGE_BYTES..pages.end * PAGE_BYTES, options)?);
+        let memory_locked = core.view.lock_on_fault();
+        let mut map = Self { core: Some(core), faults: None, write_back: None, range, memory_locked };
+        if map.mode() == MapMode::Lazy {
+            map.faults = Some(FaultThread::start(Arc::clone(map.core())).map_err(DaxError::Os)?);
+        }
+        if options.writable && !options.write_back.is_zero() {
+            let started = WriteBackThread::start(Arc::clone(map.core()), options.write_back);
+            map.write_back = Some(started.map_err(DaxError::Os)?);
+        }
+        Ok(map)
+    }
+
+    fn core(&self) -> &Arc<Core> {
+        self.core.as_ref().expect("a map has its core until it is closed")
+    }
+
+    /// The bytes of the volume that it shows.
+    #[must_use]
+    pub const fn range(&self) -> &Range<u64> {
+        &self.range
+    }
+
+    /// Its length in bytes, at least 1.
+    #[must_use]
+    #[allow(clippy::len_without_is_empty, reason = "a map is never empty")]
+    pub const fn len(&self) -> u64 {
+        self.range.end - self.range.start
+    }
+
+    /// Whether stores are allowed.
+    #[must_use]
+    pub fn writable(&self) -> bool {
+        self.core().writable
+    }
+
+    /// How plaintext comes in.
+    #[must_use]
+    pub fn mode(&self) -> MapMode {
+        if self.core().fault_fd().is_some() { MapMode::Lazy } else { MapMode::Eager }
+    }
+
+    /// How dirty pages are found.
+    #[must_use]
+    pub fn tracking(&self) -> Tracking {
+        self.core().tracking()
+    }
+
+    /// Whether the kernel keeps the plaintext out of swap.
+    #[must_use]
+    pub const fn memory_locked(&self) -> bool {
+        self.memory_locked
+    }
+
+    /// The first byte. Valid until the map is dropped, for loads and, when it is writable, for stores.
+    ///
+    /// Other threads, other maps and NBD clients may change the bytes at any time: use raw reads and writes or atomics,
+    /// and make references only where you know that nobody else touches the bytes.
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.core().view.start()
+    }
+
+    /// Copies bytes at `offset` out, without bringing their pages in.
+    ///
+    /// # Errors
+    ///
+    /// [`DaxError::OutOfRange`]; [`DaxError::Volume`] for a media error, with `out` zeroed.
+    pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), DaxError> {
+        let range = self.logical(offset, out.len() as u64)?;
+        Ok(self.core().volume.read_at(out, range.start)?)
+    }
+
+    /// Stores `data` at `offset`; [`Self::persist`] makes it durable.
+    ///
+    /// # Errors
+    ///
+    /// [`DaxError::ReadOnly`], [`DaxError::OutOfRange`]; [`DaxError::Volume`] for a media error under a page that had to
+    /// be brought in, with the bytes before that page stored.
+    pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), DaxError> {
+        let range = self.logical_writable(offset, data.len() as u64)?;
+        Ok(self.core().volume.store(self.core().window(), data, range.start)?)
+    }
+
+    /// Stores zeroes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::write`].
+    pub fn zero(&self, range: Range<u64>) -> Result<(), DaxError> {
+        self.logical_writable(range.start, range.end.saturating_sub(range.start))?;
+        chunks(&range, false).try_for_each(|(at, len)| self.write(range.start + at, &[0; COPY_BYTES][..len]))
+    }
+
+    /// Stores the bytes of `source` at `offset`; the two may overlap.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::write`].
+    pub fn copy_within(&self, source: Range<u64>, offset: u64) -> Result<(), DaxError> {
+        let len_bytes = source.end.saturating_sub(source.start);
+        self.logical(source.start, len_bytes)?;
+        self.logical_writable(offset, len_bytes)?;
+        let mut bytes = Zeroizing::new([0; COPY_BYTES]);
+        chunks(&source, offset > source.start).try_for_each(|(at, len)| {
+            self.read(source.start + at, &mut bytes[..len])?;
+            self.write(offset + at, &bytes[..len])
+        })
+    }
+
+    /// Makes what was stored to `range` durable: flush and drain. Encrypts the 16-byte blocks that hold it, no more.
+    ///
+    /// # Errors
+    ///
+    /// [`DaxError::ReadOnly`], [`DaxError::OutOfRange`]; [`DaxError::Volume`] when media fail: after a failed flush every
+    /// later one fails too, until the namespace is reopened.
+    pub fn persist(&self, range: Range<u64>) -> Result<(), DaxError> {
+        self.flush(range)?;
+        self.drain()
+    }
+
+    /// Encrypts what was stored to `range` to media and pushes it towards durability. At page granularity it is durable
+    /// when this returns, at cache-line granularity after [`Self::drain`] by the same thread.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::persist`].
+    pub fn flush(&self, range: Range<u64>) -> Result<(), DaxError> {
+        let logical = self.logical_writable(range.start, range.end.saturating_sub(range.start))?;
+        let volume = &self.core().volume;
+        volume.write_back(self.core().window(), &logical, WriteBack::Always)?;
+        // Also for what is absent: it may have been evicted to media since, and not be durable there.
+        Ok(volume.persist(logical)?)
+    }
+
+    /// Waits until what this thread has flushed is durable.
+    ///
+    /// # Errors
+    ///
+    /// [`DaxError::Volume`] after a failed flush.
+    pub fn drain(&self) -> Result<(), DaxError> {
+        Ok(self.core().volume.backing().drain().map_err(crate::volume::VolumeError::from)?)
+    }
+
+    /// Makes everything durable that was stored through this map. The cost is that of what is dirty; with
+    /// [`Tracking::Compare`], of what is resident.
+    ///
+    /// # Errors
+    ///
+    /// [`DaxError::Volume`] when media fail. Pages that could not be written stay dirty.
+    pub fn sync(&self) -> Result<(), DaxError> {
+        self.core().sync(self.core().view.range())
+    }
+
+    /// Brings the pages of `range` in, so that touching them does not fault while there is room for them.
+    ///
+    /// # Errors
+    ///
+    /// [`DaxError::OutOfRange`]; [`DaxError::Volume`] for a media error.
+    pub fn prefetch(&self, range: Range<u64>) -> Result<(), DaxError> {
+        let pages = pages_of(&self.logical(range.start, range.end.saturating_sub(range.start))?);
+        self.core().bring(&(pages.start * PAGE_BYTES..pages.end * PAGE_BYTES))
+    }
+
+    /// Writes the pages of `range` back where they differ from media, overwrites them in memory and gives them back; the
+    /// next touch brings them in again. How many bytes went: none of an eager map.
+    ///
+    /// # Errors
+    ///
+    /// [`DaxError::OutOfRange`]; [`DaxError::Volume`] when a page could not be written: it stays.
+    pub fn evict(&self, range: Range<u64>) -> Result<u64, DaxError> {
+        let pages = pages_of(&self.logical(range.start, range.end.saturating_sub(range.start))?);
+        let whole = pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
+        Ok(self.core().volume.evict(self.core().window(), &whole)? * PAGE_BYTES)
+    }
+
+    /// Syncs, unmaps and wipes what no other map shows.
+    ///
+    /// # Errors
+    ///
+    /// [`DaxError::Volume`] when something could not be made durable: it is lost, unless another map shows it.
+    pub fn close(mut self) -> Result<(), DaxError> {
+        self.end()
+    }
+
+    /// Both threads end before the memory does; the memory ends before userfaultfd, so that no late touch finds a hole.
+    fn end(&mut self) -> Result<(), DaxError> {
+        let Some(core) = self.core.take() else { return Ok(()) };
+        if let Some(thread) = self.write_back.take() {
+            thread.stop();
+        }
+        let synced = core.sync(core.view.range());
+        let left = core.leave();
+        if let Some(thread) = self.faults.take() {
+            thread.stop();
+        }
+        drop(core);
+        synced.and(left)
+    }
+
+    /// Bytes of the volume.
+    fn logical(&self, offset: u64, len_bytes: u64) -> Result<Range<u64>, DaxError> {
+        match offset.checked_add(len_bytes) {
+            Some(end) if end <= self.len() => Ok(self.range.start + offset..self.range.start + end),
+            end => {
+                let end = end.unwrap_or(u64::MAX);
+                Err(DaxError::OutOfRange { start: offset, end, len_bytes: self.len() })
+            }
+        }
+    }
+
+    fn logical_writable(&self, offset: u64, len_bytes: u64) -> Result<Range<u64>, DaxError> {
+        if self.writable() { self.logical(offset, len_bytes) } else { Err(DaxError::ReadOnly) }
+    }
+}
+
+impl Drop for DaxMapping {
+    fn drop(&mut self) {
+        let _ = self.end(); // who wants to know calls `close`
+    }
+}
+
+/// Positions and lengths of the pieces of `range`, from its start or from its end.
+fn chunks(range: &Range<u64>, backwards: bool) -> impl Iterator<Item = (u64, usize)> {
+    let len_bytes = range.end.saturating_sub(range.start);
+    let step = COPY_BYTES as u64;
+    let count = len_bytes.div_ceil(step);
+    (0..count).map(move |index| {
+        let at = if backwards { count - 1 - index } else { index } * step;
+        (at, usize::try_from(step.min(len_bytes - at)).expect("at most a chunk"))
+    })
+}
