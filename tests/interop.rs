@@ -234,3 +234,38 @@ fn several_namespaces_and_listeners_in_one_server() {
     server.stop();
     assert!(!bench.path("two.sock").exists());
 }
+
+#[test]
+fn the_demo_runs_without_anything() {
+    let bench = Bench::new();
+    let run = bench.run(&["demo"]).succeeds();
+    for word in ["formatted", "serving", "attack at dawn", "reads as noise", "still there", "cleaned up"] {
+        assert!(run.stdout.contains(word), "no {word:?} in\n{}", run.stdout);
+    }
+}
+
+/// The dm-crypt line describes the bytes: `xts-mode`, given nothing but the line, reads what was written over NBD.
+#[test]
+fn the_dm_crypt_line_is_enough_to_decrypt_the_file() {
+    use aes::Aes256;
+    use aes::cipher::KeyInit;
+
+    let (bench, server) = served("4M", &[]);
+    tool("qemu-io", &["-f", "raw", "-c", "write -P 0x5a 8192 4096", "-c", "flush", &server.uri("vault")]);
+    server.stop();
+    let run = bench.run(&["dmtable", "vault.img", "--key-file", "vault.key", "--show-key"]).succeeds();
+    let fields: Vec<_> = run.stdout.split_whitespace().collect();
+    assert_eq!(fields[..4], ["0", "8192", "crypt", "aes-xts-plain64"]);
+    assert_eq!(fields[6..], ["vault.img", "4096", "1", "sector_size:4096"]);
+    let key: Vec<u8> = (0..128).step_by(2).map(|at| u8::from_str_radix(&fields[4][at..at + 2], 16).unwrap()).collect();
+    let (iv_offset, start): (u64, u64) = (fields[5].parse().unwrap(), fields[7].parse().unwrap());
+    let mut unit = vec![0; 4096];
+    let file = fs::File::open(bench.path("vault.img")).unwrap();
+    file.read_exact_at(&mut unit, start * 512 + 8192).unwrap();
+    let half = |range: std::ops::Range<usize>| Aes256::new_from_slice(&key[range]).unwrap();
+    let xts = xts_mode::Xts128::new(half(0..32), half(32..64));
+    xts.decrypt_sector(&mut unit, u128::from(iv_offset + 8192 / 512).to_le_bytes().into());
+    assert_eq!(unit, [0x5a; 4096]);
+    let hidden = bench.run(&["dmtable", "vault.img", "--key-file", "vault.key"]).succeeds();
+    assert_eq!(hidden.stdout.split_whitespace().nth(4), Some("KEY"));
+}
