@@ -4,7 +4,7 @@ use std::error::Error as StdError;
 use std::io;
 use std::path::PathBuf;
 
-use crate::namespace::{self, FormatError, Signature, UnlockError, UpdateError, WriteError};
+use crate::namespace::{self, CredentialError, FormatError, Signature, UnlockError, UpdateError, WriteError};
 use crate::nbd_server::{ListenError, RegistryError, ServerError, TlsError};
 use crate::pmem::{MediaError, OpenError};
 use crate::secret::KeyError;
@@ -113,6 +113,7 @@ impl Error {
                 Exit::Damaged
             }
             Self::Update { .. } => Exit::Usage,
+            Self::Unlock { source: UnlockError::Credential(CredentialError::Memory { .. }), .. } => Exit::Io,
             Self::Unlock { source: UnlockError::EmptySlot { .. } | UnlockError::NotEphemeral, .. } => Exit::Usage,
             Self::Unlock { source: UnlockError::Forged | UnlockError::Erased | UnlockError::Key(_), .. } => {
                 Exit::Damaged

@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 
-use super::credentials::{KeyArgs, Prompt};
+use super::credentials::{KdfArgs, KeyArgs, Prompt};
 use super::error::Error;
 use super::info::cipher_name;
 use super::open;
 use super::serve::stem;
 use super::size::ByteSize;
-use crate::namespace::{self, Cipher, DataUnit, FormatOptions, HEADER_AREA_BYTES, KdfCost};
+use crate::namespace::{self, Cipher, DataUnit, FormatOptions, HEADER_AREA_BYTES};
 use crate::pmem::{Access, Allocation, Backing};
 
 #[derive(Args, Debug)]
@@ -38,12 +38,8 @@ pub(crate) struct FormatArgs {
     /// Let TRIM punch holes, which read as zeroes: shows on media which units are unused
     #[arg(long)]
     allow_discards: bool,
-    /// Memory that Argon2id needs for a passphrase
-    #[arg(long, value_name = "SIZE")]
-    kdf_memory: Option<ByteSize>,
-    /// Passes of Argon2id over that memory
-    #[arg(long, value_name = "PASSES")]
-    kdf_time: Option<u32>,
+    #[command(flatten)]
+    kdf: KdfArgs,
     /// Overwrite whatever is there
     #[arg(long)]
     force: bool,
@@ -96,20 +92,12 @@ pub(crate) fn run(args: &FormatArgs) -> Result<(), Error> {
 
 impl FormatArgs {
     fn options(&self) -> Result<FormatOptions, Error> {
-        let mut cost = KdfCost::default();
-        if let Some(ByteSize(bytes)) = self.kdf_memory {
-            cost.memory_kib = u32::try_from(bytes >> 10)
-                .map_err(|_| Error::Usage(format!("--kdf-memory {} is too much", ByteSize(bytes))))?;
-        }
-        if let Some(passes) = self.kdf_time {
-            cost.time = passes;
-        }
         Ok(FormatOptions {
             label: self.label.clone().unwrap_or_else(|| stem(&self.path)),
             cipher: self.cipher.into(),
             unit: if self.unit == "512" { DataUnit::Bytes512 } else { DataUnit::Bytes4096 },
             size_bytes: self.size.map(|ByteSize(bytes)| bytes),
-            kdf_cost: cost,
+            kdf_cost: self.kdf.cost()?,
             allow_discards: self.allow_discards,
             ..FormatOptions::default()
         })
