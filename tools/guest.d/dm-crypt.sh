@@ -40,7 +40,6 @@ one() {
   stop_server
 }
 
-# A raw device of 256 MiB is more than is needed: a linear mapping would hide the physical start, so it is used whole.
 truncate -s 50M /run/loop.img
 loop=$(losetup -f --show /run/loop.img)
 for cipher in aes-128-xts aes-256-xts; do
