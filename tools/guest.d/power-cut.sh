@@ -35,7 +35,7 @@ mark
 if [ "$round" = 0 ]; then
   prepare
   open_exports
-  for device in nbd0 nbd1; do mkfs.ext4 -q -J size=4 /dev/$device; done
+  for device in nbd0 nbd1; do make_ext4 /dev/$device; done
 else
   mount -t ext4 -o dax=always /dev/pmem0 /mnt/dax || fail "the outer file system does not mount"
   open_exports

@@ -7,7 +7,7 @@ mark
 format /run/kill.img --size 40M
 serve /run/kill.img
 attach /dev/nbd0
-mkfs.ext4 -q -b 4096 -J size=4 /dev/nbd0
+make_ext4 /dev/nbd0
 total=0
 : >/run/durable
 for round in $(seq "$kills"); do

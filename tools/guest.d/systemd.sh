@@ -17,7 +17,7 @@ systemctl start daxcrypt@test.socket
 [ "$(systemctl is-active daxcrypt@test.service)" = inactive ] || fail "the service runs before the first connection"
 attach /dev/nbd0
 wait_for active daxcrypt@test.service
-mkfs.ext4 -q -b 4096 -J size=4 /dev/nbd0
+make_ext4 /dev/nbd0
 mount -t ext4 /dev/nbd0 /mnt/fs
 write_tree /mnt/fs systemd
 verify_tree /mnt/fs systemd

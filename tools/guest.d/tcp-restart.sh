@@ -28,7 +28,7 @@ expect_failure nbd-client 127.0.0.1 10809 /dev/nbd0 -N tcp
 expect_failure nbd-client 127.0.0.1 10809 /dev/nbd0 -N tcp -cacertfile /etc/tls/ca-cert.pem -tlshostname localhost
 tls_client
 wait_for has_size /dev/nbd0
-mkfs.ext4 -q -b 4096 -J size=4 /dev/nbd0
+make_ext4 /dev/nbd0
 mount -t ext4 /dev/nbd0 /mnt/fs
 write_tree /mnt/fs tls
 verify_tree /mnt/fs tls

@@ -7,7 +7,7 @@ modprobe vsock_loopback
 format /run/vsock.img --sparse --size 32M --label one
 serve /run/vsock.img --listen vsock:10809
 start_attacher vsock:1:10809 /dev/nbd0 --name one
-mkfs.ext4 -q -b 4096 -J size=4 /dev/nbd0
+make_ext4 /dev/nbd0
 mount -t ext4 /dev/nbd0 /mnt/fs
 write_tree /mnt/fs vsock
 verify_tree /mnt/fs vsock
