@@ -48,7 +48,7 @@ kill $persistent || true
 wait $persistent || true
 wait_for is_free /dev/nbd0
 
-start_attacher tcp:$listen /dev/nbd0 --name tcp --tls /etc/tls --tls-hostname localhost --timeout 3 --retry 0.2
+start_attacher tcp:$listen /dev/nbd0 --name tcp --tls /etc/tls --tls-hostname localhost --timeout 2 --retry 0.2
 check_ext4 /dev/nbd0
 mount -t ext4 /dev/nbd0 /mnt/fs
 verify_tree /mnt/fs tls
@@ -73,7 +73,7 @@ for stop in 2 4 7; do
     wait "$server" || true
   fi
   ! copied $pieces || fail "the copy was over before the server went away"
-  sleep 1
+  sleep 0.5
   start
 done
 wait $copier || fail "the copy met an error"
