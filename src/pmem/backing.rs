@@ -15,7 +15,7 @@ use super::medium::KernelMedium;
 use super::open::{OpenedFile, create_locked, map};
 use super::options::{Access, Allocation, OpenOptions};
 use super::persist::LINE_BYTES;
-use super::sim::{Event, Recorder, SimHandle, SimOptions};
+use super::sim::{Event, Recorder, SimHandle, SimOptions, Thread};
 use crate::memory::{Source, Target};
 
 /// The most extents that one call of [`Backing::extents`] returns.
@@ -233,7 +233,7 @@ impl Backing {
         self.check_faults(&span)?;
         let result = match &self.medium {
             Medium::Kernel(_) => f(self.mapping.target(&span)),
-            Medium::Simulated(recorder) => recorder.record_store(&self.mapping, &span, f),
+            Medium::Simulated(recorder) => recorder.record_store(&self.mapping, &span, false, f),
         };
         self.check_faults(&span)?;
         Ok(result)
@@ -254,7 +254,7 @@ impl Backing {
             let line_bytes = LINE_BYTES as u64;
             if let Medium::Simulated(recorder) = &self.medium {
                 let whole = range.start.next_multiple_of(line_bytes)..range.end - range.end % line_bytes;
-                recorder.record(Event::Streamed(whole));
+                recorder.record(Event::Streamed(whole, Thread::current()));
             }
             if !range.start.is_multiple_of(line_bytes) {
                 self.flush(range.start..range.end.min(range.start.next_multiple_of(line_bytes)))?;
@@ -278,7 +278,7 @@ impl Backing {
         self.check_faults(&span)?;
         match &self.medium {
             Medium::Kernel(medium) => medium.flush(&self.mapping, &span, self.len_bytes())?,
-            Medium::Simulated(recorder) => recorder.record(Event::Flush(range)),
+            Medium::Simulated(recorder) => recorder.record(Event::Flush(range, Thread::current())),
         }
         self.check_faults(&span)
     }
@@ -293,7 +293,7 @@ impl Backing {
         match &self.medium {
             Medium::Kernel(medium) => medium.drain(),
             Medium::Simulated(recorder) => {
-                recorder.record(Event::Drain);
+                recorder.record(Event::Drain(Thread::current()));
                 Ok(())
             }
         }
@@ -322,7 +322,7 @@ impl Backing {
         match &self.medium {
             Medium::Kernel(medium) => medium.sync_all(self.len_bytes()),
             Medium::Simulated(recorder) => {
-                recorder.record(Event::Sync);
+                recorder.record(Event::Sync(Thread::current()));
                 Ok(())
             }
         }
@@ -354,7 +354,7 @@ impl Backing {
         match &self.medium {
             Medium::Kernel(medium) => medium.punch_hole(&range),
             Medium::Simulated(recorder) => {
-                recorder.record_store(&self.mapping, &span, |mut target| target.fill(0));
+                recorder.record_store(&self.mapping, &span, true, |mut target| target.fill(0));
                 Ok(())
             }
         }
