@@ -1,5 +1,6 @@
 //! What can go wrong with a volume.
 
+use crate::namespace::TransformError;
 use crate::pmem::MediaError;
 use crate::xts::BackendError;
 
@@ -23,6 +24,9 @@ pub enum VolumeError {
     /// The medium failed.
     #[error("the backing failed")]
     Media(#[from] MediaError),
+    /// A re-key failed.
+    #[error("the re-key failed")]
+    Transform(#[source] Box<TransformError>),
     /// The chosen AES-XTS backend is not to be had.
     #[error("no AES-XTS backend")]
     Backend(#[from] BackendError),

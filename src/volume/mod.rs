@@ -11,20 +11,25 @@
 mod area;
 mod error;
 mod range_lock;
+mod side;
+mod transform;
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use zeroize::Zeroizing;
 
 use self::area::{BLOCK_BYTES, DataArea};
 pub use self::error::VolumeError;
 use self::range_lock::RangeLock;
+use self::side::Side;
+use self::transform::Engine;
+pub use self::transform::{TransformProgress, WINDOW_BYTES};
 use crate::memory::{Source, Target};
 use crate::namespace::{Credential, Geometry, Header, LockedNamespace, Namespace, UnlockError};
 use crate::pmem::{Access, Backing, Granularity, MediaError};
-use crate::xts::{BLOCK_BYTES as BLOCK_LEN, Backend, DataUnit, XtsKey};
+use crate::xts::{BLOCK_BYTES as BLOCK_LEN, Backend};
 
 /// An unlocked namespace: plaintext by logical offset.
 pub struct Volume {
@@ -32,6 +37,8 @@ pub struct Volume {
     header: Header,
     /// Over logical offsets.
     blocks: RangeLock,
+    /// Asked before anything of `area`, never while something of it is held.
+    engine: Mutex<Engine>,
 }
 
 /// A run of bytes that the backing holds, or does not hold, blocks for.
@@ -69,14 +76,21 @@ pub enum OpenError {
 }
 
 impl Volume {
-    /// The decrypted view of `namespace`, with kernels of `backend`.
+    /// The decrypted view of `namespace`, with kernels of `backend`. When it was being re-keyed, both halves are read and
+    /// written, and [`Self::transform_step`] goes on.
     #[must_use]
     pub fn new(namespace: Namespace, backend: Backend) -> Self {
-        let (backing, geometry, header, key) = namespace.into_parts();
-        let unit = DataUnit::from_len_bytes(u64::from(geometry.unit_bytes())).expect("the geometry has a known unit");
-        let holes = header.discards;
-        let area = DataArea::new(backing, geometry, unit, XtsKey::new(&key, backend), holes);
-        Self { area, header, blocks: RangeLock::default() }
+        let (geometry, header) = (*namespace.geometry(), namespace.header());
+        let side = Side::new(geometry.layout(), namespace.volume_key(), backend);
+        let area = DataArea::new(Arc::clone(namespace.backing()), geometry, side, header.discards);
+        let engine = Mutex::new(Engine::new(namespace, &area));
+        Self { area, header, blocks: RangeLock::default(), engine }
+    }
+
+    /// Gives the namespace back, which may then change the header.
+    #[must_use]
+    pub fn into_namespace(self) -> Namespace {
+        self.engine.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).into_namespace()
     }
 
     /// Size of the decrypted view in bytes: a multiple of the data unit.
@@ -118,7 +132,7 @@ impl Volume {
     /// The AES-XTS backend in use.
     #[must_use]
     pub const fn xts_backend(&self) -> Backend {
-        self.area.key().backend()
+        self.area.backend()
     }
 
     /// Whether discards punch holes, which then read as zeroes.
