@@ -64,4 +64,6 @@ pub mod nbd_server;
 pub mod pmem;
 pub mod secret;
 pub mod volume;
+#[doc = include_str!("what_happens_when.md")]
+pub mod what_happens_when {}
 pub mod xts;

@@ -28,6 +28,10 @@ pub(crate) struct DmtableArgs {
 
 pub(crate) fn run(args: &DmtableArgs) -> Result<(), Error> {
     let namespace = open::namespace(&args.path, Access::ReadOnly, &args.key)?;
+    if namespace.header().rekeying {
+        let what = "a re-key is under way: no single table line has the bytes; `daxcrypt rekey --resume` ends it";
+        return Err(Error::Usage(what.into()));
+    }
     if args.path.is_file() {
         eprintln!(
             "daxcrypt: note: dm-crypt needs a device: losetup -f --show {0}, then put its name for {0}",

@@ -4,7 +4,10 @@ use std::error::Error as StdError;
 use std::io;
 use std::path::PathBuf;
 
-use crate::namespace::{self, CredentialError, FormatError, Signature, UnlockError, UpdateError, WriteError};
+use super::size::ByteSize;
+use crate::namespace::{
+    self, AdoptError, CredentialError, FormatError, Signature, TransformError, UnlockError, UpdateError, WriteError,
+};
 use crate::nbd_server::{ListenError, RegistryError, ServerError, TlsError};
 use crate::pmem::{MediaError, OpenError};
 use crate::secret::KeyError;
@@ -21,6 +24,7 @@ pub(crate) enum Exit {
     Damaged = 3,
     Io = 4,
     Busy = 5,
+    Stopped = 6,
 }
 
 /// Why a command failed.
@@ -52,6 +56,20 @@ pub(crate) enum Error {
     Update { path: PathBuf, source: UpdateError },
     #[error("key slot {slot} is the one that the key given here opens: removing it may lock you out")]
     OwnSlot { slot: u32 },
+    #[error("cannot re-key {path}", path = path.display())]
+    Rekey { path: PathBuf, source: Box<TransformError> },
+    #[error("{path}: stopped with {done} of {total} done", path = path.display())]
+    RekeyStopped { path: PathBuf, done: ByteSize, total: ByteSize },
+    #[error("cannot adopt {path}", path = path.display())]
+    Adopt { path: PathBuf, source: Box<AdoptError> },
+    #[error("{path}: stopped with {done} of {total} copied", path = path.display())]
+    TransferStopped { path: PathBuf, done: ByteSize, total: ByteSize },
+    #[error("{path} reads back other bytes than were written: CRC-32 {found:#010x}, not {written:#010x}", path = path.display())]
+    NotVerified { path: PathBuf, written: u32, found: u32 },
+    #[error("cannot read or write {path}", path = path.display())]
+    Plain { path: PathBuf, source: io::Error },
+    #[error("the namespace has other key slots: {slots}")]
+    OtherSlots { slots: String },
     #[error("cannot erase {path}: key material may be left", path = path.display())]
     Erase { path: PathBuf, source: WriteError },
     #[error("that is not the {what}: nothing was erased")]
@@ -107,6 +125,10 @@ impl Error {
             Self::Namespace { .. } => Exit::Damaged,
             Self::Format { source: FormatError::Write(_), .. } => Exit::Io,
             Self::Format { .. } => Exit::Usage,
+            Self::RekeyStopped { .. } | Self::TransferStopped { .. } => Exit::Stopped,
+            Self::Adopt { source, .. } => adopt_exit(source),
+            Self::OtherSlots { .. } => Exit::Usage,
+            Self::Rekey { source, .. } => rekey_exit(source),
             Self::OwnSlot { .. } | Self::NotConfirmed { .. } => Exit::Usage,
             Self::Update { source: UpdateError::Write(_) | UpdateError::Slot(_) | UpdateError::Key(_), .. } => Exit::Io,
             Self::Update { source: UpdateError::RewrapFailed { .. } | UpdateError::SequenceExhausted, .. } => {
@@ -115,9 +137,10 @@ impl Error {
             Self::Update { .. } => Exit::Usage,
             Self::Unlock { source: UnlockError::Credential(CredentialError::Memory { .. }), .. } => Exit::Io,
             Self::Unlock { source: UnlockError::EmptySlot { .. } | UnlockError::NotEphemeral, .. } => Exit::Usage,
-            Self::Unlock { source: UnlockError::Forged | UnlockError::Erased | UnlockError::Key(_), .. } => {
-                Exit::Damaged
-            }
+            Self::Unlock {
+                source: UnlockError::Forged | UnlockError::Erased | UnlockError::Key(_) | UnlockError::Transform(_),
+                ..
+            } => Exit::Damaged,
             Self::Unlock { .. } => Exit::WrongKey,
             _ => Exit::Io,
         }
@@ -150,6 +173,20 @@ impl Error {
             Self::Update { source: UpdateError::SlotInUse { .. } | UpdateError::SlotEmpty { .. }, .. } => {
                 Some("`daxcrypt key list` shows which slots are in use".into())
             }
+            Self::Namespace { source: namespace::OpenError::Relocated { .. }, path }
+            | Self::Namespace { source: namespace::OpenError::AddressChanged { .. }, path } => Some(format!(
+                "`daxcrypt relocate --in-place {}` re-keys it for this place; or move it back",
+                path.display()
+            )),
+            Self::OtherSlots { .. } => Some(
+                "--drop-slots goes on without them; `rekey --keep-slots` wraps the new volume key for them too".into(),
+            ),
+            Self::RekeyStopped { path, .. } => {
+                Some(format!("`daxcrypt rekey --resume {0}` goes on, and so does `daxcrypt serve {0}`", path.display()))
+            }
+            Self::Rekey { source, path } if matches!(**source, TransformError::UnderWay) => {
+                Some(format!("`daxcrypt rekey --resume {}` goes on with it", path.display()))
+            }
             Self::OwnSlot { .. } => Some("give the key of another slot, which proves that it works, or --force".into()),
             Self::Unlock { .. } if self.exit() == Exit::WrongKey => {
                 Some("try another passphrase or key file; `daxcrypt info` shows which slots there are".into())
@@ -172,5 +209,25 @@ impl Error {
             cause = error.source();
         }
         text
+    }
+}
+
+/// What the command line or the namespace does not permit is usage; the rest is media or damage.
+const fn rekey_exit(error: &TransformError) -> Exit {
+    match error {
+        TransformError::UnderWay | TransformError::NotUnderWay | TransformError::Ephemeral => Exit::Usage,
+        TransformError::Geometry(_) | TransformError::Slot(_) => Exit::Usage,
+        TransformError::SourceKey | TransformError::JournalLost | TransformError::SavedWindow { .. } => Exit::Damaged,
+        _ => Exit::Io,
+    }
+}
+
+fn adopt_exit(error: &AdoptError) -> Exit {
+    match error {
+        AdoptError::NotMoved { .. } | AdoptError::Rekeying { .. } | AdoptError::Geometry(_) => Exit::Usage,
+        AdoptError::Open(namespace::OpenError::Media(_)) => Exit::Io,
+        AdoptError::Unlock(UnlockError::Forged | UnlockError::Transform(_)) | AdoptError::Open(_) => Exit::Damaged,
+        AdoptError::Unlock(_) => Exit::WrongKey,
+        AdoptError::Transform(error) => rekey_exit(error),
     }
 }

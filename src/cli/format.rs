@@ -38,6 +38,10 @@ pub(crate) struct FormatArgs {
     /// Let TRIM punch holes, which read as zeroes: shows on media which units are unused
     #[arg(long)]
     allow_discards: bool,
+    /// What the tweaks are bound to: the offset in the file or device, or with `address` the physical address of
+    /// persistent memory too, so that the ciphertext is noise in any other module or slot
+    #[arg(long, value_parser = ["offset", "address"], default_value = "offset")]
+    bind: String,
     #[command(flatten)]
     kdf: KdfArgs,
     /// Overwrite whatever is there
@@ -46,7 +50,7 @@ pub(crate) struct FormatArgs {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum CipherArg {
+pub(crate) enum CipherArg {
     #[value(name = "aes-128-xts")]
     Aes128Xts,
     #[value(name = "aes-256-xts")]
@@ -99,6 +103,7 @@ impl FormatArgs {
             size_bytes: self.size.map(|ByteSize(bytes)| bytes),
             kdf_cost: self.kdf.cost()?,
             allow_discards: self.allow_discards,
+            bind_address: self.bind == "address",
             ..FormatOptions::default()
         })
     }

@@ -84,6 +84,9 @@ fn print(info: &Info<'_>) {
         line("bound to", &format_args!("physical address {address:#x}"));
     }
     line("discards", &if header.discards { "allowed: media shows which units are unused" } else { "off" });
+    if header.rekeying {
+        line("re-key", &"under way; `daxcrypt rekey --status` with its key says how far it has come");
+    }
     for slot in &header.slots {
         line(&format!("key slot {}", slot.id), &slot_line(slot));
     }

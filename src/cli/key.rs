@@ -176,7 +176,7 @@ fn update_failed(path: &Path, source: UpdateError) -> Error {
 }
 
 /// Without a lock, so that slots can be looked at while the namespace is served. Nothing is written through it.
-fn locked_without_lock(path: &Path) -> Result<LockedNamespace, Error> {
+pub(crate) fn locked_without_lock(path: &Path) -> Result<LockedNamespace, Error> {
     let backing = OpenOptions::new(Access::ReadOnly)
         .lock_range(0..0)
         .open(path)

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::credentials::{KeyArgs, Prompt};
 use super::error::Error;
 use super::size::ByteSize;
-use crate::namespace::{CopyState, Header, LockedNamespace, Namespace, SIZE_BYTES_WARN};
+use crate::namespace::{CopyState, Credential, Header, LockedNamespace, Namespace, SIZE_BYTES_WARN};
 use crate::pmem::{Access, Backing};
 
 /// Opens and locks the backing, and says so when its granularity was forced.
@@ -20,6 +20,15 @@ pub(crate) fn backing(path: &Path, access: Access) -> Result<Arc<Backing>, Error
 
 /// Opens and unlocks the namespace at `path`.
 pub(crate) fn namespace(path: &Path, access: Access, key: &KeyArgs) -> Result<Namespace, Error> {
+    Ok(namespace_and_credential(path, access, key)?.0)
+}
+
+/// As [`namespace`], for who needs the credential again.
+pub(crate) fn namespace_and_credential(
+    path: &Path,
+    access: Access,
+    key: &KeyArgs,
+) -> Result<(Namespace, Credential), Error> {
     let backing = backing(path, access)?;
     // The header is checked before the user is asked for a passphrase.
     let locked = LockedNamespace::open(backing).map_err(|source| Error::Namespace { path: path.into(), source })?;
@@ -27,7 +36,8 @@ pub(crate) fn namespace(path: &Path, access: Access, key: &KeyArgs) -> Result<Na
         eprintln!("daxcrypt: warning: {}: {warning}", path.display());
     }
     let credential = key.read(Prompt::Once, &path.display().to_string())?;
-    locked.unlock_key(&credential).map_err(|source| Error::Unlock { path: path.into(), source })
+    let namespace = locked.unlock_key(&credential).map_err(|source| Error::Unlock { path: path.into(), source })?;
+    Ok((namespace, credential))
 }
 
 /// What is worth knowing before using a namespace, in sentences.

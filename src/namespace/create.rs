@@ -124,6 +124,7 @@ fn create(
         volume_key,
         mac_key,
         slot_id: 0,
+        pending: None,
     })
 }
 
@@ -169,5 +170,6 @@ fn empty_metadata(geometry: &Geometry, cipher: Cipher, label: String, allow_disc
         unclean: false,
         discards: allow_discards,
         slots: Vec::new(),
+        transform: None,
     }
 }

@@ -39,6 +39,8 @@ pub struct Header {
     pub discards: bool,
     /// Number of the update that wrote this header.
     pub sequence: u64,
+    /// Whether a re-key is under way.
+    pub rekeying: bool,
     /// The key slots.
     pub slots: Vec<SlotInfo>,
     /// State of header copies A and B.
@@ -75,6 +77,7 @@ impl Header {
             unclean: metadata.unclean,
             discards: metadata.discards,
             sequence,
+            rekeying: metadata.transform.is_some(),
             slots: slots.map(|slot| SlotInfo { id: slot.id, label: slot.label.clone(), kdf: slot.kdf }).collect(),
             copies: copies.clone(),
         }

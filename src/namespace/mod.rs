@@ -13,12 +13,15 @@ mod geometry;
 mod header;
 mod hex;
 mod info;
+mod journal;
 mod kdf;
 mod key_spec;
 mod metadata;
+mod moved;
 mod open;
 mod signature;
 mod slot;
+mod transform;
 #[doc = include_str!("format.md")]
 pub mod specification {}
 mod unlocked;
@@ -28,20 +31,25 @@ pub use backup::{RestoreError, restore};
 pub use create::{FormatOptions, format, format_ephemeral};
 pub use error::{FormatError, OpenError, UnlockError, UpdateError};
 pub use geometry::{
-    DATA_ALIGNMENT_BYTES, DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, OutOfRange, Placement, SIZE_BYTES_MAX,
-    SIZE_BYTES_WARN, TweakValue, data_offset_for, size_that_fits,
+    DATA_ALIGNMENT_BYTES, DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, Layout, OutOfRange, Placement,
+    SIZE_BYTES_MAX, SIZE_BYTES_WARN, TweakValue, data_offset_for, size_that_fits,
 };
 pub use header::{CopyFault, FORMAT_VERSION, TooLong};
 pub use info::{Header, SlotInfo};
+pub use journal::{Journal, Record, WINDOW_BYTES_MAX};
 pub use kdf::{
     CostError, Credential, CredentialError, KEY_FILE_BYTES_MAX, KEY_FILE_BYTES_MIN, Kdf, KdfCost, PASSPHRASE_BYTES_MAX,
 };
 pub use key_spec::{KEY_SPEC_BYTES_MAX, KeySpecError, volume_key_from_spec};
 pub use metadata::{Cipher, LABEL_BYTES_MAX, MetadataError, SLOT_COUNT_MAX};
+pub use moved::{AdoptError, MovedNamespace};
 pub use open::LockedNamespace;
 pub use signature::{Signature, signature_found};
 pub use slot::SlotError;
+pub use transform::{OtherSlots, Pending, RekeyOptions, TransformError};
 pub use unlocked::Namespace;
 
+#[cfg(test)]
+mod crash_tests;
 #[cfg(test)]
 mod tests;

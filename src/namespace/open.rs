@@ -73,6 +73,12 @@ impl LockedNamespace {
         Ok(Self { area, geometry, chosen, header, available_bytes })
     }
 
+    /// A namespace that is not where its header says, for [`MovedNamespace`](super::moved::MovedNamespace) alone.
+    pub(super) fn unchecked(area: HeaderArea, geometry: Geometry, chosen: Chosen, available_bytes: u64) -> Self {
+        let header = Header::of(&chosen.copy.metadata, chosen.copy.sequence, &chosen.states);
+        Self { area, geometry, chosen, header, available_bytes }
+    }
+
     /// What the header says.
     #[must_use]
     pub const fn header(&self) -> &Header {
@@ -181,7 +187,9 @@ impl LockedNamespace {
         if !self.chosen.copy.is_genuine(&mac_key) {
             return Err(UnlockError::Forged);
         }
-        Ok(self.into_namespace(volume_key, mac_key, slot_id))
+        let mut namespace = self.into_namespace(volume_key, mac_key, slot_id);
+        namespace.load_transform()?;
+        Ok(namespace)
     }
 
     fn into_namespace(self, volume_key: VolumeKey, mac_key: MacKey, slot_id: u32) -> Namespace {
@@ -196,6 +204,7 @@ impl LockedNamespace {
             volume_key,
             mac_key,
             slot_id,
+            pending: None,
         }
     }
 }
