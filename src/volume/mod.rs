@@ -24,12 +24,15 @@ use self::range_lock::RangeLock;
 use crate::memory::{Source, Target};
 use crate::namespace::{Credential, Geometry, Header, LockedNamespace, Namespace, UnlockError};
 use crate::pmem::{Access, Backing, Granularity, MediaError};
+use crate::secret::VolumeKey;
 use crate::xts::{BLOCK_BYTES as BLOCK_LEN, Backend, DataUnit, XtsKey};
 
 /// An unlocked namespace: plaintext by logical offset.
 pub struct Volume {
     area: DataArea,
     header: Header,
+    /// Kept open, and with it locked, while the volume is in use; the data's backing unless the header is detached.
+    _header_backing: Arc<Backing>,
     /// Over logical offsets.
     blocks: RangeLock,
 }
@@ -72,11 +75,25 @@ impl Volume {
     /// The decrypted view of `namespace`, with kernels of `backend`.
     #[must_use]
     pub fn new(namespace: Namespace, backend: Backend) -> Self {
+        let header_backing = Arc::clone(namespace.header_backing());
         let (backing, geometry, header, key) = namespace.into_parts();
+        Self { _header_backing: header_backing, ..Self::from_parts(backing, geometry, header, &key, backend) }
+    }
+
+    /// The decrypted view of `geometry` in `backing` under `key`, whatever says so: a format of somebody else, or a key
+    /// that is no namespace's. `header` is what [`Self::header`] gives.
+    #[must_use]
+    pub fn from_parts(
+        backing: Arc<Backing>,
+        geometry: Geometry,
+        header: Header,
+        key: &VolumeKey,
+        backend: Backend,
+    ) -> Self {
         let unit = DataUnit::from_len_bytes(u64::from(geometry.unit_bytes())).expect("the geometry has a known unit");
-        let holes = header.discards;
-        let area = DataArea::new(backing, geometry, unit, XtsKey::new(&key, backend), holes);
-        Self { area, header, blocks: RangeLock::default() }
+        let (header_backing, holes) = (Arc::clone(&backing), header.discards);
+        let area = DataArea::new(backing, geometry, unit, XtsKey::new(key, backend), holes);
+        Self { area, header, _header_backing: header_backing, blocks: RangeLock::default() }
     }
 
     /// Size of the decrypted view in bytes: a multiple of the data unit.
