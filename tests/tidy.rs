@@ -122,6 +122,18 @@ fn every_file_says_what_it_is_for_and_is_one_idea() {
 }
 
 #[test]
+fn nothing_panics_when_nobody_reads_what_is_printed() {
+    for (path, text) in sources() {
+        let code = text.find("#[cfg(test)]\nmod tests {").map_or(text.as_str(), |tests| &text[..tests]);
+        for mark in ["println!(", "print!("] {
+            let found =
+                code.lines().find(|line| line.trim_start().starts_with(mark) || line.contains(&format!(" {mark}")));
+            assert!(found.is_none(), "{}: {mark} instead of cli::output", path.display());
+        }
+    }
+}
+
+#[test]
 fn nothing_is_left_to_do_in_the_code() {
     let marks = ["todo!(", "unimplemented!(", "#[ignore", "FIXME", "XXX"];
     for (path, text) in sources() {

@@ -3,7 +3,6 @@
 //! The namespace is usable at every instant: it opens with its key whether this command ended, was interrupted or was
 //! killed, and both halves decrypt. What is left is done by `--resume`, or by `serve` while it serves.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -15,8 +14,9 @@ use super::credentials::KeyArgs;
 use super::error::Error;
 use super::format::CipherArg;
 use super::info::slot_line;
-use super::key::locked_without_lock;
 use super::open;
+use super::output::outln;
+use super::place::PlaceArgs;
 use super::progress::Progress;
 use super::size::ByteSize;
 use crate::namespace::{
@@ -31,8 +31,8 @@ const TRIAL_BYTES: u64 = 64 << 20;
 
 #[derive(Args, Debug)]
 pub(crate) struct RekeyArgs {
-    /// File or device with a namespace
-    path: PathBuf,
+    #[command(flatten)]
+    place: PlaceArgs,
     #[command(flatten)]
     key: KeyArgs,
     /// Cipher from now on (the present one when not given)
@@ -80,10 +80,10 @@ pub(crate) fn run(args: &RekeyArgs) -> Result<(), Error> {
         return status(args);
     }
     let access = if args.dry_run { Access::ReadOnly } else { Access::ReadWrite };
-    let (mut namespace, credential) = open::namespace_and_credential(&args.path, access, &args.key)?;
+    let (mut namespace, credential) = open::namespace_and_credential(&args.place, access, &args.key)?;
     if args.pause {
         namespace.set_transform_paused(true).map_err(|source| args.failed(source))?;
-        println!("{}: paused; `daxcrypt rekey --resume` goes on", args.path.display());
+        outln!("{}: paused; `daxcrypt rekey --resume` goes on", args.place.path.display())?;
         return Ok(());
     }
     match (args.resume, namespace.pending_transform().is_some()) {
@@ -100,9 +100,9 @@ pub(crate) fn run(args: &RekeyArgs) -> Result<(), Error> {
     }
     drop(credential);
     let volume = Volume::new(namespace, Backend::from_env()?);
-    let progress = finish(&volume, &args.pace).map_err(|error| error.at(&args.path))?;
+    let progress = finish(&volume, &args.pace).map_err(|error| error.at(&args.place.path))?;
     if !args.pace.json {
-        println!("{}: every byte is under the new volume key ({}/s)", args.path.display(), ByteSize(progress));
+        outln!("{}: every byte is under the new volume key ({}/s)", args.place.path.display(), ByteSize(progress))?;
     }
     Ok(())
 }
@@ -169,9 +169,13 @@ fn begin(
     }
     namespace.begin_rekey(credential, options).map_err(|source| args.failed(source))?;
     if !args.pace.json {
-        println!("key slot {} is new and opens with the key given here", namespace.slot_id());
+        if let Some(slot) = namespace.slot_id() {
+            outln!("key slot {slot} is new and opens with the key given here")?;
+        }
         let what = if args.keep_slots { "kept" } else { "dropped" };
-        others.iter().for_each(|slot| println!("{what}: key slot {slot}"));
+        for slot in others.iter() {
+            outln!("{what}: key slot {slot}")?;
+        }
     }
     Ok(())
 }
@@ -179,7 +183,7 @@ fn begin(
 /// The slots that the key given here does not open, each as a line.
 pub(crate) fn other_slots(namespace: &Namespace) -> Vec<String> {
     let slots = namespace.header().slots;
-    let others = slots.iter().filter(|slot| slot.id != namespace.slot_id());
+    let others = slots.iter().filter(|slot| Some(slot.id) != namespace.slot_id());
     others.map(|slot| format!("{}, {}", slot.id, slot_line(slot))).collect()
 }
 
@@ -189,15 +193,17 @@ fn dry_run(args: &RekeyArgs, namespace: Namespace, options: &RekeyOptions) -> Re
     Geometry::new(&placement, u64::MAX).map_err(|source| args.failed(source.into()))?;
     let others = other_slots(&namespace);
     let volume = Volume::new(namespace, Backend::from_env()?);
-    let rate = decryption_rate(&volume).map_err(|source| Error::Volume { path: args.path.clone(), source })?;
-    println!("{}: {} ({} bytes) to re-key", args.path.display(), ByteSize(volume.size()), volume.size());
-    others.iter().for_each(|slot| println!("besides the key given here, these slots open it: {slot}"));
+    let rate = decryption_rate(&volume).map_err(|source| Error::Volume { path: args.place.path.clone(), source })?;
+    outln!("{}: {} ({} bytes) to re-key", args.place.path.display(), ByteSize(volume.size()), volume.size())?;
+    for slot in others.iter() {
+        outln!("besides the key given here, these slots open it: {slot}")?;
+    }
     let limit = args.pace.max_rate.map_or(u64::MAX, |rate| rate.0.max(1));
     let seconds = volume.size().div_ceil(rate.min(limit).max(1));
-    println!(
+    outln!(
         "at least {seconds} s: it reads and decrypts {}/s here; encryption, and writing everything twice, come on top",
         ByteSize(rate)
-    );
+    )?;
     Ok(())
 }
 
@@ -215,30 +221,30 @@ fn decryption_rate(volume: &Volume) -> Result<u64, crate::volume::VolumeError> {
 }
 
 fn status(args: &RekeyArgs) -> Result<(), Error> {
-    let path = args.path.display();
-    let locked = locked_without_lock(&args.path)?;
+    let path = args.place.path.display();
+    let locked = args.place.locked(args.place.peek()?)?;
     if !locked.header().rekeying {
-        println!("{path}: no re-key is under way");
+        outln!("{path}: no re-key is under way")?;
         return Ok(());
     }
     if args.key.key_file.is_none() && args.key.passphrase_file.is_none() {
-        println!("{path}: a re-key is under way; with its key --status says how far it has come");
+        outln!("{path}: a re-key is under way; with its key --status says how far it has come")?;
         return Ok(());
     }
     let credential = args.key.read(super::credentials::Prompt::Once, &path.to_string())?;
     let namespace =
-        locked.unlock_key(&credential).map_err(|source| Error::Unlock { path: args.path.clone(), source })?;
+        locked.unlock_key(&credential).map_err(|source| Error::Unlock { path: args.place.path.clone(), source })?;
     if let Some(pending) = namespace.pending_transform() {
         let (done_bytes, total_bytes) = (pending.record().done_bytes, pending.source().size_bytes());
         if args.pace.json {
             let paused = namespace.transform_paused();
-            println!(
+            outln!(
                 "{}",
                 serde_json::json!({ "done_bytes": done_bytes, "total_bytes": total_bytes, "paused": paused })
-            );
+            )?;
         } else {
             let state = if namespace.transform_paused() { "paused" } else { "under way" };
-            println!("{path}: a re-key is {state}: {} of {} done", ByteSize(done_bytes), ByteSize(total_bytes));
+            outln!("{path}: a re-key is {state}: {} of {} done", ByteSize(done_bytes), ByteSize(total_bytes))?;
         }
     }
     Ok(())
@@ -246,7 +252,7 @@ fn status(args: &RekeyArgs) -> Result<(), Error> {
 
 impl RekeyArgs {
     fn failed(&self, source: TransformError) -> Error {
-        Error::Rekey { path: self.path.clone(), source: source.into() }
+        Error::Rekey { path: self.place.path.clone(), source: source.into() }
     }
 
     fn options(&self, namespace: &Namespace) -> Result<RekeyOptions, Error> {

@@ -174,9 +174,12 @@ pub enum TransformError {
         /// The checksum of the bytes.
         computed: u32,
     },
-    /// The volume was locked.
-    #[error("the volume is locked: its keys are gone")]
-    Locked,
+    /// It was unlocked by its volume key, and so there is no slot to make anew.
+    #[error("it was unlocked by its volume key: unlock it with the key of a slot to re-key it")]
+    NoSlot,
+    /// The volume has no header that could be changed.
+    #[error("the volume is locked, or is no namespace of daxcrypt")]
+    NoHeader,
     /// The media failed.
     #[error(transparent)]
     Media(#[from] MediaError),
@@ -282,7 +285,7 @@ impl Namespace {
         if self.metadata.ephemeral {
             return Err(TransformError::Ephemeral);
         }
-        let geometry = Geometry::new(placement, self.available_bytes)?;
+        let geometry = Geometry::new(placement, self.site.available_bytes())?;
         let cipher = options.cipher.unwrap_or(self.metadata.key_bits);
         let new_key = VolumeKey::generate(cipher.key_bytes())?;
         let transform = Transform::create(&source, &self.volume_key, &new_key, self.metadata.uuid)?;
@@ -324,11 +327,12 @@ impl Namespace {
         credential: &Credential,
         other_slots: OtherSlots,
     ) -> Result<Vec<Slot>, TransformError> {
+        let own = self.slot_id.ok_or(TransformError::NoSlot)?;
         let (old_purpose, new_purpose) = (self.metadata.purpose(), metadata.purpose());
         let mut slots = Vec::new();
         for slot in &self.metadata.slots {
             let id = slot.id;
-            if id == self.slot_id {
+            if id == own {
                 slots.push(Slot::create(id, &slot.label, slot.kdf, credential, &new_purpose, new_key)?);
             } else if other_slots == OtherSlots::Keep {
                 let kept = slot.rewrapped(&self.volume_key, &old_purpose, new_key, &new_purpose)?;
@@ -396,7 +400,7 @@ impl Namespace {
         let (uuid, size_bytes) = (self.metadata.uuid, self.metadata.size_bytes);
         let source = Layout::new(transform.data_start, transform.first_address, size_bytes, transform.unit_bytes)?;
         let end = source.data_start() + size_bytes;
-        let available_bytes = self.area.backing().len_bytes();
+        let available_bytes = self.site.data().len_bytes();
         if end > available_bytes {
             return Err(GeometryError::DoesNotFit { needed_bytes: end, available_bytes }.into());
         }

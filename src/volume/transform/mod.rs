@@ -166,7 +166,7 @@ impl Volume {
     /// [`TransformError`]; nothing has changed, unless the header could not be written.
     pub fn begin_rekey(&self, credential: &Credential, options: &RekeyOptions) -> Result<(), TransformError> {
         let mut engine = self.engine();
-        let engine = engine.as_mut().ok_or(TransformError::Locked)?;
+        let engine = engine.as_mut().ok_or(TransformError::NoHeader)?;
         let began = engine.namespace.begin_rekey(credential, options);
         if let (false, Some(pending)) = (self.area.is_transforming(), engine.namespace.pending_transform()) {
             let backward = is_backward(&self.area, pending);
@@ -201,7 +201,7 @@ impl Volume {
             return Err(MediaError::ReadOnly.into());
         }
         let window_bytes = window_bytes - window_bytes % WINDOW_STEP_BYTES;
-        self.engine().as_mut().ok_or(TransformError::Locked)?.step(&self.area, window_bytes)
+        self.engine().as_mut().ok_or(TransformError::NoHeader)?.step(&self.area, window_bytes)
     }
 
     pub(super) fn engine(&self) -> MutexGuard<'_, Option<Engine>> {
