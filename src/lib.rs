@@ -63,5 +63,6 @@ pub mod namespace;
 pub mod nbd_server;
 pub mod pmem;
 pub mod secret;
+mod sync;
 pub mod volume;
 pub mod xts;
