@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 /// xts, pmem} -> {secret, memory}).
 const LAYERS: &[(&str, &[&str])] = &[
     ("memory", &[]),
+    ("sync", &[]),
     ("secret", &[]),
     ("xts", &["memory", "secret"]),
     ("pmem", &["memory"]),
     ("namespace", &["pmem", "secret", "memory"]),
-    ("volume", &["namespace", "xts", "pmem", "secret", "memory"]),
+    ("volume", &["namespace", "xts", "pmem", "secret", "memory", "sync"]),
     ("dax", &["volume", "secret", "memory"]),
     ("nbd_server", &["volume", "pmem"]),
     ("cli", &["nbd_server", "volume", "namespace", "xts", "pmem", "secret", "memory"]),

@@ -146,6 +146,11 @@ impl DataArea {
         result
     }
 
+    /// Says that a short write to logical `range` comes soon.
+    pub(crate) fn expect_write(&self, range: &Range<u64>) {
+        self.backing.expect_store(&self.physical(range.start, range.end - range.start));
+    }
+
     /// Encrypts zeroes over the blocks of logical `range`.
     ///
     /// # Errors
