@@ -27,6 +27,17 @@ pub fn lock_refused() -> bool {
     LOCK_REFUSED.load(Ordering::Relaxed)
 }
 
+/// Bytes of stack that [`scrub_stack`] overwrites: the frames of an AES-XTS kernel and of what calls it fit several times.
+const SCRUB_BYTES: usize = 4096;
+
+/// Overwrites the stack below the caller's frame, where functions that have returned may have left round keys and data
+/// that the compiler had spilled there.
+#[inline(never)]
+pub(crate) fn scrub_stack() {
+    let mut bytes = [0_u8; SCRUB_BYTES];
+    std::hint::black_box(&mut bytes);
+}
+
 /// Why bytes cannot be a volume key.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]

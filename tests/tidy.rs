@@ -13,6 +13,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("pmem", &["memory"]),
     ("namespace", &["pmem", "secret", "memory"]),
     ("volume", &["namespace", "xts", "pmem", "secret", "memory"]),
+    ("dax", &["volume", "secret", "memory"]),
     ("nbd_server", &["volume", "pmem"]),
     ("cli", &["nbd_server", "volume", "namespace", "xts", "pmem", "secret", "memory"]),
     ("main", &["cli"]),
@@ -20,6 +21,9 @@ const LAYERS: &[(&str, &[&str])] = &[
 
 /// Files that may hold `unsafe`; each begins with the reason in its head.
 const UNSAFE: &[&str] = &[
+    "src/dax/exclusive.rs",
+    "src/dax/mapping.rs",
+    "src/dax/uffd.rs",
     "src/memory.rs",
     "src/secret.rs",
     "src/pmem/bitmap.rs",
@@ -27,6 +31,7 @@ const UNSAFE: &[&str] = &[
     "src/pmem/mapping.rs",
     "src/pmem/persist.rs",
     "src/pmem/sigbus.rs",
+    "src/volume/window/memory.rs",
     "src/xts/dispatch.rs",
     "src/xts/tests/guard.rs",
     "src/xts/x86/aesni.rs",

@@ -160,9 +160,10 @@ fn copy(
     })?;
     target.flush().map_err(|error| to.failed(error))?;
     to.verify(&target, &moved)?;
-    let mut target = target.into_namespace();
+    let unlocked = "nobody has locked it";
+    let mut target = target.into_namespace().expect(unlocked);
     target.publish().map_err(|error| Error::Update { path: destination.into(), source: error })?;
-    Ok((source.into_namespace(), moved))
+    Ok((source.into_namespace().expect(unlocked), moved))
 }
 
 /// Where it lies.

@@ -140,6 +140,9 @@ pub enum TransformError {
     /// One is under way.
     #[error("a re-key is under way: it must end before another one begins")]
     UnderWay,
+    /// The volume was locked: its keys are gone.
+    #[error("the volume is locked")]
+    Locked,
     /// None is under way.
     #[error("no re-key is under way")]
     NotUnderWay,

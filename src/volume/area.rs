@@ -17,15 +17,20 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use zeroize::Zeroizing;
 
+use super::error::VolumeError;
 use super::range_lock::{RangeGuard, RangeLock};
 use super::side::{Side, zero_holes};
 use crate::memory::{Source, Target};
 use crate::namespace::Geometry;
 use crate::pmem::{Backing, BackingExtent, Granularity, MediaError};
+use crate::secret;
 use crate::xts::{BLOCK_BYTES as BLOCK_LEN, Backend};
 
 /// Bytes of an AES block as an offset: the smallest piece of ciphertext that can be rewritten alone.
 pub(crate) const BLOCK_BYTES: u64 = BLOCK_LEN as u64;
+
+/// Bytes of a cache line, which have a kernel of their own.
+const LINE_BYTES: usize = 64;
 
 /// A pattern of zeroes to encrypt from; a multiple of both data units.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
@@ -41,7 +46,9 @@ pub(crate) struct DataArea {
     backend: Backend,
     /// Whether all-zero ciphertext blocks are holes.
     holes: bool,
-    sides: RwLock<Sides>,
+    /// `None` when the volume is locked. Who locks it holds all of the volume's range lock, and everybody else holds some
+    /// range of it.
+    sides: RwLock<Option<Sides>>,
     /// Over logical offsets; asked only while there is a former side.
     moving: RangeLock,
 }
@@ -76,7 +83,7 @@ impl DataArea {
     /// The area with one side.
     pub(crate) fn new(backing: Arc<Backing>, geometry: Geometry, side: Side, holes: bool) -> Self {
         let backend = side.key().backend();
-        let sides = RwLock::new(Sides { current: Arc::new(side), former: None });
+        let sides = RwLock::new(Some(Sides { current: Arc::new(side), former: None }));
         Self { backing, geometry, backend, holes, sides, moving: RangeLock::default() }
     }
 
@@ -93,6 +100,11 @@ impl DataArea {
         self.backend
     }
 
+    /// Wipes the keys. Everything that needs one fails from now on.
+    pub(crate) fn forget_key(&self) {
+        self.sides_mut().take();
+    }
+
     pub(crate) const fn holes(&self) -> bool {
         self.holes
     }
@@ -101,32 +113,43 @@ impl DataArea {
     ///
     /// # Errors
     ///
-    /// What the medium says; `out` may then hold anything that was read before, so the caller must not pass it on.
-    pub(crate) fn read(&self, offset: u64, out: Target<'_>) -> Result<(), MediaError> {
+    /// What the medium says, and [`VolumeError::Locked`]; `out` may then hold anything that was read before, so the caller
+    /// must not pass it on.
+    pub(crate) fn read(&self, offset: u64, out: Target<'_>) -> Result<(), VolumeError> {
         let mut out = out;
-        let range = offset..offset + out.len() as u64;
-        self.on_sides(range, |side, part| {
+        let len_bytes = out.len();
+        let range = offset..offset + len_bytes as u64;
+        let read = self.on_sides(range, |side, part| {
             let out = out.reborrow().slice(relative(&part, offset));
             side.read(&self.backing, self.holes, part.start, out)
-        })
+        });
+        if scrubs(len_bytes) {
+            secret::scrub_stack();
+        }
+        read
     }
 
     /// Encrypts `plaintext` over the blocks at logical `offset`; both are multiples of 16 bytes, checked to be in range.
     ///
     /// # Errors
     ///
-    /// What the medium says; the blocks then hold old or new ciphertext, each.
-    pub(crate) fn write(&self, offset: u64, plaintext: Source<'_>) -> Result<(), MediaError> {
-        let range = offset..offset + plaintext.len() as u64;
-        self.on_sides(range, |side, part| {
-            side.store(&self.backing, part.start, plaintext.slice(relative(&part, offset)))?;
+    /// What the medium says, and [`VolumeError::Locked`]; the blocks then hold old or new ciphertext, each.
+    pub(crate) fn write(&self, offset: u64, plaintext: Source<'_>) -> Result<(), VolumeError> {
+        let len_bytes = plaintext.len();
+        let range = offset..offset + len_bytes as u64;
+        let written = self.on_sides(range, |side, part| {
+            let plaintext = plaintext.slice(relative(&part, offset));
             match self.backing.granularity() {
-                Granularity::Page => Ok(()),
+                Granularity::Page => side.store(&self.backing, part.start, plaintext),
                 // Not every backend has non-temporal stores, and none uses them at ragged ends. Writing back a line that
                 // is not in the cache costs little; believing that it is on media when it is not costs the data.
-                Granularity::CacheLine => self.backing.persist(side.physical(part)),
+                Granularity::CacheLine => side.store_through(&self.backing, part.start, plaintext),
             }
-        })
+        });
+        if scrubs(len_bytes) {
+            secret::scrub_stack();
+        }
+        written
     }
 
     /// Encrypts zeroes over the blocks of logical `range`.
@@ -134,7 +157,7 @@ impl DataArea {
     /// # Errors
     ///
     /// As [`Self::write`].
-    pub(crate) fn write_zeroes(&self, range: Range<u64>) -> Result<(), MediaError> {
+    pub(crate) fn write_zeroes(&self, range: Range<u64>) -> Result<(), VolumeError> {
         let mut offset = range.start;
         while offset < range.end {
             let len_bytes = (range.end - offset).min(ZEROES.len() as u64);
@@ -150,7 +173,7 @@ impl DataArea {
     /// # Errors
     ///
     /// What the medium says, [`MediaError::Unsupported`] included.
-    pub(crate) fn punch(&self, range: Range<u64>) -> Result<(), MediaError> {
+    pub(crate) fn punch(&self, range: Range<u64>) -> Result<(), VolumeError> {
         debug_assert!(self.holes, "without the flag a hole would read as noise");
         self.on_sides(range, |side, part| self.backing.punch_hole(side.physical(part)))
     }
@@ -160,7 +183,7 @@ impl DataArea {
     /// # Errors
     ///
     /// What the medium says.
-    pub(crate) fn extents(&self, range: Range<u64>) -> Result<Vec<BackingExtent>, MediaError> {
+    pub(crate) fn extents(&self, range: Range<u64>) -> Result<Vec<BackingExtent>, VolumeError> {
         let mut extents = Vec::new();
         self.on_sides(range, |side, part| {
             extents.extend(self.backing.extents(side.physical(part))?);
@@ -174,10 +197,10 @@ impl DataArea {
     /// # Errors
     ///
     /// What the medium says; the backing is then poisoned until it is reopened.
-    pub(crate) fn persist(&self, range: Range<u64>) -> Result<(), MediaError> {
+    pub(crate) fn persist(&self, range: Range<u64>) -> Result<(), VolumeError> {
         match self.backing.granularity() {
             // Writes are durable already; holes that were punched are metadata, which only a sync makes so.
-            Granularity::CacheLine => self.backing.sync_all(),
+            Granularity::CacheLine => Ok(self.backing.sync_all()?),
             Granularity::Page => self.on_sides(range, |side, part| self.backing.persist(side.physical(part))),
         }
     }
@@ -196,12 +219,13 @@ impl DataArea {
         &self,
         range: Range<u64>,
         mut access: impl FnMut(&Side, Range<u64>) -> Result<(), MediaError>,
-    ) -> Result<(), MediaError> {
+    ) -> Result<(), VolumeError> {
         let sides = self.sides();
-        if sides.former.is_none() {
-            return access(&sides.current, range);
+        match &*sides {
+            None => return Err(VolumeError::Locked),
+            Some(Sides { current, former: None }) => return Ok(access(current, range)?),
+            Some(_) => drop(sides),
         }
-        drop(sides);
         let _held = self.moving.shared(range.clone());
         for (side, part) in self.parts(range)?.into_iter().flatten() {
             access(&side, part)?;
@@ -210,11 +234,12 @@ impl DataArea {
     }
 
     /// Cuts `range`, which is held, at the boundary.
-    fn parts(&self, range: Range<u64>) -> Result<[Option<Part>; 2], MediaError> {
+    fn parts(&self, range: Range<u64>) -> Result<[Option<Part>; 2], VolumeError> {
         let sides = self.sides();
+        let sides = sides.as_ref().ok_or(VolumeError::Locked)?;
         let Some(former) = &sides.former else { return Ok([Some((Arc::clone(&sides.current), range)), None]) };
         if former.blocked.as_ref().is_some_and(|blocked| range.start < blocked.end && blocked.start < range.end) {
-            return Err(MediaError::Poisoned);
+            return Err(MediaError::Poisoned.into());
         }
         let boundary = former.boundary(self.geometry.size_bytes()).clamp(range.start, range.end);
         let (low, high) = if former.backward { (&former.side, &sides.current) } else { (&sides.current, &former.side) };
@@ -222,11 +247,11 @@ impl DataArea {
         Ok([part(low, range.start..boundary), part(high, boundary..range.end)])
     }
 
-    fn sides(&self) -> RwLockReadGuard<'_, Sides> {
+    fn sides(&self) -> RwLockReadGuard<'_, Option<Sides>> {
         self.sides.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn sides_mut(&self) -> RwLockWriteGuard<'_, Sides> {
+    fn sides_mut(&self) -> RwLockWriteGuard<'_, Option<Sides>> {
         self.sides.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -235,18 +260,21 @@ impl DataArea {
 impl DataArea {
     /// The present side becomes the former one, nothing of which has moved to `side` yet. Waits for all accesses.
     pub(crate) fn begin_transform(&self, side: Side, backward: bool) {
-        let mut sides = self.sides_mut();
-        let former = std::mem::replace(&mut sides.current, Arc::new(side));
-        sides.former = Some(Former { side: former, backward, done_bytes: 0, blocked: None });
+        if let Some(sides) = &mut *self.sides_mut() {
+            let former = std::mem::replace(&mut sides.current, Arc::new(side));
+            sides.former = Some(Former { side: former, backward, done_bytes: 0, blocked: None });
+        }
     }
 
     /// Goes on with a transform: the area was made with its new side. Before anybody else has the area.
     pub(crate) fn resume_transform(&self, former: Side, backward: bool, done_bytes: u64) {
-        self.sides_mut().former = Some(Former { side: Arc::new(former), backward, done_bytes, blocked: None });
+        if let Some(sides) = &mut *self.sides_mut() {
+            sides.former = Some(Former { side: Arc::new(former), backward, done_bytes, blocked: None });
+        }
     }
 
     pub(crate) fn is_transforming(&self) -> bool {
-        self.sides().former.is_some()
+        self.sides().as_ref().is_some_and(|sides| sides.former.is_some())
     }
 
     /// Holds a window that moves: nobody reads or writes it until the guard is dropped.
@@ -256,14 +284,14 @@ impl DataArea {
 
     /// Fails every access to `window` from now on, until the boundary has passed it.
     pub(crate) fn block(&self, window: Range<u64>) {
-        if let Some(former) = &mut self.sides_mut().former {
+        if let Some(Sides { former: Some(former), .. }) = &mut *self.sides_mut() {
             former.blocked = Some(window);
         }
     }
 
     /// Moves the boundary over the window that is held.
     pub(crate) fn advance(&self, done_bytes: u64) {
-        if let Some(former) = &mut self.sides_mut().former {
+        if let Some(Sides { former: Some(former), .. }) = &mut *self.sides_mut() {
             former.done_bytes = done_bytes;
             former.blocked = None;
         }
@@ -271,7 +299,9 @@ impl DataArea {
 
     /// Everything has arrived: the former side and its key are wiped as soon as the last access has dropped them.
     pub(crate) fn end_transform(&self) {
-        self.sides_mut().former = None;
+        if let Some(sides) = &mut *self.sides_mut() {
+            sides.former = None;
+        }
     }
 
     /// The ciphertext of `window`, which is held, on the former side.
@@ -284,9 +314,16 @@ impl DataArea {
     /// The same again gives the same.
     pub(crate) fn store_moved(&self, window: Range<u64>, ciphertext: &[u8]) -> Result<(), MediaError> {
         let (former, current) = self.both_sides();
+        let result = self.store_pieces(&former, &current, window.start, ciphertext);
+        secret::scrub_stack();
+        result?;
+        self.backing.persist(current.physical(window))
+    }
+
+    fn store_pieces(&self, former: &Side, current: &Side, start: u64, ciphertext: &[u8]) -> Result<(), MediaError> {
         let mut plaintext = Zeroizing::new(vec![0; MOVING_PIECE_BYTES.min(ciphertext.len())]);
         for (index, piece) in ciphertext.chunks(MOVING_PIECE_BYTES).enumerate() {
-            let offset = window.start + (index * MOVING_PIECE_BYTES) as u64;
+            let offset = start + (index * MOVING_PIECE_BYTES) as u64;
             let plaintext = &mut plaintext[..piece.len()];
             former.decrypt(offset, Source::from_slice(piece), Target::from_slice(plaintext));
             if self.holes {
@@ -298,14 +335,20 @@ impl DataArea {
                 current.store(&self.backing, offset, Source::from_slice(plaintext))?;
             }
         }
-        self.backing.persist(current.physical(window))
+        Ok(())
     }
 
     fn both_sides(&self) -> (Arc<Side>, Arc<Side>) {
         let sides = self.sides();
+        let sides = sides.as_ref().expect("a volume is locked only when its engine is gone");
         let former = sides.former.as_ref().expect("the engine moves windows only while there is a former side");
         (Arc::clone(&former.side), Arc::clone(&sides.current))
     }
+}
+
+/// Whether a kernel for so many bytes has a stack frame that is worth overwriting: a cache line stays in registers.
+const fn scrubs(len_bytes: usize) -> bool {
+    len_bytes > LINE_BYTES
 }
 
 /// Where `part` lies in a buffer that begins at `offset`.

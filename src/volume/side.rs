@@ -55,11 +55,24 @@ impl Side {
 
     /// Encrypts `plaintext` over the blocks at logical `offset`. Stores only: the caller makes them durable.
     pub(crate) fn store(&self, backing: &Backing, offset: u64, plaintext: Source<'_>) -> Result<(), MediaError> {
-        let len_bytes = plaintext.len();
-        let range = self.physical(offset..offset + len_bytes as u64);
-        let store = if len_bytes >= NON_TEMPORAL_BYTES_MIN { Store::NonTemporal } else { Store::Cached };
-        let span = self.span(offset);
-        backing.write(range, |ciphertext| self.key.encrypt(span, plaintext, ciphertext, store))
+        let range = self.physical(offset..offset + plaintext.len() as u64);
+        backing.write(range, |ciphertext| self.encrypt(offset, plaintext, ciphertext))
+    }
+
+    /// [`Self::store`], and makes it durable.
+    pub(crate) fn store_through(
+        &self,
+        backing: &Backing,
+        offset: u64,
+        plaintext: Source<'_>,
+    ) -> Result<(), MediaError> {
+        let range = self.physical(offset..offset + plaintext.len() as u64);
+        backing.write_through(range, |ciphertext| self.encrypt(offset, plaintext, ciphertext))
+    }
+
+    fn encrypt(&self, offset: u64, plaintext: Source<'_>, ciphertext: Target<'_>) {
+        let store = if plaintext.len() >= NON_TEMPORAL_BYTES_MIN { Store::NonTemporal } else { Store::Cached };
+        self.key.encrypt(self.span(offset), plaintext, ciphertext, store);
     }
 
     /// Decrypts the blocks of logical `offset` from memory to memory.

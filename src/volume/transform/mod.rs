@@ -166,6 +166,7 @@ impl Volume {
     /// [`TransformError`]; nothing has changed, unless the header could not be written.
     pub fn begin_rekey(&self, credential: &Credential, options: &RekeyOptions) -> Result<(), TransformError> {
         let mut engine = self.engine();
+        let engine = engine.as_mut().ok_or(TransformError::Locked)?;
         let began = engine.namespace.begin_rekey(credential, options);
         if let (false, Some(pending)) = (self.area.is_transforming(), engine.namespace.pending_transform()) {
             let backward = is_backward(&self.area, pending);
@@ -179,13 +180,13 @@ impl Volume {
     /// How far the re-key has come that is under way.
     #[must_use]
     pub fn transform(&self) -> Option<TransformProgress> {
-        self.engine().progress()
+        self.engine().as_ref()?.progress()
     }
 
     /// Whether the re-key that is under way is to rest until somebody asks for more.
     #[must_use]
     pub fn transform_paused(&self) -> bool {
-        self.engine().namespace.transform_paused()
+        self.engine().as_ref().is_some_and(|engine| engine.namespace.transform_paused())
     }
 
     /// Moves the next `window_bytes` bytes at most (a multiple of 4096; see [`WINDOW_BYTES`]) to the new key, or ends the
@@ -200,10 +201,15 @@ impl Volume {
             return Err(MediaError::ReadOnly.into());
         }
         let window_bytes = window_bytes - window_bytes % WINDOW_STEP_BYTES;
-        self.engine().step(&self.area, window_bytes)
+        self.engine().as_mut().ok_or(TransformError::Locked)?.step(&self.area, window_bytes)
     }
 
-    fn engine(&self) -> MutexGuard<'_, Engine> {
+    /// Wipes what the engine knows of keys; a window that is being moved is moved first.
+    pub(super) fn forget_engine(&self) {
+        self.engine().take();
+    }
+
+    fn engine(&self) -> MutexGuard<'_, Option<Engine>> {
         self.engine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
