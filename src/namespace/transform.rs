@@ -11,6 +11,7 @@
 use aes_gcm_siv::aead::AeadInOut;
 use aes_gcm_siv::{Nonce, Tag};
 use serde::{Deserialize, Serialize};
+use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
 use super::area::CopyState;
@@ -18,6 +19,7 @@ use super::error::UpdateError;
 use super::geometry::{DataUnit, Geometry, GeometryError, Layout, Placement};
 use super::header::MacKey;
 use super::hex;
+use super::info::SlotInfo;
 use super::journal::{Journal, Record};
 use super::kdf::{self, Credential, Key256};
 use super::metadata::{Cipher, Metadata};
@@ -140,6 +142,9 @@ pub enum TransformError {
     /// One is under way.
     #[error("a re-key is under way: it must end before another one begins")]
     UnderWay,
+    /// The credential opens no slot, so it cannot have one of the new header.
+    #[error("no key slot opens with that passphrase or key file")]
+    Credential,
     /// The volume was locked: its keys are gone.
     #[error("the volume is locked")]
     Locked,
@@ -238,6 +243,30 @@ impl Namespace {
     /// As [`Self::pending_transform`], to record progress.
     pub const fn pending_transform_mut(&mut self) -> Option<&mut Pending> {
         self.pending.as_mut()
+    }
+
+    /// Makes the slot that `credential` opens the one that counts as unlocked: a re-key gives that slot a successor.
+    ///
+    /// # Errors
+    ///
+    /// [`TransformError::Credential`] when it opens none.
+    pub fn use_slot_of(&mut self, credential: &Credential) -> Result<(), TransformError> {
+        let purpose = self.metadata.purpose();
+        for slot in self.metadata.slots.iter().filter(|slot| slot.kdf.suits(credential)) {
+            let opened = slot.open(credential, &purpose).map_err(SlotError::from)?;
+            if opened.is_some_and(|key| bool::from(key.ct_eq(self.volume_key.bytes()))) {
+                self.slot_id = slot.id;
+                return Ok(());
+            }
+        }
+        Err(TransformError::Credential)
+    }
+
+    /// The slots besides the one that unlocked.
+    #[must_use]
+    pub fn other_slots(&self) -> Vec<SlotInfo> {
+        let slots = self.header().slots.into_iter();
+        slots.filter(|slot| slot.id != self.slot_id).collect()
     }
 
     /// Begins to give the namespace a new volume key: the header has it when this returns, with a fresh slot for
@@ -396,7 +425,7 @@ impl Namespace {
         let (uuid, size_bytes) = (self.metadata.uuid, self.metadata.size_bytes);
         let source = Layout::new(transform.data_start, transform.first_address, size_bytes, transform.unit_bytes)?;
         let end = source.data_start() + size_bytes;
-        let available_bytes = self.area.backing().len_bytes();
+        let available_bytes = self.backing().len_bytes();
         if end > available_bytes {
             return Err(GeometryError::DoesNotFit { needed_bytes: end, available_bytes }.into());
         }

@@ -321,8 +321,12 @@ impl DataArea {
     }
 
     fn store_pieces(&self, former: &Side, current: &Side, start: u64, ciphertext: &[u8]) -> Result<(), MediaError> {
+        let in_place = former.data_start() == current.data_start();
         let mut plaintext = Zeroizing::new(vec![0; MOVING_PIECE_BYTES.min(ciphertext.len())]);
         for (index, piece) in ciphertext.chunks(MOVING_PIECE_BYTES).enumerate() {
+            if self.holes && in_place && piece.iter().all(|&byte| byte == 0) {
+                continue; // a hole stays as it is, without blocks
+            }
             let offset = start + (index * MOVING_PIECE_BYTES) as u64;
             let plaintext = &mut plaintext[..piece.len()];
             former.decrypt(offset, Source::from_slice(piece), Target::from_slice(plaintext));

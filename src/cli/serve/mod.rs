@@ -10,6 +10,7 @@ mod rekey;
 mod tls;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -25,7 +26,7 @@ use super::credentials::KeyArgs;
 use super::error::Error;
 use super::log;
 use super::size::ByteSize;
-use crate::nbd_server::{self, Allowed, Handle, Limits, Listener, Options, Server};
+use crate::nbd_server::{self, Allowed, Commands, Handle, Limits, Listener, Options, Server};
 use crate::secret;
 
 #[derive(Args, Debug)]
@@ -122,8 +123,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     };
     let tls = tls::set_up(&plan.tls, &plan.namespaces)?;
     // Dropped after the server has ended.
-    let mut rekeys = Rekeys::new(args.rekey_max_rate);
-    let exports = exports::open_all(&plan.namespaces, plan.keep_going, &mut rekeys)?;
+    let rekeys = Arc::new(Rekeys::new(args.rekey_max_rate));
+    let exports = exports::open_all(&plan.namespaces, plan.keep_going, &rekeys)?;
     if secret::lock_refused() {
         eprintln!("daxcrypt: warning: key memory could not be locked in RAM (ulimit -l), so it may reach swap");
     }
@@ -137,7 +138,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
         server = server.listen(listener);
     }
     if let Some(path) = &plan.control {
-        server = server.control(Listener::unix(path)?);
+        let rekeys = Arc::clone(&rekeys);
+        server = server.control(Listener::unix(path)?).commands(Commands::new(move |received| rekeys.answer(received)));
     }
     for address in plan.metrics.iter().map(|text| listeners::resolve(text)).collect::<Result<Vec<_>, _>>()?.concat() {
         server = server.metrics(Listener::tcp(address)?);
