@@ -79,6 +79,8 @@ pub(crate) enum Error {
     NotVerified { path: PathBuf, written: u32, found: u32 },
     #[error("cannot read or write {path}", path = path.display())]
     Plain { path: PathBuf, source: io::Error },
+    #[error("the server refuses: {reason}")]
+    Refused { reason: String },
     #[error("the namespace has other key slots: {slots}")]
     OtherSlots { slots: String },
     #[error("cannot erase {path}: key material may be left", path = path.display())]
@@ -159,7 +161,7 @@ impl Error {
             Self::Format { .. } => Exit::Usage,
             Self::RekeyStopped { .. } | Self::TransferStopped { .. } => Exit::Stopped,
             Self::Adopt { source, .. } => adopt_exit(source),
-            Self::OtherSlots { .. } => Exit::Usage,
+            Self::OtherSlots { .. } | Self::Refused { .. } => Exit::Usage,
             Self::Rekey { source, .. } => rekey_exit(source),
             Self::OwnSlot { .. } | Self::NotConfirmed { .. } => Exit::Usage,
             Self::Update { source: UpdateError::Write(_) | UpdateError::Slot(_) | UpdateError::Key(_), .. } => Exit::Io,
@@ -285,6 +287,7 @@ fn why_no_key(error: &KeyError) -> &'static str {
 const fn rekey_exit(error: &TransformError) -> Exit {
     match error {
         TransformError::UnderWay | TransformError::NotUnderWay | TransformError::Ephemeral => Exit::Usage,
+        TransformError::Credential => Exit::WrongKey,
         TransformError::Geometry(_) | TransformError::Slot(_) => Exit::Usage,
         TransformError::SourceKey | TransformError::JournalLost | TransformError::SavedWindow { .. } => Exit::Damaged,
         _ => Exit::Io,

@@ -3,6 +3,7 @@
 //! One file a command. Nothing below this layer prints, and nothing here knows how anything is done.
 
 mod bench;
+mod control;
 mod credentials;
 mod demo;
 mod dmtable;

@@ -34,7 +34,7 @@ pub(super) struct Source {
 }
 
 /// Opens, unlocks and reads every namespace. With `keep_going` one that fails is left out, unless all do.
-pub(super) fn open_all(sources: &[Source], keep_going: bool, rekeys: &mut Rekeys) -> Result<Exports, Error> {
+pub(super) fn open_all(sources: &[Source], keep_going: bool, rekeys: &Rekeys) -> Result<Exports, Error> {
     let backend = Backend::from_env()?;
     let mut exports = Exports::new();
     let mut first_error = None;
@@ -54,7 +54,7 @@ pub(super) fn open_all(sources: &[Source], keep_going: bool, rekeys: &mut Rekeys
     }
 }
 
-fn add(exports: &mut Exports, source: &Source, backend: Backend, rekeys: &mut Rekeys) -> Result<(), Error> {
+fn add(exports: &mut Exports, source: &Source, backend: Backend, rekeys: &Rekeys) -> Result<(), Error> {
     let path = &source.path;
     let access = if source.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let place = PlaceArgs { path: path.clone(), header: source.header.clone() };
@@ -79,7 +79,7 @@ fn add(exports: &mut Exports, source: &Source, backend: Backend, rekeys: &mut Re
     let volume = Arc::new(volume);
     let export: Arc<Volume> = Arc::clone(&volume);
     exports.add(info, export).map_err(|source| Error::Export { path: path.clone(), source })?;
-    rekeys.go_on(path.clone(), volume);
+    rekeys.add(path.clone(), volume);
     Ok(())
 }
 

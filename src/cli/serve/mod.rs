@@ -10,6 +10,7 @@ mod rekey;
 mod tls;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -26,7 +27,7 @@ use super::error::Error;
 use super::log;
 use super::output::warning;
 use super::size::ByteSize;
-use crate::nbd_server::{self, Allowed, Handle, Limits, Listener, Options, Server};
+use crate::nbd_server::{self, Allowed, Commands, Handle, Limits, Listener, Options, Server};
 use crate::secret;
 
 #[derive(Args, Debug)]
@@ -84,13 +85,13 @@ pub(crate) struct ServeArgs {
     /// Microseconds to poll for the next request before sleeping; 0 turns polling off [default: 50]
     #[arg(long, value_name = "MICROSECONDS")]
     poll_us: Option<u64>,
+    /// Bytes a second at most for a re-key that goes on while its namespace is served, such as 100M
+    #[arg(long, value_name = "SIZE")]
+    rekey_max_rate: Option<ByteSize>,
     /// Threads that share the work of requests of 256 KiB and more, for machines with CPUs to spare [default: 1, each
     /// client's own]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Bytes a second at most for a re-key that goes on while its namespace is served, such as 100M
-    #[arg(long, value_name = "SIZE")]
-    rekey_max_rate: Option<ByteSize>,
     /// What to log on standard error: off, error, warn, info, debug or trace [default: $DAXCRYPT_LOG, or warn]
     #[arg(long, value_name = "LEVEL")]
     log: Option<String>,
@@ -129,8 +130,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     };
     let tls = tls::set_up(&plan.tls, &plan.namespaces)?;
     // Dropped after the server has ended.
-    let mut rekeys = Rekeys::new(args.rekey_max_rate);
-    let exports = exports::open_all(&plan.namespaces, plan.keep_going, &mut rekeys)?;
+    let rekeys = Arc::new(Rekeys::new(args.rekey_max_rate));
+    let exports = exports::open_all(&plan.namespaces, plan.keep_going, &rekeys)?;
     if secret::lock_refused() {
         warning!("key memory could not be locked in RAM (ulimit -l), so it may reach swap");
     }
@@ -144,7 +145,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
         server = server.listen(listener);
     }
     if let Some(path) = &plan.control {
-        server = server.control(Listener::unix(path)?);
+        let rekeys = Arc::clone(&rekeys);
+        server = server.control(Listener::unix(path)?).commands(Commands::new(move |received| rekeys.answer(received)));
     }
     for address in plan.metrics.iter().map(|text| listeners::resolve(text)).collect::<Result<Vec<_>, _>>()?.concat() {
         server = server.metrics(Listener::tcp(address)?);
