@@ -46,7 +46,7 @@
 //!                volume                       the decrypted view
 //!                  |
 //!       +----------+---------+
-//!   namespace     xts       pmem
+//!   namespace     xts       pmem               (luks2, beside the volume's namespace, uses all three)
 //!   on media    AES-XTS   mapping, persist, media errors
 //!       |
 //!   secret, memory                            key memory, raw memory
@@ -56,6 +56,7 @@
 compile_error!("daxcrypt supports 64-bit little-endian Linux only");
 
 pub mod cli;
+pub mod luks2;
 pub mod memory;
 pub mod namespace;
 pub mod nbd_server;

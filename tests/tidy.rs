@@ -12,9 +12,10 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("xts", &["memory", "secret"]),
     ("pmem", &["memory"]),
     ("namespace", &["pmem", "secret", "memory"]),
-    ("volume", &["namespace", "xts", "pmem", "secret", "memory"]),
+    ("luks2", &["namespace", "xts", "pmem", "secret", "memory"]),
+    ("volume", &["luks2", "namespace", "xts", "pmem", "secret", "memory"]),
     ("nbd_server", &["volume", "pmem"]),
-    ("cli", &["nbd_server", "volume", "namespace", "xts", "pmem", "secret", "memory"]),
+    ("cli", &["nbd_server", "volume", "luks2", "namespace", "xts", "pmem", "secret", "memory"]),
     ("main", &["cli"]),
 ];
 

@@ -253,7 +253,8 @@ pub enum UpdateError {
 }
 
 /// Shows an error and its sources in one line.
-pub(super) struct Chain<'a>(pub(super) &'a (dyn Error + 'static));
+#[derive(Debug)]
+pub struct Chain<'a>(pub &'a (dyn Error + 'static));
 
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -39,6 +39,12 @@ impl Namespace {
         self.site.data()
     }
 
+    /// Where it is.
+    #[must_use]
+    pub const fn site(&self) -> &Site {
+        &self.site
+    }
+
     /// The backing of the header: that of the data, unless the header is detached.
     #[must_use]
     pub const fn header_backing(&self) -> &Arc<Backing> {

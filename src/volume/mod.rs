@@ -21,6 +21,7 @@ use zeroize::Zeroizing;
 use self::area::{BLOCK_BYTES, DataArea};
 pub use self::error::VolumeError;
 use self::range_lock::RangeLock;
+use crate::luks2;
 use crate::memory::{Source, Target};
 use crate::namespace::{Credential, Geometry, Header, LockedNamespace, Namespace, UnlockError};
 use crate::pmem::{Access, Backing, Granularity, MediaError};
@@ -77,6 +78,13 @@ impl Volume {
     pub fn new(namespace: Namespace, backend: Backend) -> Self {
         let header_backing = Arc::clone(namespace.header_backing());
         let (backing, geometry, header, key) = namespace.into_parts();
+        Self { _header_backing: header_backing, ..Self::from_parts(backing, geometry, header, &key, backend) }
+    }
+
+    /// The decrypted view of a LUKS2 volume.
+    #[must_use]
+    pub fn from_luks2(unlocked: luks2::Unlocked, backend: Backend) -> Self {
+        let (backing, header_backing, geometry, header, key) = unlocked.into_parts();
         Self { _header_backing: header_backing, ..Self::from_parts(backing, geometry, header, &key, backend) }
     }
 
