@@ -56,6 +56,7 @@
 compile_error!("daxcrypt supports 64-bit little-endian Linux only");
 
 pub mod cli;
+pub mod dax;
 pub mod luks2;
 pub mod memory;
 pub mod namespace;

@@ -86,6 +86,19 @@ impl<'a> Source<'a> {
         Self { start, len_bytes: range.len(), lifetime: PhantomData }
     }
 
+    /// Whether the bytes equal `other`, each byte read once.
+    #[must_use]
+    pub(crate) fn equals(self, other: &[u8]) -> bool {
+        let mut chunk = [0; 64];
+        let same = self.len_bytes == other.len();
+        same && other.chunks(chunk.len()).enumerate().all(|(index, expected)| {
+            let start = index * chunk.len();
+            let found = &mut chunk[..expected.len()];
+            self.slice(start..start + expected.len()).copy_to(found);
+            found == expected
+        })
+    }
+
     /// Copies all bytes to `out`.
     ///
     /// # Panics

@@ -40,6 +40,53 @@ fn nbdinfo_sees_name_size_and_abilities() {
 }
 
 #[test]
+fn nbdinfo_asks_for_every_ability() {
+    // The exit code is nbdinfo's answer: 0 is yes, 2 is no.
+    fn asked(server: &Server, yes: &[&str], no: &[&str]) {
+        for (answer, questions) in [(0, yes), (2, no)] {
+            for question in questions {
+                let kind = if matches!(*question, "read-only" | "rotational" | "tls") { "--is" } else { "--can" };
+                let run = Run::of(tool_command("nbdinfo", &[kind, question, &server.uri("vault")]));
+                assert_eq!(run.status.code(), Some(answer), "{kind} {question}: {}", run.stderr);
+            }
+        }
+    }
+    let (bench, server) = served("8M", &[]);
+    let always = ["connect", "read", "cache", "df", "flush", "fua", "multi-conn", "structured"];
+    asked(&server, &always, &["trim", "read-only", "rotational", "tls"]);
+    asked(&server, &["write", "zero"], &[]);
+    server.stop();
+    let server = bench.serve("vault.img", &["--read-only"]);
+    asked(&server, &["connect", "read", "read-only", "df"], &["write", "trim", "zero", "tls"]);
+    server.stop();
+    let server = bench.serve("vault.img", &["--allow-discards"]);
+    asked(&server, &["write", "trim", "zero", "fast-zero"], &["read-only", "rotational"]);
+    server.stop();
+}
+
+#[test]
+fn several_threads_for_large_requests_change_no_byte() {
+    let (bench, server) = served("24M", &["--threads", "3"]);
+    fs::write(bench.path("in.img"), noise(8, 24 * MIB)).unwrap();
+    let (input, output) = (bench.path("in.img"), bench.path("out.img"));
+    let large = ["--connections=1", "--requests=4", "--request-size=33554432"];
+    tool("nbdcopy", &[large[0], large[1], large[2], "--flush", input.to_str().unwrap(), &server.uri("vault")]);
+    tool("nbdcopy", &[large[0], large[1], large[2], &server.uri("vault"), output.to_str().unwrap()]);
+    tool("cmp", &[&input, &output]);
+    let uneven = ["-f", "raw", "-c", "write -P 0x42 4099 1500001", "-c", "read -P 0x42 4099 1500001"];
+    tool("qemu-io", &[&uneven[..], &[&server.uri("vault")]].concat());
+    server.stop();
+    // One thread decrypts what three have encrypted.
+    let server = bench.serve("vault.img", &["--read-only"]);
+    tool("qemu-io", &["-r", "-f", "raw", "-c", "read -P 0x42 4099 1500001", &server.uri("vault")]);
+    tool("nbdcopy", &[&server.uri("vault"), output.to_str().unwrap()]);
+    server.stop();
+    let (read, mut wanted) = (fs::read(&output).unwrap(), fs::read(&input).unwrap());
+    wanted[4099..4099 + 1_500_001].fill(0x42);
+    assert!(read == wanted);
+}
+
+#[test]
 fn nbdcopy_takes_an_image_in_and_out_over_many_connections() {
     let (bench, server) = served("24M", &[]);
     fs::write(bench.path("in.img"), noise(5, 24 * MIB)).unwrap();
@@ -97,6 +144,10 @@ fn qemu_img_converts_compares_and_maps() {
     let json: serde_json::Value = serde_json::from_str(&map.stdout).unwrap();
     assert_eq!(json[0]["length"], 16 << 20);
     assert_eq!(json[0]["data"], true, "no unit looks unused");
+    let load = ["bench", "-f", "raw", "-d", "32", "-s", "4k", "-S", "12k", "-c", "4000"];
+    let written = tool("qemu-img", &[&load[..], &["-w", "--flush-interval=500", &uri]].concat());
+    assert!(written.stdout.contains("Run completed"), "{}", written.stdout);
+    assert!(tool("qemu-img", &[&load[..], &[&uri]].concat()).stdout.contains("Run completed"));
     server.stop();
 }
 
@@ -110,9 +161,9 @@ fn fio_verifies_random_writes_from_several_jobs() {
         "--rw=randrw".into(),
         "--bsrange=512-64k".into(),
         "--blockalign=512".into(),
-        "--size=8M".into(),
-        "--offset_increment=8M".into(),
-        "--numjobs=4".into(),
+        "--size=4M".into(),
+        "--offset_increment=4M".into(),
+        "--numjobs=8".into(),
         "--iodepth=16".into(),
         "--verify=crc32c".into(),
         "--verify_fatal=1".into(),
@@ -140,6 +191,29 @@ fn nbdkit_as_a_second_strict_client_passes_our_export_on() {
     let proxy_server = Server::start(command, proxy);
     tool("nbdcopy", &[input.to_str().unwrap(), &proxy_server.uri("")]);
     drop(proxy_server);
+    server.stop();
+}
+
+#[test]
+fn nbdkit_logs_every_request_of_a_proxied_client_without_an_error() {
+    let (bench, server) = served("8M", &[]);
+    let (proxy, log) = (bench.path("proxy.sock"), bench.path("requests.log"));
+    let args = ["-f", "-U", proxy.to_str().unwrap(), "--filter=log", "--filter=blocksize", "nbd"];
+    let mut command = tool_command("nbdkit", &args);
+    command.arg(format!("uri={}", server.uri("vault"))).arg("minblock=4096").arg("maxdata=64k");
+    command.arg(format!("logfile={}", log.display()));
+    let proxy_server = Server::start(command, proxy);
+    let commands = ["write -P 9 100 300k", "read -P 9 100 300k", "write -z 1M 64k", "read -P 0 1M 64k", "flush"];
+    let mut args = vec!["-f".to_owned(), "raw".to_owned()];
+    args.extend(commands.iter().flat_map(|command| ["-c".to_owned(), (*command).to_owned()]));
+    args.push(proxy_server.uri(""));
+    tool("qemu-io", &args);
+    drop(proxy_server);
+    let log = fs::read_to_string(log).unwrap();
+    for call in ["Read id=", "Write id=", "Zero id=", "Flush id="] {
+        assert!(log.contains(call), "no {call} in\n{log}");
+    }
+    assert!(!log.contains("error="), "{log}");
     server.stop();
 }
 

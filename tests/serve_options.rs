@@ -111,6 +111,8 @@ fn status_and_metrics_show_what_was_done() {
     assert_eq!(json["exports"][0]["name"], "vault");
     assert_eq!(json["exports"][0]["size_bytes"], 8 << 20);
     assert_eq!(json["exports"][0]["stats"]["written_bytes"], 1 << 20);
+    assert_eq!(json["exports"][0]["stats"]["requests"]["write"], 1, "{json}");
+    assert_eq!(json["exports"][0]["stats"]["requests"]["trim"], 0);
     assert!(json["exports"][0]["stats"]["latency_p50_ns"].as_u64().unwrap() > 0);
     let table = bench.run(&["status", "--control", "control"]).succeeds().stdout;
     for word in ["EXPORT", "vault", "8 MiB", "read-write", "1 MiB", "P99.9"] {
@@ -152,6 +154,41 @@ fn a_file_serves_two_namespaces_with_their_own_keys() {
     let list = tool("nbdinfo", &["--list", &server.uri("")]).stdout;
     assert!(list.contains("the second"), "{list}");
     server.stop();
+}
+
+#[test]
+fn only_the_users_of_an_export_see_it() {
+    let uid = rustix::process::getuid().as_raw();
+    let bench = configured("[[namespace]]\npath = 'c.img'\nkey_file = 'vault.key'\nallowed_uids = [4242]\n");
+    bench.format("c.img", "4M", &[]);
+    let server = Server::start(bench.command(&["serve", "--config", "serve.toml"]), bench.path("nbd.sock"));
+    let list = tool("nbdinfo", &["--list", &server.uri("")]).stdout;
+    assert!(list.contains("first") && !list.contains("\"c\""), "{list}");
+    Run::of(tool_command("nbdinfo", &["--size", &server.uri("c")])).fails(1, &["c"]);
+    server.stop();
+    let text = fs::read_to_string(bench.path("serve.toml")).unwrap().replace("[4242]", &format!("[4242, {uid}]"));
+    fs::write(bench.path("serve.toml"), text).unwrap();
+    let server = Server::start(bench.command(&["serve", "--config", "serve.toml"]), bench.path("nbd.sock"));
+    assert_eq!(tool("nbdinfo", &["--size", &server.uri("c")]).stdout.trim(), "4194304");
+    server.stop();
+}
+
+#[test]
+fn only_the_certificates_of_an_export_see_it() {
+    for (name, admitted) in [("tenant1", true), ("tenant10", false)] {
+        let ours = certificates(name);
+        let folder = ours.path().to_str().unwrap();
+        let tls = format!("[tls]\ncertificates = '{folder}'\nverify_client = true\n");
+        let guarded = "[[namespace]]\npath = 'c.img'\nkey_file = 'vault.key'\nallowed_certificates = ['tenant1']\n";
+        let bench = configured(&format!("{tls}{guarded}"));
+        bench.format("c.img", "4M", &[]);
+        let server = Server::start(bench.command(&["serve", "--config", "serve.toml"]), bench.path("nbd.sock"));
+        let read = |export| nbdsh(folder, &server.uri(export), "REQUIRE", "h.pread(1, 0)");
+        let guarded = read("c");
+        assert_eq!(guarded.status.success(), admitted, "{}", String::from_utf8_lossy(&guarded.stderr));
+        assert!(read("first").status.success(), "an export without a list is for every verified client");
+        server.stop();
+    }
 }
 
 #[test]

@@ -14,6 +14,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("namespace", &["pmem", "secret", "memory"]),
     ("luks2", &["namespace", "xts", "pmem", "secret", "memory"]),
     ("volume", &["luks2", "namespace", "xts", "pmem", "secret", "memory"]),
+    ("dax", &["volume", "secret", "memory"]),
     ("nbd_server", &["volume", "pmem"]),
     ("cli", &["nbd_server", "volume", "luks2", "namespace", "xts", "pmem", "secret", "memory"]),
     ("main", &["cli"]),
@@ -21,6 +22,9 @@ const LAYERS: &[(&str, &[&str])] = &[
 
 /// Files that may hold `unsafe`; each begins with the reason in its head.
 const UNSAFE: &[&str] = &[
+    "src/dax/exclusive.rs",
+    "src/dax/mapping.rs",
+    "src/dax/uffd.rs",
     "src/memory.rs",
     "src/secret.rs",
     "src/pmem/bitmap.rs",
@@ -28,6 +32,7 @@ const UNSAFE: &[&str] = &[
     "src/pmem/mapping.rs",
     "src/pmem/persist.rs",
     "src/pmem/sigbus.rs",
+    "src/volume/window/memory.rs",
     "src/xts/dispatch.rs",
     "src/xts/tests/guard.rs",
     "src/xts/x86/aesni.rs",

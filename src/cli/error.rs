@@ -8,8 +8,8 @@ use linux_keyutils::KeyError;
 
 use crate::luks2;
 use crate::namespace::{
-    self, CredentialError, FormatError, KeySpecError, RegionError, RestoreError, Signature, UnlockError, UpdateError,
-    WriteError,
+    self, CredentialError, FormatError, KeySpecError, RegionError, RestoreError, Signature, SlotError, UnlockError,
+    UpdateError, WriteError,
 };
 use crate::nbd_server::{ListenError, RegistryError, ServerError, TlsError};
 use crate::pmem::{MediaError, OpenError};
@@ -172,6 +172,7 @@ impl Error {
             Self::Format { source: FormatError::Write(_), .. } => Exit::Io,
             Self::Format { .. } => Exit::Usage,
             Self::OwnSlot { .. } | Self::NotConfirmed { .. } => Exit::Usage,
+            Self::Update { source: UpdateError::Slot(SlotError::Label(_) | SlotError::Cost(_)), .. } => Exit::Usage,
             Self::Update { source: UpdateError::Write(_) | UpdateError::Slot(_) | UpdateError::Key(_), .. } => Exit::Io,
             Self::Update { source: UpdateError::RewrapFailed { .. } | UpdateError::SequenceExhausted, .. } => {
                 Exit::Damaged

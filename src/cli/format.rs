@@ -160,8 +160,7 @@ fn fill_with_noise(
 ) -> Result<(), crate::volume::VolumeError> {
     const CHUNK_BYTES: u64 = 4 << 20;
     let thrown_away = VolumeKey::generate(namespace.cipher().key_bytes()).expect("the length is a cipher's");
-    let data = Arc::clone(namespace.backing());
-    let volume = Volume::from_parts(data, *namespace.geometry(), namespace.header(), &thrown_away, backend);
+    let volume = Volume::under_another_key(namespace, &thrown_away, backend);
     let mut progress = Progress::new("filling", volume.size(), progress);
     for start in (0..volume.size()).step_by(4 << 20) {
         let len_bytes = CHUNK_BYTES.min(volume.size() - start);

@@ -1,5 +1,6 @@
 //! `daxcrypt status`: what a running server says on its control socket.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
@@ -57,7 +58,7 @@ struct Client {
 
 #[derive(Debug, Deserialize)]
 struct Stats {
-    requests: Vec<u64>,
+    requests: BTreeMap<String, u64>,
     read_bytes: u64,
     written_bytes: u64,
     errors: u64,
@@ -119,7 +120,7 @@ fn head(first: &[&str]) -> Vec<String> {
 fn row<const N: usize>(first: [String; N], stats: &Stats) -> Vec<String> {
     let mut cells = Vec::from(first);
     cells.extend([ByteSize(stats.read_bytes).to_string(), ByteSize(stats.written_bytes).to_string()]);
-    cells.extend([stats.requests.iter().sum::<u64>().to_string(), stats.errors.to_string()]);
+    cells.extend([stats.requests.values().sum::<u64>().to_string(), stats.errors.to_string()]);
     cells.extend([stats.latency_p50_ns, stats.latency_p99_ns, stats.latency_p999_ns].map(latency));
     cells
 }

@@ -13,7 +13,7 @@ use super::metadata::{Id, Metadata, Segment};
 use super::slot::{AREA_ENCRYPTION, Slot};
 use crate::namespace::{Cipher, CopyState, Credential, DataUnit, Geometry, GeometryError, Header, Site};
 use crate::pmem::Backing;
-use crate::secret::VolumeKey;
+use crate::secret::{self, VolumeKey};
 
 /// A LUKS2 volume whose header is intact, understood in full, and possible where it is.
 #[derive(Debug)]
@@ -131,7 +131,8 @@ impl Locked {
             return Err(UnlockError::NoSlot { reason });
         }
         for slot in &slots {
-            if let Some(volume_key) = slot.open(passphrase, &self.header, self.header_base)? {
+            let opened = secret::with_wiped_stack(|| slot.open(passphrase, &self.header, self.header_base));
+            if let Some(volume_key) = opened? {
                 let slot_id = slot.id;
                 let header = self.as_header(&volume_key);
                 let Self { data, header: header_backing, geometry, .. } = self;

@@ -123,7 +123,7 @@ fn metadata_with(from: &str, to: &str) -> Result<Metadata, OpenError> {
 
 #[test]
 fn what_must_not_be_ignored_is_refused() {
-    assert!(metadata_with("\"tokens\":{}", "\"tokens\":{}").is_ok());
+    assert!(metadata_with("\"tokens\":{}", "\"tokens\":{ }").is_ok());
     let requirement = "\"config\":{\"requirements\":{\"mandatory\":[\"time-travel\"]},";
     let error = metadata_with("\"config\":{", requirement).unwrap_err();
     assert!(matches!(&error, OpenError::Requirement { name } if name == "time-travel"), "{error}");
@@ -139,7 +139,7 @@ fn what_must_not_be_ignored_is_refused() {
         ("\"size\":\"258048\"", "\"size\":\"99999999999999999999\""),
         ("\"keyslots\":[\"0\"]", "\"keyslots\":[\"5\"]"),
         ("\"segments\":[\"0\"]", "\"segments\":[\"5\"]"),
-        ("\"tokens\":{},", ""),
+        (",\"tokens\":{}", ""),
         ("\"keyslots\":{\"0\"", "\"keyslots\":{\"32\""),
         ("\"keyslots\":{\"0\"", "\"keyslots\":{\"00\""),
     ] {

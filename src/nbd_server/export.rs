@@ -262,6 +262,14 @@ impl Exports {
         self.list.iter()
     }
 
+    /// Puts every export behind another one of the same size.
+    pub(super) fn wrap(&mut self, wrap: impl Fn(Arc<dyn Export>) -> Arc<dyn Export>) {
+        for served in &mut self.list {
+            let export = wrap(served.export.clone());
+            *served = Arc::new(Served { export, ..Served::clone(served) });
+        }
+    }
+
     /// How many exports there are.
     pub fn len(&self) -> usize {
         self.list.len()

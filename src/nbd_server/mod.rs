@@ -13,8 +13,8 @@
 //! Replies are copied into the socket. Handing pages to it instead (vmsplice) needs unsafe code, and a client that
 //! splices from its end could see a page change after it was answered; no form without that was found.
 //!
-//! It does not know what an export is made of, and it starts no threads besides one for each connection and one for each status
-//! listener.
+//! It does not know what an export is made of, and it starts no threads besides one for each connection, one for each status
+//! listener, and those of [`Options::threads`].
 
 #![forbid(unsafe_code)]
 #![deny(clippy::little_endian_bytes)]
@@ -33,6 +33,7 @@ mod socket;
 mod stats;
 mod status;
 mod systemd;
+mod threads;
 mod tls;
 pub mod transmission;
 mod volume;

@@ -25,6 +25,7 @@ use super::listener::Listener;
 use super::socket::{self, StopSignal};
 use super::stats::{ClientStatus, ExportStatus, Stats, Status, Traffic};
 use super::status::{self, Kind};
+use super::threads::{self, SharedOut};
 use super::tls::Tls;
 
 /// Stack of a connection's thread, in bytes.
@@ -41,11 +42,14 @@ pub struct Options {
     pub socket_buffer_bytes: usize,
     /// TLS, if it is offered or required.
     pub tls: Option<Tls>,
+    /// Threads that share the work of requests of 256 KiB and more, for all connections together; up to 1, each
+    /// connection's own thread does it.
+    pub threads: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { poll: Duration::from_micros(50), socket_buffer_bytes: 2 << 20, tls: None }
+        Self { poll: Duration::from_micros(50), socket_buffer_bytes: 2 << 20, tls: None, threads: 1 }
     }
 }
 
@@ -226,8 +230,12 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// When the operating system gives no event descriptor.
-    pub fn new(exports: Exports, limits: Limits, options: Options) -> Result<Self, ServerError> {
+    /// When the operating system gives no event descriptor or no threads.
+    pub fn new(mut exports: Exports, limits: Limits, options: Options) -> Result<Self, ServerError> {
+        if options.threads > 1 {
+            let pool = threads::pool(options.threads).map_err(io::Error::other)?;
+            exports.wrap(|export| Arc::new(SharedOut::new(export, pool.clone())));
+        }
         let left = exports.iter().map(|_| Traffic::default()).collect();
         let shared = Shared {
             exports: Arc::new(exports),

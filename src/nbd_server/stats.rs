@@ -7,7 +7,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::wire::{NBD_CMD_READ, NBD_CMD_WRITE, RequestHeader};
 
@@ -90,7 +90,8 @@ fn bucket_end(index: usize) -> u64 {
 /// A sum of traffic, for reading.
 #[derive(Debug, Clone, Serialize)]
 pub struct Stats {
-    /// Requests by command, in the order of [`COMMAND_NAMES`].
+    /// Requests by command, in the order of [`COMMAND_NAMES`], which are the keys of an object in JSON.
+    #[serde(serialize_with = "by_command")]
     pub requests: [u64; COMMAND_NAMES.len()],
     /// Bytes that reads returned.
     pub read_bytes: u64,
@@ -106,6 +107,10 @@ pub struct Stats {
     pub latency_p999_ns: u64,
     #[serde(skip)]
     latency: [u64; BUCKETS],
+}
+
+fn by_command<S: Serializer>(requests: &[u64; COMMAND_NAMES.len()], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(COMMAND_NAMES.iter().zip(requests))
 }
 
 impl Default for Stats {

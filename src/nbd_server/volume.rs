@@ -35,6 +35,10 @@ impl Export for Volume {
         Ok(Self::flush(self)?)
     }
 
+    fn resident_plaintext_bytes(&self) -> u64 {
+        self.resident_bytes()
+    }
+
     fn fast_zero(&self) -> bool {
         // Only a file is known to punch at once; elsewhere "fast" would be a promise that may end in encrypting zeroes.
         self.discards() && self.backing().kind() == BackingKind::File
@@ -62,6 +66,7 @@ impl From<VolumeError> for ExportError {
     fn from(error: VolumeError) -> Self {
         match error {
             VolumeError::ReadOnly => Self::ReadOnly,
+            VolumeError::Locked => Self::ShuttingDown,
             VolumeError::Media(MediaError::NoSpace) => Self::NoSpace,
             VolumeError::Media(MediaError::Unsupported) => Self::Unsupported,
             _ => Self::Media,

@@ -64,6 +64,8 @@ pub struct Backing {
 enum Medium {
     Kernel(KernelMedium),
     Simulated(Arc<Recorder>),
+    /// Memory that dies with the process: there is nothing to make durable.
+    Volatile,
 }
 
 impl Backing {
@@ -152,6 +154,31 @@ impl Backing {
         (backing, handle)
     }
 
+    /// Anonymous memory of `len_bytes` zero bytes, which ends with the process (or with this value). Every flush succeeds at
+    /// once. The kernel may swap it out.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::Empty`] for 0 bytes; [`OpenError::TooLarge`] and [`OpenError::Map`] without address space.
+    pub fn anonymous(len_bytes: u64) -> Result<Self, OpenError> {
+        if len_bytes == 0 {
+            return Err(OpenError::Empty);
+        }
+        let mapped_bytes = usize::try_from(len_bytes).map_err(|_| OpenError::TooLarge { len_bytes })?;
+        let mapping = Mapping::anonymous(mapped_bytes).map_err(|source| OpenError::Map { len_bytes, source })?;
+        Ok(Self {
+            path: PathBuf::from("anonymous memory"),
+            kind: BackingKind::File,
+            access: Access::ReadWrite,
+            reason: GranularityReason::new(Finding::Volatile, None),
+            physical_address: None,
+            len_bytes: AtomicU64::new(len_bytes),
+            growing: Mutex::new(()),
+            mapping,
+            medium: Medium::Volatile,
+        })
+    }
+
     /// The path that it was opened by.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -232,11 +259,38 @@ impl Backing {
         }
         self.check_faults(&span)?;
         let result = match &self.medium {
-            Medium::Kernel(_) => f(self.mapping.target(&span)),
+            Medium::Kernel(_) | Medium::Volatile => f(self.mapping.target(&span)),
             Medium::Simulated(recorder) => recorder.record_store(&self.mapping, &span, f),
         };
         self.check_faults(&span)?;
         Ok(result)
+    }
+
+    /// [`write`](Self::write), then [`persist`](Self::persist), with one look for media errors at the end: nothing is
+    /// reported durable that is not, and a cache line costs little more than its write-back.
+    ///
+    /// # Errors
+    ///
+    /// As of both.
+    pub fn write_through<R>(&self, range: Range<u64>, f: impl FnOnce(Target<'_>) -> R) -> Result<R, MediaError> {
+        let span = self.span(&range)?;
+        match &self.medium {
+            Medium::Kernel(medium) if self.granularity() == Granularity::CacheLine => {
+                self.check_writable()?;
+                let len_bytes = self.len_bytes();
+                medium.prepare_store(&range, len_bytes)?;
+                let result = f(self.mapping.target(&span));
+                medium.flush(&self.mapping, &span, len_bytes)?;
+                medium.drain()?;
+                self.check_faults(&span)?;
+                Ok(result)
+            }
+            _ => {
+                let result = self.write(range.clone(), f)?;
+                self.persist(range)?;
+                Ok(result)
+            }
+        }
     }
 
     /// As [`write`](Self::write), for an `f` that fills every whole 64-byte line of `range` with non-temporal stores: what
@@ -279,6 +333,7 @@ impl Backing {
         match &self.medium {
             Medium::Kernel(medium) => medium.flush(&self.mapping, &span, self.len_bytes())?,
             Medium::Simulated(recorder) => recorder.record(Event::Flush(range)),
+            Medium::Volatile => {}
         }
         self.check_faults(&span)
     }
@@ -296,6 +351,7 @@ impl Backing {
                 recorder.record(Event::Drain);
                 Ok(())
             }
+            Medium::Volatile => Ok(()),
         }
     }
 
@@ -325,6 +381,7 @@ impl Backing {
                 recorder.record(Event::Sync);
                 Ok(())
             }
+            Medium::Volatile => Ok(()),
         }
     }
 
@@ -338,7 +395,7 @@ impl Backing {
         self.check_writable()?;
         match &self.medium {
             Medium::Kernel(medium) => medium.allocate(&range),
-            Medium::Simulated(_) => Ok(()),
+            Medium::Simulated(_) | Medium::Volatile => Ok(()),
         }
     }
 
@@ -357,6 +414,10 @@ impl Backing {
                 recorder.record_store(&self.mapping, &span, |mut target| target.fill(0));
                 Ok(())
             }
+            Medium::Volatile => {
+                self.mapping.target(&span).fill(0);
+                Ok(())
+            }
         }
     }
 
@@ -370,8 +431,8 @@ impl Backing {
         self.span(&range)?;
         match &self.medium {
             Medium::Kernel(medium) => medium.extents(&range),
-            Medium::Simulated(_) if range.is_empty() => Ok(Vec::new()),
-            Medium::Simulated(_) => Ok(vec![BackingExtent { range, allocated: true }]),
+            _ if range.is_empty() => Ok(Vec::new()),
+            Medium::Simulated(_) | Medium::Volatile => Ok(vec![BackingExtent { range, allocated: true }]),
         }
     }
 
@@ -394,6 +455,7 @@ impl Backing {
             match &self.medium {
                 Medium::Kernel(medium) => medium.grow(now_bytes, len_bytes, allocation)?,
                 Medium::Simulated(recorder) => recorder.record(Event::Length(len_bytes)),
+                Medium::Volatile => return Err(MediaError::Unsupported),
             }
             self.len_bytes.store(len_bytes, Ordering::Release);
         }

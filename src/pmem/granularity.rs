@@ -50,6 +50,8 @@ pub(super) enum Finding {
     },
     /// A simulated medium.
     Simulated(Granularity),
+    /// Memory that does not outlive the process.
+    Volatile,
 }
 
 impl Finding {
@@ -57,7 +59,9 @@ impl Finding {
         match self {
             Self::DeviceDax | Self::DaxFile => Granularity::CacheLine,
             Self::Simulated(granularity) => granularity,
-            Self::MapSyncRefused | Self::NotDaxFile | Self::DaxUnknown | Self::BlockDevice { .. } => Granularity::Page,
+            Self::MapSyncRefused | Self::NotDaxFile | Self::DaxUnknown | Self::BlockDevice { .. } | Self::Volatile => {
+                Granularity::Page
+            }
         }
     }
 }
@@ -79,6 +83,7 @@ impl fmt::Display for Finding {
                  (use a file on a file system mounted with -o dax, or device-DAX)"
             }
             Self::Simulated(_) => "a simulated medium",
+            Self::Volatile => "memory that ends with the process",
         })
     }
 }

@@ -9,18 +9,23 @@
 //! with a probability of 2^-128 a block, and no other place can forget which units are holes.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
+use super::error::VolumeError;
 use crate::memory::{Source, Store, Target};
 use crate::namespace::Geometry;
 use crate::pmem::{Backing, BackingExtent, Granularity, MediaError};
-use crate::xts::{BLOCK_BYTES as BLOCK_LEN, DataUnit, Span, XtsKey};
+use crate::secret;
+use crate::xts::{BLOCK_BYTES as BLOCK_LEN, Backend, DataUnit, Span, XtsKey};
 
 /// Bytes of an AES block as an offset: the smallest piece of ciphertext that can be rewritten alone.
 pub(crate) const BLOCK_BYTES: u64 = BLOCK_LEN as u64;
 
 /// Shorter stores than this stay in the cache: a line or two is cheaper to write back than to bypass.
 const NON_TEMPORAL_BYTES_MIN: usize = 1024;
+
+/// Bytes of a cache line, which have a kernel of their own.
+const LINE_BYTES: usize = 64;
 
 /// How much ciphertext is copied out at a time where holes may be: a data unit at most fits, and the stack bears it.
 const HOLE_PIECE_BYTES: usize = 4096;
@@ -34,7 +39,10 @@ pub(crate) struct DataArea {
     backing: Arc<Backing>,
     geometry: Geometry,
     unit: DataUnit,
-    key: XtsKey,
+    backend: Backend,
+    /// `None` when the volume is locked. Whoever reads it holds some range of the volume's range lock, and whoever takes it
+    /// holds all of it, so that nobody ever waits here.
+    key: RwLock<Option<XtsKey>>,
     /// Whether all-zero ciphertext blocks are holes.
     holes: bool,
 }
@@ -48,7 +56,7 @@ impl DataArea {
         key: XtsKey,
         holes: bool,
     ) -> Self {
-        Self { backing, geometry, unit, key, holes }
+        Self { backing, geometry, unit, backend: key.backend(), key: RwLock::new(Some(key)), holes }
     }
 
     pub(crate) fn backing(&self) -> &Arc<Backing> {
@@ -59,8 +67,17 @@ impl DataArea {
         &self.geometry
     }
 
-    pub(crate) const fn key(&self) -> &XtsKey {
-        &self.key
+    pub(crate) const fn backend(&self) -> Backend {
+        self.backend
+    }
+
+    /// Wipes the key. Everything that needs it fails from now on.
+    pub(crate) fn forget_key(&self) {
+        self.key.write().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    fn key(&self) -> RwLockReadGuard<'_, Option<XtsKey>> {
+        self.key.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) const fn holes(&self) -> bool {
@@ -71,21 +88,29 @@ impl DataArea {
     ///
     /// # Errors
     ///
-    /// What the medium says; `out` may then hold anything that was read before, so the caller must not pass it on.
-    pub(crate) fn read(&self, offset: u64, out: Target<'_>) -> Result<(), MediaError> {
-        let range = self.physical(offset, out.len() as u64);
-        self.backing.read(range, |ciphertext| {
+    /// What the medium says, and [`VolumeError::Locked`]; `out` may then hold anything that was read before, so the caller
+    /// must not pass it on.
+    pub(crate) fn read(&self, offset: u64, out: Target<'_>) -> Result<(), VolumeError> {
+        let len_bytes = out.len();
+        let range = self.physical(offset, len_bytes as u64);
+        let key = self.key();
+        let key = key.as_ref().ok_or(VolumeError::Locked)?;
+        let read = self.backing.read(range, |ciphertext| {
             if self.holes {
-                self.decrypt_around_holes(offset, ciphertext, out);
+                self.decrypt_around_holes(key, offset, ciphertext, out);
             } else {
-                self.key.decrypt(self.span(offset), ciphertext, out);
+                key.decrypt(self.span(offset), ciphertext, out);
             }
-        })
+        });
+        if scrubs(len_bytes) {
+            secret::scrub_stack();
+        }
+        Ok(read?)
     }
 
     /// Decrypts from a copy, piece by piece: a block that is written meanwhile must be the same for the decryption and
     /// for the question whether it is a hole.
-    fn decrypt_around_holes(&self, offset: u64, ciphertext: Source<'_>, out: Target<'_>) {
+    fn decrypt_around_holes(&self, key: &XtsKey, offset: u64, ciphertext: Source<'_>, out: Target<'_>) {
         let mut copy = [0; HOLE_PIECE_BYTES];
         let mut rest = out;
         for start in (0..ciphertext.len()).step_by(HOLE_PIECE_BYTES) {
@@ -93,7 +118,7 @@ impl DataArea {
             let piece = &mut copy[..end - start];
             ciphertext.slice(start..end).copy_to(piece);
             let (mut plaintext, tail) = rest.split_at(end - start);
-            self.key.decrypt(self.span(offset + start as u64), Source::from_slice(piece), plaintext.reborrow());
+            key.decrypt(self.span(offset + start as u64), Source::from_slice(piece), plaintext.reborrow());
             zero_holes(piece, plaintext);
             rest = tail;
         }
@@ -103,19 +128,25 @@ impl DataArea {
     ///
     /// # Errors
     ///
-    /// What the medium says; the blocks then hold old or new ciphertext, each.
-    pub(crate) fn write(&self, offset: u64, plaintext: Source<'_>) -> Result<(), MediaError> {
+    /// What the medium says, and [`VolumeError::Locked`]; the blocks then hold old or new ciphertext, each.
+    pub(crate) fn write(&self, offset: u64, plaintext: Source<'_>) -> Result<(), VolumeError> {
         let len_bytes = plaintext.len();
         let range = self.physical(offset, len_bytes as u64);
         let store = if len_bytes >= NON_TEMPORAL_BYTES_MIN { Store::NonTemporal } else { Store::Cached };
         let span = self.span(offset);
-        self.backing.write(range.clone(), |ciphertext| self.key.encrypt(span, plaintext, ciphertext, store))?;
-        match self.backing.granularity() {
-            Granularity::Page => Ok(()),
+        let key = self.key();
+        let key = key.as_ref().ok_or(VolumeError::Locked)?;
+        let encrypt = |ciphertext: Target<'_>| key.encrypt(span, plaintext, ciphertext, store);
+        let written = match self.backing.granularity() {
+            Granularity::Page => self.backing.write(range, encrypt),
             // Not every backend has non-temporal stores, and none uses them at ragged ends. Writing back a line that is
             // not in the cache costs little; believing that it is on media when it is not costs the data.
-            Granularity::CacheLine => self.backing.persist(range),
+            Granularity::CacheLine => self.backing.write_through(range, encrypt),
+        };
+        if scrubs(len_bytes) {
+            secret::scrub_stack();
         }
+        Ok(written?)
     }
 
     /// Encrypts zeroes over the blocks of logical `range`.
@@ -123,7 +154,7 @@ impl DataArea {
     /// # Errors
     ///
     /// As [`Self::write`].
-    pub(crate) fn write_zeroes(&self, range: Range<u64>) -> Result<(), MediaError> {
+    pub(crate) fn write_zeroes(&self, range: Range<u64>) -> Result<(), VolumeError> {
         let mut offset = range.start;
         while offset < range.end {
             let len_bytes = (range.end - offset).min(ZEROES.len() as u64);
@@ -188,6 +219,11 @@ impl DataArea {
         let end = offset.checked_add(len_bytes).expect("the volume checks the range");
         self.geometry.physical_range(offset..end).expect("the volume checks the range")
     }
+}
+
+/// Whether a kernel for so many bytes has a stack frame that is worth overwriting: a cache line stays in registers.
+const fn scrubs(len_bytes: usize) -> bool {
+    len_bytes > LINE_BYTES
 }
 
 /// Zeroes the plaintext of every block whose ciphertext is all zero bytes.

@@ -1,6 +1,7 @@
 //! What can go wrong with a volume.
 
-use crate::pmem::MediaError;
+use crate::namespace::FormatError;
+use crate::pmem::{MediaError, OpenError};
 use crate::xts::BackendError;
 
 /// Why an operation on a volume failed.
@@ -23,6 +24,41 @@ pub enum VolumeError {
     /// The medium failed.
     #[error("the backing failed")]
     Media(#[from] MediaError),
+    /// The memory of the plaintext window could not be had or given back.
+    #[error("the plaintext window failed")]
+    Window(#[source] std::io::Error),
+    /// The plaintext that may be resident is all in use and nothing of it can be evicted.
+    #[error("no room for more plaintext: at most {resident_max} bytes may be resident")]
+    WindowFull {
+        /// The bound in bytes.
+        resident_max: u64,
+    },
+    /// The volume was locked: its key is gone.
+    #[error("the volume is locked")]
+    Locked,
+    /// A part of the range belongs to an exclusive map, or a range that was to be mapped exclusively is mapped already.
+    #[error("bytes {start}..{end} are mapped exclusively, or mapped and so cannot be")]
+    Claimed {
+        /// First byte that was asked for.
+        start: u64,
+        /// End, exclusive.
+        end: u64,
+    },
+    /// The chosen AES-XTS backend is not to be had.
+    #[error("no AES-XTS backend")]
+    Backend(#[from] BackendError),
+}
+
+/// Why there is no ephemeral volume.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EphemeralError {
+    /// No memory for the ciphertext.
+    #[error("no memory for the ciphertext")]
+    Memory(#[from] OpenError),
+    /// The size or the random number generator failed.
+    #[error("cannot make the namespace")]
+    Format(#[from] FormatError),
     /// The chosen AES-XTS backend is not to be had.
     #[error("no AES-XTS backend")]
     Backend(#[from] BackendError),

@@ -4,28 +4,37 @@
 //! caller's buffers and, for a moment, in a 16-byte scratch block; ciphertext goes to and comes from media directly.
 //!
 //! Who may write what, together (the other half stands in `range_lock`): blocks are independent under XTS, so a write
-//! of whole blocks stores them under a *shared* lock, and only a partial first or last block is read, changed and
-//! written back, under an *exclusive* lock of that block. Two writers of the same bytes leave either one's block, as on
-//! a disk; writers of different bytes never disturb each other.
+//! of whole blocks stores them under a *shared* lock. A write with a partial first or last block, which is read, changed
+//! and written back, holds its blocks under an *exclusive* lock, and so does every write once there is a `window` of
+//! plaintext for direct maps. Two writers of the same bytes leave either one's block, as on a disk; writers of different
+//! bytes never disturb each other.
 
 mod area;
+mod claims;
 mod error;
 mod range_lock;
+pub(crate) mod window;
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use zeroize::Zeroizing;
 
 use self::area::{BLOCK_BYTES, DataArea};
-pub use self::error::VolumeError;
-use self::range_lock::RangeLock;
+pub(crate) use self::claims::ClaimGuard;
+use self::claims::Claims;
+pub use self::error::{EphemeralError, VolumeError};
+use self::range_lock::{RangeGuard, RangeLock};
+use self::window::{Window, blocks_of};
 use crate::luks2;
 use crate::memory::{Source, Target};
-use crate::namespace::{Credential, Geometry, Header, LockedNamespace, Namespace, UnlockError};
+use crate::namespace::{
+    self, Credential, FormatOptions, Geometry, HEADER_AREA_BYTES, Header, LockedNamespace, Namespace, UnlockError,
+};
 use crate::pmem::{Access, Backing, Granularity, MediaError};
-use crate::secret::VolumeKey;
+use crate::secret::{self, VolumeKey};
 use crate::xts::{BLOCK_BYTES as BLOCK_LEN, Backend, DataUnit, XtsKey};
 
 /// An unlocked namespace: plaintext by logical offset.
@@ -36,6 +45,10 @@ pub struct Volume {
     _header_backing: Arc<Backing>,
     /// Over logical offsets.
     blocks: RangeLock,
+    /// Made by the first direct map.
+    window: OnceLock<Arc<Window>>,
+    claims: Claims,
+    locked: AtomicBool,
 }
 
 /// A run of bytes that the backing holds, or does not hold, blocks for.
@@ -78,30 +91,59 @@ impl Volume {
     pub fn new(namespace: Namespace, backend: Backend) -> Self {
         let header_backing = Arc::clone(namespace.header_backing());
         let (backing, geometry, header, key) = namespace.into_parts();
-        Self { _header_backing: header_backing, ..Self::from_parts(backing, geometry, header, &key, backend) }
+        Self::assemble(backing, header_backing, geometry, header, &key, backend)
     }
 
     /// The decrypted view of a LUKS2 volume.
     #[must_use]
     pub fn from_luks2(unlocked: luks2::Unlocked, backend: Backend) -> Self {
         let (backing, header_backing, geometry, header, key) = unlocked.into_parts();
-        Self { _header_backing: header_backing, ..Self::from_parts(backing, geometry, header, &key, backend) }
+        Self::assemble(backing, header_backing, geometry, header, &key, backend)
     }
 
-    /// The decrypted view of `geometry` in `backing` under `key`, whatever says so: a format of somebody else, or a key
-    /// that is no namespace's. `header` is what [`Self::header`] gives.
+    /// The same data area under another key: what its blocks read as, and what is written there, is nobody's but the
+    /// holder's of that key. For filling a data area with noise.
     #[must_use]
-    pub fn from_parts(
+    pub fn under_another_key(namespace: &Namespace, key: &VolumeKey, backend: Backend) -> Self {
+        let (backing, header_backing) = (Arc::clone(namespace.backing()), Arc::clone(namespace.header_backing()));
+        Self::assemble(backing, header_backing, *namespace.geometry(), namespace.header(), key, backend)
+    }
+
+    fn assemble(
         backing: Arc<Backing>,
+        header_backing: Arc<Backing>,
         geometry: Geometry,
         header: Header,
         key: &VolumeKey,
         backend: Backend,
     ) -> Self {
         let unit = DataUnit::from_len_bytes(u64::from(geometry.unit_bytes())).expect("the geometry has a known unit");
-        let (header_backing, holes) = (Arc::clone(&backing), header.discards);
-        let area = DataArea::new(backing, geometry, unit, XtsKey::new(key, backend), holes);
-        Self { area, header, _header_backing: header_backing, blocks: RangeLock::default() }
+        let holes = header.discards;
+        let key = secret::with_wiped_stack(|| XtsKey::new(key, backend));
+        let area = DataArea::new(backing, geometry, unit, key, holes);
+        Self {
+            area,
+            header,
+            _header_backing: header_backing,
+            blocks: RangeLock::default(),
+            window: OnceLock::new(),
+            claims: Claims::default(),
+            locked: AtomicBool::new(false),
+        }
+    }
+
+    /// A volume of `size` bytes (a multiple of 4096) in anonymous memory, encrypted under a random key that nobody has and
+    /// that ends with it: for secrets that are to be plaintext only in the pages of a [direct map](crate::dax) that are in
+    /// use. It reads as noise until it is written.
+    ///
+    /// # Errors
+    ///
+    /// [`EphemeralError`] without memory or random bytes, or for a size that no volume can have.
+    pub fn ephemeral(size: u64) -> Result<Self, EphemeralError> {
+        let backing = Backing::anonymous(HEADER_AREA_BYTES.saturating_add(size))?;
+        let options = FormatOptions { size_bytes: Some(size), ..FormatOptions::default() };
+        let namespace = namespace::format_ephemeral(Arc::new(backing), options)?;
+        Ok(Self::new(namespace, Backend::from_env()?))
     }
 
     /// Size of the decrypted view in bytes: a multiple of the data unit.
@@ -143,7 +185,7 @@ impl Volume {
     /// The AES-XTS backend in use.
     #[must_use]
     pub const fn xts_backend(&self) -> Backend {
-        self.area.key().backend()
+        self.area.backend()
     }
 
     /// Whether discards punch holes, which then read as zeroes.
@@ -152,21 +194,27 @@ impl Volume {
         self.area.holes()
     }
 
-    /// Reads `buf.len()` bytes at `offset`.
+    /// Reads `buf.len()` bytes at `offset`. `buf` must not lie in a direct map of this volume: its pages could not be
+    /// brought in while the read holds them.
     ///
     /// # Errors
     ///
     /// [`VolumeError::OutOfRange`], or [`VolumeError::Media`] with `buf` zeroed.
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), VolumeError> {
-        let pieces = Pieces::of(self.check(offset, buf.len() as u64)?);
-        let result = self.read_pieces(&pieces, buf);
+        let range = self.check(offset, buf.len() as u64)?;
+        let _held = self.blocks.shared(blocks_of(&range));
+        let result = match self.window.get() {
+            Some(window) => self.read_coherent(window, range, buf),
+            None => self.read_media(range, buf),
+        };
         if result.is_err() {
             buf.fill(0);
         }
         result
     }
 
-    fn read_pieces(&self, pieces: &Pieces, buf: &mut [u8]) -> Result<(), VolumeError> {
+    fn read_media(&self, range: Range<u64>, buf: &mut [u8]) -> Result<(), VolumeError> {
+        let pieces = Pieces::of(range);
         let (head, rest) = buf.split_at_mut(len(&pieces.head));
         let (whole, tail) = rest.split_at_mut(len(&pieces.whole));
         self.read_part(&pieces.head, head)?;
@@ -195,25 +243,53 @@ impl Volume {
     /// [`VolumeError::OutOfRange`] or [`VolumeError::ReadOnly`], with nothing written; [`VolumeError::Media`], after
     /// which each block holds its old or its new content.
     pub fn write_at(&self, data: &[u8], offset: u64) -> Result<(), VolumeError> {
-        let pieces = Pieces::of(self.check_write(offset, data.len() as u64)?);
+        let range = self.check_write(offset, data.len() as u64)?;
+        let (_held, window) = self.hold_for_write(&range)?;
+        match window {
+            Some(window) => self.write_coherent(window, range, data),
+            None => self.write_media(range, data),
+        }
+    }
+
+    /// Holds the blocks of `range` as a write needs them, and tells of the window to keep coherent. A window that comes
+    /// later stays empty there until the hold ends.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError::Claimed`] when a part of the range is mapped exclusively.
+    fn hold_for_write(&self, range: &Range<u64>) -> Result<(RangeGuard<'_>, Option<&Window>), VolumeError> {
+        let blocks = blocks_of(range);
+        let shared = self.window.get().is_none() && blocks == *range;
+        let mut held = if shared { self.blocks.shared(blocks.clone()) } else { self.blocks.exclusive(blocks.clone()) };
+        if shared && self.window.get().is_some() {
+            drop(held);
+            held = self.blocks.exclusive(blocks);
+        }
+        if self.claims.refuses(range) {
+            return Err(VolumeError::Claimed { start: range.start, end: range.end });
+        }
+        Ok((held, self.window.get().map(Arc::as_ref)))
+    }
+
+    /// Writes to media what the caller holds.
+    fn write_media(&self, range: Range<u64>, data: &[u8]) -> Result<(), VolumeError> {
+        let pieces = Pieces::of(range);
         let (head, rest) = data.split_at(len(&pieces.head));
         let (whole, tail) = rest.split_at(len(&pieces.whole));
         self.write_part(&pieces.head, head)?;
         if !whole.is_empty() {
-            let _blocks = self.blocks.shared(pieces.whole.clone());
             self.area.write(pieces.whole.start, Source::from_slice(whole))?;
         }
         self.write_part(&pieces.tail, tail)
     }
 
-    /// Changes a part of one block: the only read-modify-write there is.
+    /// Changes a part of one block, which the caller holds exclusively: the only read-modify-write there is.
     fn write_part(&self, part: &Range<u64>, data: &[u8]) -> Result<(), VolumeError> {
         if part.is_empty() {
             return Ok(());
         }
         let start = block_start(part.start);
         let mut block = Zeroizing::new([0; BLOCK_LEN]);
-        let _blocks = self.blocks.exclusive(start..start + BLOCK_BYTES);
         self.area.read(start, Target::from_slice(&mut *block))?;
         block[within_block(part)].copy_from_slice(data);
         self.area.write(start, Source::from_slice(&*block))?;
@@ -226,14 +302,26 @@ impl Volume {
     ///
     /// As [`Self::write_at`].
     pub fn write_zeroes(&self, offset: u64, len_bytes: u64) -> Result<(), VolumeError> {
-        let pieces = Pieces::of(self.check_write(offset, len_bytes)?);
+        let range = self.check_write(offset, len_bytes)?;
+        let (_held, window) = self.hold_for_write(&range)?;
+        let pieces = Pieces::of(range.clone());
         let zeroes = [0; BLOCK_LEN];
-        self.write_part(&pieces.head, &zeroes[..len(&pieces.head)])?;
+        self.zero_part(window, &pieces.head, &zeroes)?;
         if !pieces.whole.is_empty() {
-            let _blocks = self.blocks.shared(pieces.whole.clone());
             self.area.write_zeroes(pieces.whole.clone())?;
+            if let Some(window) = window {
+                Self::zero_resident(window, &pieces.whole);
+            }
         }
-        self.write_part(&pieces.tail, &zeroes[..len(&pieces.tail)])
+        self.zero_part(window, &pieces.tail, &zeroes)
+    }
+
+    fn zero_part(&self, window: Option<&Window>, part: &Range<u64>, zeroes: &[u8]) -> Result<(), VolumeError> {
+        let zeroes = &zeroes[..len(part)];
+        match window {
+            Some(window) => self.write_coherent(window, part.clone(), zeroes),
+            None => self.write_part(part, zeroes),
+        }
     }
 
     /// Makes `len_bytes` bytes at `offset` read as zeroes by giving the blocks of whole units back to the filesystem
@@ -269,16 +357,22 @@ impl Volume {
 
     /// Whether the medium could punch holes.
     fn punch(&self, units: &Range<u64>) -> Result<bool, VolumeError> {
-        let _blocks = self.blocks.shared(units.clone());
+        let (_held, window) = self.hold_for_write(units)?;
         match self.area.punch(units.clone()) {
-            Ok(()) => Ok(true),
+            Ok(()) => {
+                if let Some(window) = window {
+                    Self::zero_resident(window, units);
+                }
+                Ok(true)
+            }
             Err(MediaError::Unsupported) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }
 
     /// The runs of holes and of data from `offset` on, which add up to `len_bytes` or, when there would be more than
-    /// `count_max` runs, to less. Without [`Self::discards`] everything is data.
+    /// `count_max` runs, to less. Without [`Self::discards`], and where a direct map may have stored into a hole,
+    /// everything is data.
     ///
     /// # Errors
     ///
@@ -288,7 +382,8 @@ impl Volume {
         if range.is_empty() {
             return Ok(Vec::new());
         }
-        if !self.discards() {
+        let resident = self.window.get().and_then(|window| window.next_resident(&range)).is_some();
+        if !self.discards() || resident {
             return Ok(vec![VolumeExtent { len_bytes, hole: false }]);
         }
         let extents = self.area.extents(range)?;
@@ -304,7 +399,20 @@ impl Volume {
     /// namespace is reopened, because nobody knows what reached the medium.
     pub fn persist(&self, range: Range<u64>) -> Result<(), VolumeError> {
         let len_bytes = range.end.saturating_sub(range.start);
-        Ok(self.area.persist(self.check(range.start, len_bytes)?)?)
+        self.persist_media(self.check(range.start, len_bytes)?)
+    }
+
+    /// [`Self::persist`] of a checked range.
+    fn persist_media(&self, range: Range<u64>) -> Result<(), VolumeError> {
+        self.check_unlocked()?;
+        Ok(self.area.persist(range)?)
+    }
+
+    /// Bytes of plaintext that direct maps of this volume keep in memory now.
+    #[must_use]
+    pub fn resident_bytes(&self) -> u64 {
+        let shared = self.window.get().map_or(0, |window| window.resident_bytes());
+        shared + self.claims.windows().iter().map(|window| window.resident_bytes()).sum::<u64>()
     }
 
     /// Makes everything durable whose write returned before this call.
@@ -313,7 +421,18 @@ impl Volume {
     ///
     /// As [`Self::persist`].
     pub fn flush(&self) -> Result<(), VolumeError> {
+        self.check_unlocked()?;
         Ok(self.area.sync()?)
+    }
+
+    /// Whether [`Self::lock`] has wiped the key: every request then fails with [`VolumeError::Locked`].
+    #[must_use]
+    pub fn locked(&self) -> bool {
+        self.locked.load(Ordering::SeqCst)
+    }
+
+    fn check_unlocked(&self) -> Result<(), VolumeError> {
+        if self.locked() { Err(VolumeError::Locked) } else { Ok(()) }
     }
 
     fn check_write(&self, offset: u64, len_bytes: u64) -> Result<Range<u64>, VolumeError> {

@@ -307,7 +307,7 @@ fn holes_that_are_written_while_they_are_read_never_read_as_noise() {
     let fixture = Fixture::new(Cipher::Aes256Xts, Bytes4096, true);
     let (volume, _) = fixture.format();
     volume.punch_zeroes(0, SIZE).unwrap();
-    let done = std::sync::atomic::AtomicBool::new(false);
+    let done = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
             for _ in 0..300 {
@@ -316,9 +316,9 @@ fn holes_that_are_written_while_they_are_read_never_read_as_noise() {
                     volume.write_at(&[0xaa; 16], block * 1024).unwrap();
                 }
             }
-            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            done.store(true, Ordering::Relaxed);
         });
-        while !done.load(std::sync::atomic::Ordering::Relaxed) {
+        while !done.load(Ordering::Relaxed) {
             let bytes = plaintext(&volume);
             assert!(bytes.iter().all(|&byte| byte == 0 || byte == 0xaa), "noise");
         }

@@ -109,19 +109,6 @@ impl Backend {
         }
     }
 
-    /// Whether [`Store::NonTemporal`](crate::memory::Store) leaves nothing in the cache but the lines that a run fills
-    /// in part: after it, only these need to be written back. `portable` and `armv8` store through the cache.
-    #[must_use]
-    pub const fn bypasses_cache(self) -> bool {
-        match self.0 {
-            Kind::Portable => false,
-            #[cfg(target_arch = "x86_64")]
-            Kind::AesNi | Kind::Vaes256 | Kind::Vaes512 => true,
-            #[cfg(target_arch = "aarch64")]
-            Kind::Armv8 => false,
-        }
-    }
-
     pub(super) const fn kind(self) -> Kind {
         self.0
     }

@@ -61,7 +61,7 @@ impl Schedule {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the variant is proof of the CPU's features.
             Self::Vaes512(keys) => unsafe { vaes512::line(keys, direction, tweak, first_block, src, dst) },
-            _ => self.blocks(tweak.into(), first_block, Pass::new(direction, src, dst, Store::Cached)),
+            _ => self.blocks(tweak.into(), first_block, Pass { direction, src, dst, store: Store::Cached }),
         }
     }
 

@@ -22,7 +22,6 @@ mod x86;
 mod tests;
 
 use std::fmt;
-use std::ops::Range;
 
 use crate::memory::{Source, Store, Target};
 use crate::secret::VolumeKey;
@@ -99,26 +98,17 @@ struct Pass<'a> {
     direction: Direction,
     src: Source<'a>,
     dst: Target<'a>,
-    /// The addresses in `dst` that are stored around the cache, if the backend can: whole lines of the run that this
-    /// pass is part of, and empty unless the run is aligned to blocks.
-    lines: Range<usize>,
+    store: Store,
 }
 
-impl<'a> Pass<'a> {
-    fn new(direction: Direction, src: Source<'a>, mut dst: Target<'a>, store: Store) -> Self {
-        let start = dst.as_mut_ptr().addr();
-        let whole = start.next_multiple_of(LINE_BYTES)..(start + dst.len()) / LINE_BYTES * LINE_BYTES;
-        let streams = store == Store::NonTemporal && start.is_multiple_of(BLOCK_BYTES) && !whole.is_empty();
-        Self { direction, src, dst, lines: if streams { whole } else { 0..0 } }
-    }
-
+impl Pass<'_> {
     /// The first `mid` bytes and the rest.
     fn split_at(self, mid: usize) -> (Self, Self) {
         let (head, tail) = self.dst.split_at(mid);
-        let (direction, lines) = (self.direction, self.lines);
+        let (direction, store) = (self.direction, self.store);
         (
-            Self { direction, src: self.src.slice(0..mid), dst: head, lines: lines.clone() },
-            Self { direction, src: self.src.slice(mid..self.src.len()), dst: tail, lines },
+            Self { direction, src: self.src.slice(0..mid), dst: head, store },
+            Self { direction, src: self.src.slice(mid..self.src.len()), dst: tail, store },
         )
     }
 }
@@ -153,10 +143,9 @@ impl XtsKey {
 
     /// Encrypts the run `span` from `src` to `dst`, storing as `store` says.
     ///
-    /// `src` and `dst` are the same range or disjoint. With [`Store::NonTemporal`] and a destination at a multiple of
-    /// 16, every 64-byte line that the run fills whole bypasses the cache, if the backend can
-    /// ([`Backend::bypasses_cache`]), and the call ends with a store fence; lines at the ends that it fills in part go
-    /// through the cache.
+    /// `src` and `dst` are the same range or disjoint. With [`Store::NonTemporal`] units that lie at a multiple of 64 in
+    /// `dst` bypass the cache, except with the portable backend, and the call ends with a store fence; parts of units at
+    /// the ends may go through the cache.
     ///
     /// # Panics
     ///
@@ -196,20 +185,26 @@ impl XtsKey {
         self.run(Direction::Decrypt, span, src, dst, Store::Cached);
     }
 
-    /// Splits the run into the rest of a unit that it begins in, whole units, and the beginning of a last unit.
     fn run(&self, direction: Direction, span: Span, src: Source<'_>, dst: Target<'_>, store: Store) {
-        let unit_bytes = span.unit.len_bytes();
-        let len_bytes = check_run(span, src, &dst);
-        let within_unit = len_bytes <= unit_bytes - span.skip_bytes;
+        let len_bytes = check_run(&span, src, &dst);
+        let within_unit = len_bytes <= span.unit.len_bytes() - span.skip_bytes;
         if within_unit && len_bytes <= LINE_BYTES && len_bytes > 0 && store == Store::Cached {
-            return self.schedule.line(direction, span.tweak, span.skip_bytes / BLOCK_BYTES, src, dst);
+            self.schedule.line(direction, span.tweak, span.skip_bytes / BLOCK_BYTES, src, dst);
+        } else {
+            self.run_units(span, Pass { direction, src, dst, store });
         }
+    }
+
+    /// Splits the run into the rest of a unit that it begins in, whole units, and the beginning of a last unit.
+    #[inline(never)] // so that the way to a single line is short
+    fn run_units(&self, span: Span, pass: Pass<'_>) {
+        let (unit_bytes, len_bytes) = (span.unit.len_bytes(), pass.src.len());
         let head_bytes = if span.skip_bytes == 0 { 0 } else { len_bytes.min(unit_bytes - span.skip_bytes) };
         let body_bytes = (len_bytes - head_bytes) / unit_bytes * unit_bytes;
 
         let mut tweak = span.tweak;
-        let mut rest = Pass::new(direction, src, dst, store);
-        let streams = !rest.lines.is_empty();
+        let streams = pass.store == Store::NonTemporal;
+        let mut rest = pass;
         if head_bytes > 0 {
             let (head, after) = rest.split_at(head_bytes);
             self.schedule.blocks(tweak.into(), span.skip_bytes / BLOCK_BYTES, head);
@@ -239,7 +234,7 @@ impl fmt::Debug for XtsKey {
 }
 
 /// Asserts what [`XtsKey::encrypt`] demands and returns the length of the run in bytes.
-fn check_run(span: Span, src: Source<'_>, dst: &Target<'_>) -> usize {
+fn check_run(span: &Span, src: Source<'_>, dst: &Target<'_>) -> usize {
     let len_bytes = src.len();
     assert_eq!(len_bytes, dst.len(), "source and destination of a run must have equal lengths");
     assert!(len_bytes.is_multiple_of(BLOCK_BYTES), "a run of {len_bytes} bytes is not whole 16-byte blocks");

@@ -25,6 +25,7 @@ struct File {
     control: Option<PathBuf>,
     metrics: Option<String>,
     poll_us: Option<u64>,
+    threads: Option<u16>,
     namespace: Vec<NamespaceTable>,
     #[serde(default)]
     listen: Vec<Address>,
@@ -119,6 +120,7 @@ impl File {
             },
             limits: self.limits.into_limits(),
             poll: self.poll_us.map(Duration::from_micros),
+            threads: self.threads,
             keep_going: self.keep_going,
         })
     }

@@ -13,6 +13,7 @@ use crate::cli::output::warning;
 use crate::cli::place::PlaceArgs;
 use crate::nbd_server::{Allowed, ExportInfo, Exports};
 use crate::pmem::Access;
+use crate::secret;
 use crate::volume::Volume;
 use crate::xts::Backend;
 
@@ -73,7 +74,9 @@ fn add(exports: &mut Exports, source: &Source, backend: Backend) -> Result<(), E
     if volume.discards() {
         warning!("{}: discards are allowed, so media shows which units are unused", path.display());
     }
-    read_one_unit(&volume).map_err(|source| Error::Volume { path: path.clone(), source })?;
+    // What this thread leaves on its stack stays there as long as the server runs.
+    secret::with_wiped_stack(|| read_one_unit(&volume))
+        .map_err(|source| Error::Volume { path: path.clone(), source })?;
     let info = ExportInfo {
         name,
         description: source.description.clone(),

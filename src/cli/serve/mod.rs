@@ -85,6 +85,10 @@ pub(crate) struct ServeArgs {
     /// Microseconds to poll for the next request before sleeping; 0 turns polling off [default: 50]
     #[arg(long, value_name = "MICROSECONDS")]
     poll_us: Option<u64>,
+    /// Threads that share the work of requests of 256 KiB and more, for machines with CPUs to spare [default: 1, each
+    /// client's own]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
     /// What to log on standard error: off, error, warn, info, debug or trace [default: $DAXCRYPT_LOG, or warn]
     #[arg(long, value_name = "LEVEL")]
     log: Option<String>,
@@ -100,6 +104,7 @@ struct Plan {
     tls: TlsPlan,
     limits: Limits,
     poll: Option<Duration>,
+    threads: Option<u16>,
     keep_going: bool,
 }
 
@@ -128,6 +133,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     let names: Vec<_> = exports.iter().map(|served| (served.info.name.clone(), served.size_bytes())).collect();
     let mut options = Options { tls, ..Options::default() };
     options.poll = plan.poll.unwrap_or(options.poll);
+    options.threads = plan.threads.map_or(options.threads, usize::from);
     let mut server = Server::new(exports, plan.limits, options)?;
     for (address, listener) in listeners::open(plan.addresses)? {
         listeners::announce(&address, &listener, &names, plan.tls.mode)?;
@@ -180,6 +186,7 @@ fn plan(args: &ServeArgs) -> Plan {
         tls,
         limits,
         poll: None,
+        threads: None,
         keep_going: false,
     };
     with_file(nothing, args)
@@ -192,6 +199,7 @@ fn with_file(mut plan: Plan, args: &ServeArgs) -> Plan {
     plan.control = args.control.clone().or(plan.control);
     plan.metrics = args.metrics.clone().or(plan.metrics);
     plan.poll = args.poll_us.map(Duration::from_micros).or(plan.poll);
+    plan.threads = args.threads.or(plan.threads);
     plan.keep_going |= args.keep_going;
     plan
 }

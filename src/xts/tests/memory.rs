@@ -102,32 +102,6 @@ fn non_temporal_stores_give_the_same_bytes_at_every_block_of_a_line() {
     }
 }
 
-#[test]
-fn only_whole_lines_of_aligned_runs_go_around_the_cache() {
-    let mut buffer = vec![0_u8; 1024];
-    let base = buffer.as_ptr().addr().next_multiple_of(64);
-    let skew = base - buffer.as_ptr().addr();
-    let text = [0; 512];
-    for (at, len_bytes, lines) in [
-        (0, 512, Some(0..512)),
-        (16, 496, Some(64..512)),
-        (48, 480, Some(64..512)),
-        (48, 16, None),
-        (16, 64, None),
-        (16, 112, Some(64..128)),
-        (8, 496, None),
-        (0, 48, None),
-    ] {
-        let mut pass = |store| {
-            let dst = Target::from_slice(&mut buffer[skew + at..skew + at + len_bytes]);
-            Pass::new(Direction::Encrypt, Source::from_slice(&text[..len_bytes]), dst, store).lines
-        };
-        let expected = lines.map_or(0..0, |lines: Range<usize>| base + lines.start..base + lines.end);
-        assert_eq!(pass(Store::NonTemporal), expected, "{len_bytes} bytes at {at}");
-        assert!(pass(Store::Cached).is_empty());
-    }
-}
-
 /// The panics of one backend after the other would need as many tests: the checks come before any of them.
 fn encrypt(span: Span, src: &[u8], dst: &mut [u8]) {
     keys(32)[0].encrypt(span, Source::from_slice(src), Target::from_slice(dst), Store::Cached);

@@ -33,7 +33,7 @@ impl Vector {
             {
                 let mut out = vec![0; from.len()];
                 let (src, dst) = (Source::from_slice(from), Target::from_slice(&mut out));
-                key.schedule.blocks(self.tweak, 0, Pass::new(direction, src, dst, Store::Cached));
+                key.schedule.blocks(self.tweak, 0, Pass { direction, src, dst, store: Store::Cached });
                 assert_eq!(&out, to, "{} {direction:?} with {backend}", self.source);
             }
         }

@@ -114,24 +114,18 @@ impl Drop for Firsts {
 #[target_feature(enable = "aes,avx,pclmulqdq")]
 #[inline]
 pub(super) fn at_block(keys: &RoundKeys, tweak: u128, block: usize) -> __m128i {
-    let first = encrypted(keys, tweak);
+    let tweak = schedule::load(tweak.to_le_bytes());
+    let first = match keys.key_count() {
+        11 => encrypt_block(keys.tweak::<11>(), tweak),
+        _ => encrypt_block(keys.tweak::<15>(), tweak),
+    };
     if block == 0 { first } else { jump(first, block) }
 }
 
-/// E(tweak).
+/// A block through the cipher.
 #[target_feature(enable = "aes,avx")]
 #[inline]
-pub(super) fn encrypted(keys: &RoundKeys, tweak: u128) -> __m128i {
-    let tweak = schedule::load(tweak.to_le_bytes());
-    match keys.key_count() {
-        11 => encrypt_block(keys.tweak::<11>(), tweak),
-        _ => encrypt_block(keys.tweak::<15>(), tweak),
-    }
-}
-
-#[target_feature(enable = "aes,avx")]
-#[inline]
-fn encrypt_block<const KEYS: usize>(keys: &[[u8; BLOCK_BYTES]; KEYS], block: __m128i) -> __m128i {
+pub(super) fn encrypt_block<const KEYS: usize>(keys: &[[u8; BLOCK_BYTES]; KEYS], block: __m128i) -> __m128i {
     let mut block = _mm_xor_si128(block, schedule::load(keys[0]));
     for key in &keys[1..KEYS - 1] {
         block = _mm_aesenc_si128(block, schedule::load(*key));

@@ -9,10 +9,9 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
-use std::ops::Range;
 
-use super::{DataUnit, Pass};
-use crate::memory::{Source, Target};
+use super::{DataUnit, Direction, Pass};
+use crate::memory::{Source, Store, Target};
 
 pub(super) mod aesni;
 mod firsts;
@@ -44,15 +43,16 @@ struct Batch<'a> {
     unit_bytes: usize,
     /// How many bytes from the start of `src` are worth a prefetch.
     ahead_bytes: usize,
-    /// The addresses that are stored around the cache.
-    lines: Range<usize>,
+    /// Whether groups of blocks are stored around the cache: they all begin at a line.
+    streams: bool,
 }
 
 impl<'a> Batch<'a> {
     /// All of `pass` as one unit, or the part of a unit.
     fn whole(pass: Pass<'a>) -> Self {
         let len_bytes = pass.src.len();
-        Self { src: pass.src, dst: pass.dst, unit_bytes: len_bytes, ahead_bytes: len_bytes, lines: pass.lines }
+        let streams = streams(&pass);
+        Self { src: pass.src, dst: pass.dst, unit_bytes: len_bytes, ahead_bytes: len_bytes, streams }
     }
 
     /// Prefetches the lines that are loaded some time after those at `at..at + len_bytes`, in this batch or later.
@@ -68,6 +68,11 @@ impl<'a> Batch<'a> {
     }
 }
 
+/// Whether what `pass` stores goes around the cache, which takes a destination of whole lines.
+fn streams(pass: &Pass<'_>) -> bool {
+    pass.store == Store::NonTemporal && pass.dst.as_source().as_ptr().addr().is_multiple_of(LINE_BYTES)
+}
+
 /// Whole units in batches, with their first tweaks.
 struct Batches<'a> {
     pass: Pass<'a>,
@@ -75,14 +80,22 @@ struct Batches<'a> {
     tweak: u64,
     at: usize,
     firsts: Firsts,
-    /// Whether the run is so long that the bytes behind it are probably next.
-    sequential: bool,
+    /// How many bytes from the start of the run are worth a prefetch.
+    ahead_bytes: usize,
+    streams: bool,
 }
 
 impl<'a> Batches<'a> {
     fn new(unit: DataUnit, tweak: u64, pass: Pass<'a>) -> Self {
-        let sequential = pass.src.len() >= SEQUENTIAL_BYTES_MIN;
-        Self { pass, unit, tweak, at: 0, firsts: Firsts::new(), sequential }
+        let streams = streams(&pass);
+        // Plaintext on its way to the cache was most likely just put there by its owner.
+        let is_cold = pass.direction == Direction::Decrypt || streams;
+        let ahead_bytes = match pass.src.len() {
+            _ if !is_cold => 0,
+            len_bytes if len_bytes >= SEQUENTIAL_BYTES_MIN => len_bytes + PREFETCH_BYTES,
+            len_bytes => len_bytes,
+        };
+        Self { pass, unit, tweak, at: 0, firsts: Firsts::new(), ahead_bytes, streams }
     }
 
     /// The next batch, whose first tweaks are yet to be encrypted.
@@ -96,55 +109,15 @@ impl<'a> Batches<'a> {
         let unit_count = self.firsts.fill(self.tweak, step, rest_bytes / unit_bytes);
         self.tweak = self.tweak.wrapping_add(step.wrapping_mul(unit_count as u64));
         let range = self.at..self.at + unit_count * unit_bytes;
+        let ahead_bytes = self.ahead_bytes.saturating_sub(self.at);
         self.at = range.end;
         let batch = Batch {
             src: self.pass.src.slice(range.clone()),
             dst: self.pass.dst.reborrow().slice(range),
             unit_bytes,
-            ahead_bytes: if self.sequential { rest_bytes + PREFETCH_BYTES } else { rest_bytes },
-            lines: self.pass.lines.clone(),
+            ahead_bytes,
+            streams: self.streams,
         };
         Some((&mut self.firsts, batch))
-    }
-}
-
-/// How a group of blocks is stored.
-#[derive(Clone, Copy)]
-enum Place {
-    /// Through the cache.
-    Cached,
-    /// All of it around the cache, by whole registers: it begins at a line and lies within the lines.
-    Lines,
-    /// Block by block, as each one lies.
-    Ragged,
-}
-
-/// Where `len_bytes` bytes at `to` lie, so that a kernel decides once for a whole group.
-#[inline]
-fn place(to: *const u8, len_bytes: usize, lines: &Range<usize>) -> Place {
-    let start = to.addr();
-    if lines.is_empty() {
-        Place::Cached
-    } else if start.is_multiple_of(LINE_BYTES) && lines.start <= start && start + len_bytes <= lines.end {
-        Place::Lines
-    } else {
-        Place::Ragged
-    }
-}
-
-/// Stores a block: around the cache if it lies in `lines`, which then are the addresses of 16-byte aligned blocks.
-///
-/// # Safety
-///
-/// - The 16 bytes at `to` are writable.
-/// - `to` is a multiple of 16 unless `lines` is empty.
-#[inline]
-unsafe fn store_block(to: *mut u8, block: __m128i, lines: &Range<usize>) {
-    if lines.contains(&to.addr()) {
-        // SAFETY: writable and aligned, by the contract.
-        unsafe { _mm_stream_si128(to.cast(), block) };
-    } else {
-        // SAFETY: writable, by the contract.
-        unsafe { _mm_storeu_si128(to.cast(), block) };
     }
 }

@@ -6,13 +6,12 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
-use std::ops::Range;
 
 use zeroize::Zeroize;
 
 use super::super::{BLOCK_BYTES, DataUnit, Direction, Pass};
 use super::schedule::{RoundKeys, Rounds};
-use super::{Batch, Batches, Place, firsts, place, store_block};
+use super::{Batch, Batches, firsts};
 
 /// Bytes in a register.
 const VECTOR_BYTES: usize = 32;
@@ -42,14 +41,16 @@ pub(in crate::xts) fn units(keys: &RoundKeys, unit: DataUnit, tweak: u64, pass: 
 
 #[target_feature(enable = "avx2,vaes,vpclmulqdq,aes")]
 fn dispatch(keys: &RoundKeys, direction: Direction, firsts: &[__m128i], batch: Batch<'_>) {
-    match direction {
-        Direction::Encrypt => run_batch::<true>(keys.rounds(direction), firsts, batch),
-        Direction::Decrypt => run_batch::<false>(keys.rounds(direction), firsts, batch),
+    let rounds = keys.rounds(direction);
+    match (direction, batch.streams) {
+        (Direction::Encrypt, false) => run_batch::<true, false>(rounds, firsts, batch),
+        (Direction::Encrypt, true) => run_batch::<true, true>(rounds, firsts, batch),
+        (Direction::Decrypt, _) => run_batch::<false, false>(rounds, firsts, batch),
     }
 }
 
 #[target_feature(enable = "avx2,vaes,vpclmulqdq,aes")]
-fn run_batch<const ENCRYPT: bool>(rounds: Rounds<'_>, firsts: &[__m128i], mut batch: Batch<'_>) {
+fn run_batch<const ENCRYPT: bool, const STREAM: bool>(rounds: Rounds<'_>, firsts: &[__m128i], mut batch: Batch<'_>) {
     let (src, dst) = (batch.src.as_ptr(), batch.dst.as_mut_ptr());
     for (unit, first) in firsts.iter().enumerate() {
         let mut tweaks = spread(*first);
@@ -62,11 +63,19 @@ fn run_batch<const ENCRYPT: bool>(rounds: Rounds<'_>, firsts: &[__m128i], mut ba
                 // SAFETY: the group ends at or before the end of the source.
                 *pair = unsafe { _mm256_loadu_si256(src.wrapping_add(at + i * VECTOR_BYTES).cast()) };
             }
-            let whitening = tweaks;
+            let last = whiten(rounds, &tweaks, &mut data);
             tweaks = tweaks.map(|tweak| step(tweak));
-            cipher::<ENCRYPT>(rounds, &whitening, &mut data);
-            // SAFETY: within the target, as the loads were in the source; lines are given for aligned targets only.
-            unsafe { store_group(dst.wrapping_add(at), &data, &batch.lines) };
+            run_rounds::<ENCRYPT>(rounds, last, &mut data);
+            for (i, pair) in data.iter().enumerate() {
+                let to = dst.wrapping_add(at + i * VECTOR_BYTES);
+                if STREAM {
+                    // SAFETY: within the target, as the loads were in the source; a batch that streams begins at a line.
+                    unsafe { _mm256_stream_si256(to.cast(), *pair) };
+                } else {
+                    // SAFETY: within the target, as the loads were in the source.
+                    unsafe { _mm256_storeu_si256(to.cast(), *pair) };
+                }
+            }
             at += GROUP_BYTES;
         }
         // The last blocks of a part of a unit go through the same lanes, of which some stay empty.
@@ -76,16 +85,17 @@ fn run_batch<const ENCRYPT: bool>(rounds: Rounds<'_>, firsts: &[__m128i], mut ba
                 // SAFETY: a block or a pair before the end of the source.
                 *pair = unsafe { load_up_to_pair(src.wrapping_add(at), end - at) };
             }
-            cipher::<ENCRYPT>(rounds, &tweaks, &mut data);
+            let last = whiten(rounds, &tweaks, &mut data);
+            run_rounds::<ENCRYPT>(rounds, last, &mut data);
             for (pair, at) in data.iter().zip((at..end).step_by(VECTOR_BYTES)) {
                 let to = dst.wrapping_add(at);
                 if end - at >= VECTOR_BYTES {
-                    // SAFETY: a pair before the end of the target; lines as above.
-                    unsafe { store_pair(to, *pair, &batch.lines) };
+                    // SAFETY: a pair before the end of the target.
+                    unsafe { _mm256_storeu_si256(to.cast(), *pair) };
                 } else {
                     let block = _mm256_castsi256_si128(*pair);
-                    // SAFETY: a block before the end of the target; lines as above.
-                    unsafe { store_block(to, block, &batch.lines) };
+                    // SAFETY: a block before the end of the target.
+                    unsafe { _mm_storeu_si128(to.cast(), block) };
                 }
             }
         }
@@ -109,61 +119,29 @@ unsafe fn load_up_to_pair(from: *const u8, rest_bytes: usize) -> __m256i {
     }
 }
 
-/// Stores a group: around the cache where it lies in `lines`.
-///
-/// # Safety
-///
-/// - The 256 bytes at `to` are writable.
-/// - `to` is a multiple of 16 unless `lines` is empty.
+/// The first whitening and the first round key; returns last round keys that carry the second whitening, so that the
+/// tweaks are free to advance before the rounds.
 #[target_feature(enable = "avx2")]
 #[inline]
-unsafe fn store_group(to: *mut u8, data: &[__m256i; GROUP], lines: &Range<usize>) {
-    let place = place(to, GROUP_BYTES, lines);
-    for (i, pair) in data.iter().enumerate() {
-        let to = to.wrapping_add(i * VECTOR_BYTES);
-        match place {
-            // SAFETY: by the contract.
-            Place::Cached => unsafe { _mm256_storeu_si256(to.cast(), *pair) },
-            // SAFETY: by the contract; the group begins at a line.
-            Place::Lines => unsafe { _mm256_stream_si256(to.cast(), *pair) },
-            // SAFETY: by the contract.
-            Place::Ragged => unsafe { store_pair(to, *pair, lines) },
-        }
-    }
-}
-
-/// Stores a pair of blocks, each as it lies.
-///
-/// # Safety
-///
-/// - The 32 bytes at `to` are writable.
-/// - `to` is a multiple of 16 unless `lines` is empty.
-#[target_feature(enable = "avx2")]
-#[inline]
-unsafe fn store_pair(to: *mut u8, pair: __m256i, lines: &Range<usize>) {
-    let (lower, upper) = (_mm256_castsi256_si128(pair), _mm256_extracti128_si256::<1>(pair));
-    // SAFETY: by the contract.
-    unsafe { store_block(to, lower, lines) };
-    // SAFETY: by the contract.
-    unsafe { store_block(to.wrapping_add(BLOCK_BYTES), upper, lines) };
-}
-
-#[target_feature(enable = "avx2,vaes")]
-#[inline]
-fn cipher<const ENCRYPT: bool>(rounds: Rounds<'_>, tweaks: &[__m256i; GROUP], data: &mut [__m256i; GROUP]) {
-    let first = broadcast(*rounds.first);
+fn whiten(rounds: Rounds<'_>, tweaks: &[__m256i; GROUP], data: &mut [__m256i; GROUP]) -> [__m256i; GROUP] {
+    let (first, last) = (broadcast(*rounds.first), broadcast(*rounds.last));
     for (pair, tweak) in data.iter_mut().zip(tweaks) {
         *pair = _mm256_xor_si256(_mm256_xor_si256(*pair, *tweak), first);
     }
+    tweaks.map(|tweak| _mm256_xor_si256(tweak, last))
+}
+
+/// Every round after the first key, the last one with keys of its own.
+#[target_feature(enable = "avx2,vaes")]
+#[inline]
+fn run_rounds<const ENCRYPT: bool>(rounds: Rounds<'_>, last: [__m256i; GROUP], data: &mut [__m256i; GROUP]) {
     for key in rounds.middle {
         let key = broadcast(*key);
         for pair in data.iter_mut() {
             *pair = if ENCRYPT { _mm256_aesenc_epi128(*pair, key) } else { _mm256_aesdec_epi128(*pair, key) };
         }
     }
-    let last = broadcast(*rounds.last);
-    for (pair, tweak) in data.iter_mut().zip(tweaks) {
-        let key = _mm256_xor_si256(last, *tweak);
+    for (pair, key) in data.iter_mut().zip(last) {
         *pair = if ENCRYPT { _mm256_aesenclast_epi128(*pair, key) } else { _mm256_aesdeclast_epi128(*pair, key) };
     }
 }
@@ -180,22 +158,22 @@ fn broadcast(key: [u8; BLOCK_BYTES]) -> __m256i {
 #[target_feature(enable = "avx2,vpclmulqdq")]
 #[inline]
 fn spread(first: __m128i) -> [__m256i; GROUP] {
-    let pair = shifted(_mm256_broadcastsi128_si256(first), _mm256_set_epi64x(1, 1, 0, 0));
-    let mut tweaks = [pair; GROUP];
-    for (i, tweak) in (0..).zip(&mut tweaks).skip(1) {
-        *tweak = shifted(pair, _mm256_set1_epi64x(2 * i));
-    }
-    tweaks
+    let both = _mm256_broadcastsi128_si256(first);
+    let t0 = _mm256_blend_epi32::<0b1111_0000>(both, shifted::<1>(both));
+    let t1 = shifted::<2>(t0);
+    let [t2, t3] = [t0, t1].map(|tweak| shifted::<4>(tweak));
+    let [t4, t5, t6, t7] = [t0, t1, t2, t3].map(|tweak| shifted::<8>(tweak));
+    [t0, t1, t2, t3, t4, t5, t6, t7]
 }
 
-/// Every lane times alpha^power, for powers up to 57 (the folded overflow must stay below 2^64).
+/// Every lane times alpha^8: a shift by one byte and the overflow folded in, and so on for fewer bits.
 #[target_feature(enable = "avx2,vpclmulqdq")]
 #[inline]
-fn shifted(tweak: __m256i, power: __m256i) -> __m256i {
-    let overflow = _mm256_srlv_epi64(tweak, _mm256_sub_epi64(_mm256_set1_epi64x(64), power));
+fn shifted<const POWER: i32>(tweak: __m256i) -> __m256i {
+    let overflow = _mm256_srl_epi64(tweak, _mm_cvtsi32_si128(64 - POWER));
     let folded = _mm256_clmulepi64_epi128::<0x01>(overflow, _mm256_set1_epi64x(0x87));
     let carried = _mm256_xor_si256(_mm256_bslli_epi128::<8>(overflow), folded);
-    _mm256_xor_si256(_mm256_sllv_epi64(tweak, power), carried)
+    _mm256_xor_si256(_mm256_slli_epi64::<POWER>(tweak), carried)
 }
 
 /// Every lane times alpha^16: a shift by two bytes, and the overflow folded in.

@@ -1,0 +1,293 @@
+//! What the threads of one direct map share: its view of the window, its userfaultfd and its dirty tracking.
+//!
+//! A view is registered with userfaultfd for pages that are absent and for pages that are in the window but not in this
+//! view's page table, so every first touch comes to [`Core::answer`], which brings the page in under the volume's range
+//! lock. A store that is made while a page is written back lands either before the encryption reads the page, or after
+//! the page was marked clean and so marks it dirty again: marks are always taken before the page is read.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::ahead::FaultAhead;
+use super::error::DaxError;
+use super::open_faults;
+use super::options::{MapOptions, Tracking};
+use super::uffd::{Fault, PageMap, Uffd};
+use crate::memory::Source;
+use crate::secret::SecretBytes;
+use crate::volume::window::{BATCH_PAGES, Install, PAGE_BYTES, PageSet, Through, View, Window, WriteBack};
+use crate::volume::{ClaimGuard, Volume, VolumeError};
+
+/// Resident pages are looked for in pieces of this many bytes, one page-map scan each: a page table's worth.
+const SCAN_BYTES: u64 = 2 << 20;
+
+/// Plaintext on its way to a map: as much as the nearer caches hold.
+const SCRATCH_BYTES: usize = 64 << 10;
+
+/// See the module's head. Offsets are logical offsets of the volume.
+#[derive(Debug)]
+pub(super) struct Core {
+    pub(super) volume: Arc<Volume>,
+    pub(super) window: Arc<Window>,
+    pub(super) view: Arc<View>,
+    pub(super) writable: bool,
+    faults: Option<Uffd>,
+    dirt: Dirt,
+    /// For everybody but the fault thread, which has its own.
+    scratch: Mutex<Option<SecretBytes>>,
+    _claim: ClaimGuard,
+}
+
+/// Where dirty pages are noted.
+#[derive(Debug)]
+enum Dirt {
+    Kernel(PageMap),
+    /// By page of the view.
+    Trapped(PageSet),
+    Unknown,
+}
+
+/// What the fault thread keeps between faults.
+#[derive(Debug)]
+pub(super) struct Server {
+    ahead: FaultAhead,
+    scratch: SecretBytes,
+}
+
+impl Server {
+    pub(super) fn new() -> Self {
+        Self { ahead: FaultAhead::default(), scratch: SecretBytes::zeroed(SCRATCH_BYTES) }
+    }
+}
+
+/// The way into the page tables of a view.
+struct Door<'a> {
+    core: &'a Core,
+    faults: &'a Uffd,
+}
+
+impl Install for Door<'_> {
+    fn present(&self, pages: &Range<u64>) -> io::Result<()> {
+        self.faults.map_present(&self.core.addresses(pages), self.core.writable, PAGE_BYTES)
+    }
+
+    fn absent(&self, pages: &Range<u64>, plaintext: Source<'_>) -> (u64, io::Result<()>) {
+        self.faults.map_absent(&self.core.addresses(pages), plaintext, self.core.writable)
+    }
+}
+
+impl Core {
+    /// Maps whole pages of the volume: lazily when the kernel permits it, otherwise all at once.
+    pub(super) fn new(
+        volume: &Arc<Volume>,
+        range: Range<u64>,
+        options: &MapOptions,
+        exclusive: bool,
+    ) -> Result<Self, DaxError> {
+        let opened = options.lazy.then(|| open_faults(options.write_async)).flatten();
+        let len_bytes = range.end - range.start;
+        if let (None, Some(resident_max)) = (&opened, options.resident_max.filter(|&max| max < len_bytes)) {
+            return Err(DaxError::Eager { len_bytes, resident_max });
+        }
+        let window = if exclusive {
+            Arc::new(Window::new(volume.size()).map_err(DaxError::Os)?)
+        } else {
+            Arc::clone(volume.window()?)
+        };
+        let claim = ClaimGuard::enter(volume, &range, exclusive.then(|| Arc::clone(&window)))?;
+        let writable = options.writable;
+        let view = window.attach(range, writable, opened.is_none(), options.resident_max).map_err(DaxError::Os)?;
+        let (faults, dirt) = match opened {
+            Some((faults, Some(map))) => (Some(faults), Dirt::Kernel(map)),
+            Some((faults, None)) => (Some(faults), Dirt::Trapped(PageSet::new(len_bytes / PAGE_BYTES))),
+            None => (None, Dirt::Unknown),
+        };
+        let volume = Arc::clone(volume);
+        let core = Self { volume, window, view, writable, faults, dirt, scratch: Mutex::default(), _claim: claim };
+        let ready = match &core.faults {
+            Some(faults) => faults.register(&core.addresses(core.view.range()), writable).map_err(DaxError::Os),
+            None => core.bring(core.view.range()),
+        };
+        match ready {
+            Ok(()) => Ok(core),
+            Err(error) => {
+                let _ = core.leave(); // the first error is the one to report; nothing was stored yet
+                Err(error)
+            }
+        }
+    }
+
+    pub(super) const fn tracking(&self) -> Tracking {
+        match self.dirt {
+            Dirt::Kernel(_) => Tracking::Async,
+            Dirt::Trapped(_) => Tracking::Trap,
+            Dirt::Unknown => Tracking::Compare,
+        }
+    }
+
+    /// What becomes readable when a fault waits; `None` for an eager map.
+    pub(super) fn fault_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.faults.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Makes the pages of `range` (whole pages of the view) resident and maps them here.
+    pub(super) fn bring(&self, range: &Range<u64>) -> Result<(), DaxError> {
+        if self.faults.is_none() {
+            return self.bring_with(range, &mut []);
+        }
+        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        self.bring_with(range, scratch.get_or_insert_with(|| SecretBytes::zeroed(SCRATCH_BYTES)))
+    }
+
+    fn bring_with(&self, range: &Range<u64>, scratch: &mut [u8]) -> Result<(), DaxError> {
+        let batch_bytes = BATCH_PAGES.min((self.window.page_count_max() / 2).max(1)) * PAGE_BYTES;
+        let mut rest = range.clone();
+        while !rest.is_empty() {
+            let batch = rest.start..rest.end.min(rest.start + batch_bytes);
+            rest.start = batch.end;
+            match &self.faults {
+                None => self.volume.fill(&self.window, &batch, None)?,
+                Some(faults) => {
+                    let install = &Door { core: self, faults };
+                    self.volume.fill(&self.window, &batch, Some(Through { scratch: &mut *scratch, install }))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers the waiting faults. A page whose data cannot be had is poisoned: whoever touches it gets SIGBUS, and
+    /// nothing else is harmed.
+    pub(super) fn answer(&self, server: &mut Server) -> io::Result<()> {
+        let Some(faults) = &self.faults else { return Ok(()) };
+        while let Some(fault) = faults.next_fault()? {
+            self.resolve(faults, fault, server);
+        }
+        Ok(())
+    }
+
+    fn resolve(&self, faults: &Uffd, fault: Fault, server: &mut Server) {
+        let page_address = fault.address - fault.address % PAGE_BYTES;
+        let here = page_address..page_address + PAGE_BYTES;
+        let start = page_address - self.start_address() + self.view.range().start;
+        if fault.write_protected {
+            if let Dirt::Trapped(pages) = &self.dirt {
+                pages.insert((start - self.view.range().start) / PAGE_BYTES);
+            }
+            let _ = faults.write_protect(&here, false); // fails only when the map is gone, and the waiter with it
+            return;
+        }
+        let page_count = server.ahead.pages(start / PAGE_BYTES, BATCH_PAGES.min(self.window.page_count_max() / 4));
+        let end = (start + page_count * PAGE_BYTES).min(self.view.range().end);
+        let brought = self
+            .bring_with(&(start..end), &mut server.scratch)
+            .or_else(|_| self.bring_with(&(start..start + PAGE_BYTES), &mut server.scratch));
+        if brought.is_err() {
+            // A mark of the dirty tracking may be in the way. What else fails means that the page came meanwhile or the map
+            // is gone: trying again is right for both.
+            let poisoned = faults.poison(&here).or_else(|_| {
+                faults.write_protect(&here, false)?;
+                faults.poison(&here)
+            });
+            let _ = poisoned.or_else(|_| faults.wake(&here));
+        }
+    }
+
+    /// Writes back what may have changed in `range` (whole pages of the view) and makes it durable.
+    pub(super) fn sync(&self, range: &Range<u64>) -> Result<(), DaxError> {
+        if !self.writable {
+            return Ok(());
+        }
+        if self.volume.locked() {
+            return Err(VolumeError::Locked.into());
+        }
+        let mut result = Ok(());
+        let mut write_back = |pages: Range<u64>, how| {
+            let written = self.volume.write_back(&self.window, &pages, how);
+            if result.is_ok() {
+                result = written.map_err(DaxError::from);
+            }
+        };
+        match &self.dirt {
+            Dirt::Kernel(map) => self.take_written(map, range, |pages| write_back(pages, WriteBack::Always))?,
+            Dirt::Trapped(set) => self.take_trapped(set, range, |pages| write_back(pages, WriteBack::Always))?,
+            Dirt::Unknown => write_back(range.clone(), WriteBack::IfDifferent),
+        }
+        let mut rest = range.clone();
+        while let Some(run) = self.window.next_unsynced(&rest) {
+            rest.start = run.end;
+            write_back(run, WriteBack::Always);
+        }
+        result?;
+        Ok(self.volume.flush()?)
+    }
+
+    fn take_written(
+        &self,
+        map: &PageMap,
+        range: &Range<u64>,
+        mut found: impl FnMut(Range<u64>),
+    ) -> Result<(), DaxError> {
+        let mut rest = range.clone();
+        while let Some(run) = self.window.next_resident(&rest) {
+            let piece_end = (run.start / SCAN_BYTES + 1) * SCAN_BYTES;
+            let piece = run.start..run.end.max(piece_end).min(range.end);
+            let to_logical = |address: u64| address - self.start_address() + self.view.range().start;
+            let scanned = map
+                .take_written(&self.addresses(&piece), |pages| found(to_logical(pages.start)..to_logical(pages.end)));
+            scanned.map_err(DaxError::Os)?;
+            rest.start = piece.end;
+        }
+        Ok(())
+    }
+
+    fn take_trapped(
+        &self,
+        set: &PageSet,
+        range: &Range<u64>,
+        mut found: impl FnMut(Range<u64>),
+    ) -> Result<(), DaxError> {
+        let first = self.view.range().start / PAGE_BYTES;
+        let mut rest = range.start / PAGE_BYTES - first..range.end / PAGE_BYTES - first;
+        while let Some(run) = set.next_run(&rest) {
+            rest.start = run.end;
+            run.clone().for_each(|page| {
+                set.remove(page);
+            });
+            let pages = (run.start + first) * PAGE_BYTES..(run.end + first) * PAGE_BYTES;
+            if let Some(faults) = &self.faults {
+                faults.write_protect(&self.addresses(&pages), true).map_err(DaxError::Os)?;
+            }
+            found(pages);
+        }
+        Ok(())
+    }
+
+    /// Ends every access through the view (the next touch raises SIGBUS, also of a thread that waits for a page), detaches
+    /// it, so that its pages can be evicted, and evicts them. With an error what could not be written is lost, unless
+    /// another map shows it.
+    pub(super) fn leave(&self) -> Result<(), DaxError> {
+        self.view.revoke().map_err(DaxError::Os)?;
+        if let Some(faults) = &self.faults {
+            let _ = faults.wake(&self.addresses(self.view.range())); // who waits runs into the SIGBUS
+        }
+        let last = self.window.detach(&self.view);
+        let evicted = self.volume.evict(&self.window, self.view.range());
+        if evicted.is_err() && last {
+            self.volume.discard_window(&self.window, self.view.range())?;
+        }
+        Ok(evicted.map(|_| ())?)
+    }
+
+    fn start_address(&self) -> u64 {
+        self.view.start().addr() as u64
+    }
+
+    /// Where logical `range` is mapped.
+    fn addresses(&self, range: &Range<u64>) -> Range<u64> {
+        let at = |offset: u64| self.start_address() + (offset - self.view.range().start);
+        at(range.start)..at(range.end)
+    }
+}

@@ -1,0 +1,105 @@
+//! The direct map: an encrypted volume in the address space of a program, decrypted page by page as it is touched.
+//!
+//! [`Volume::map`] gives a [`DaxMapping`]. A program loads and stores plaintext through [`DaxMapping::as_ptr`] (or through
+//! safe copies) and says [`DaxMapping::persist`] when a store must be on media. All maps of one volume, and everybody who
+//! reads and writes it (NBD clients of the same process too), see each other's bytes at once.
+//!
+//! What a program must know, compared with a map of unencrypted persistent memory:
+//!
+//! - **A store reaches media only by persist, sync, eviction or the background write-back.** With real DAX an unflushed
+//!   store may survive the end of the process; here it dies with it. The write-back interval bounds the loss.
+//! - **The unit of failure atomicity is an aligned 8-byte store that was persisted.** Ciphertext is made and stored in
+//!   aligned blocks of 16 bytes, so after a crash such a word is old or new and the other word of its block is one that
+//!   was stored there. This relies on aligned 16-byte loads and stores being atomic, which Intel promises for CPUs with
+//!   AVX and AMD for all of them. Persisting a longer range is not atomic as a whole, as on any persistent memory.
+//!   Stores of the same 16 bytes that were not persisted may become durable early.
+//! - At page granularity (no DAX below) a crash of the machine can tear pages as the disk does.
+//! - **A page that cannot be read raises SIGBUS** in the thread that touches it through the pointer; the safe calls return
+//!   the error instead. Nothing else is harmed.
+//! - A forked child does not have the map: touching it there is SIGSEGV. System calls may read and write the map, but
+//!   direct I/O and other pins (`O_DIRECT`, registered buffers, VFIO) store past all tracking: do not use them on it.
+//! - Plaintext is left out of core dumps, and locked in memory where `RLIMIT_MEMLOCK` allows
+//!   ([`DaxMapping::memory_locked`]). Pages are overwritten before they are given back.
+
+mod ahead;
+mod core;
+mod error;
+mod exclusive;
+mod mapping;
+mod options;
+mod threads;
+mod uffd;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use self::core::Core;
+pub use self::error::DaxError;
+pub use self::exclusive::ExclusiveMap;
+pub use self::mapping::DaxMapping;
+use self::mapping::whole_pages;
+pub use self::options::{MapMode, MapOptions, Tracking};
+use crate::volume::window::PAGE_BYTES;
+use crate::volume::{Volume, VolumeError};
+
+impl Volume {
+    /// Maps bytes `range` of the volume into this process. `range.start` is a multiple of 4096; the end may be anywhere.
+    ///
+    /// Nothing is decrypted yet, unless the kernel does not permit userfaultfd: then everything is, and
+    /// [`DaxMapping::mode`] says so.
+    ///
+    /// # Errors
+    ///
+    /// [`DaxError::Unaligned`], [`DaxError::OutOfRange`]; [`DaxError::ReadOnly`] for a writable map of a read-only volume;
+    /// [`DaxError::Eager`] when the bound of resident plaintext cannot be kept; [`DaxError::Volume`] and
+    /// [`DaxError::Os`] when the system refuses memory, threads or a page size of 4096.
+    pub fn map(self: &Arc<Self>, range: std::ops::Range<u64>, options: &MapOptions) -> Result<DaxMapping, DaxError> {
+        check(self, &range, options.writable)?;
+        let core = Core::new(self, whole_pages(&range), options, false)?;
+        DaxMapping::new(core, range, options)
+    }
+
+    /// Maps bytes `range` of the volume for this program alone, writable, as a slice. Both ends are multiples of 4096, or
+    /// the end is that of the volume.
+    ///
+    /// While the map lives, every other write to the range fails with [`VolumeError::Claimed`],
+    /// and other readers see the last persisted bytes. There is no background write-back.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::map`]; [`DaxError::Volume`] with [`VolumeError::Claimed`] when the range
+    /// overlaps another map.
+    pub fn map_exclusive(self: &Arc<Self>, range: std::ops::Range<u64>) -> Result<ExclusiveMap, DaxError> {
+        check(self, &range, true)?;
+        if !range.end.is_multiple_of(PAGE_BYTES) && range.end != self.size() {
+            return Err(DaxError::Unaligned { start: range.end });
+        }
+        let options = MapOptions::new().writable().write_back_interval(Duration::ZERO);
+        ExclusiveMap::new(self, range, &options)
+    }
+}
+
+/// Whether `range` can be mapped.
+fn check(volume: &Volume, range: &std::ops::Range<u64>, writable: bool) -> Result<(), DaxError> {
+    let len_bytes = volume.size();
+    if range.start >= range.end || range.end > len_bytes {
+        return Err(DaxError::OutOfRange { start: range.start, end: range.end, len_bytes });
+    }
+    if !range.start.is_multiple_of(PAGE_BYTES) {
+        return Err(DaxError::Unaligned { start: range.start });
+    }
+    if writable && volume.read_only() {
+        return Err(DaxError::ReadOnly);
+    }
+    if volume.locked() {
+        return Err(VolumeError::Locked.into());
+    }
+    Ok(())
+}
+
+/// The faults of a map, if the kernel gives them to us, and how it tells of stores.
+fn open_faults(write_async: bool) -> Option<(uffd::Uffd, Option<uffd::PageMap>)> {
+    let with_async = || Some((uffd::Uffd::open(true).ok()?, Some(uffd::PageMap::open().ok()?)));
+    let trapping = || Some((uffd::Uffd::open(false).ok()?, None));
+    if write_async { with_async().or_else(trapping) } else { trapping() }
+}

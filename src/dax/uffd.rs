@@ -1,0 +1,329 @@
+//! The kernel interface of a direct map: userfaultfd and the page-map scan, as safe calls on a registered range.
+//!
+//! Structures and numbers are those of `linux/userfaultfd.h` and `linux/fs.h` of Linux 6.8, whose ABI is fixed. Addresses
+//! go to the kernel as numbers; what it does to the memory there (install, protect, poison pages) changes no byte that Rust
+//! knows of. Nothing here knows volumes, pages or policy.
+#![allow(unsafe_code)]
+
+use std::ffi::c_void;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::mem::size_of;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+use rustix::mm::UserfaultfdFlags;
+
+use crate::memory::Source;
+
+const UFFD_API: u64 = 0xaa;
+const GROUP: u8 = 0xaa;
+
+const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
+const FEATURE_WP_SHMEM: u64 = 1 << 12;
+const FEATURE_POISON: u64 = 1 << 14;
+const FEATURE_WP_ASYNC: u64 = 1 << 15;
+
+const MODE_MISSING: u64 = 1 << 0;
+const MODE_WP: u64 = 1 << 1;
+const MODE_MINOR: u64 = 1 << 2;
+
+const EVENT_PAGEFAULT: u8 = 0x12;
+const FAULT_WP: u64 = 1 << 1;
+const COPY_MODE_WP: u64 = 1 << 1;
+const CONTINUE_MODE_WP: u64 = 1 << 1;
+const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
+const MESSAGE_BYTES: usize = 32;
+
+const PAGE_IS_WRITTEN: u64 = 1 << 1;
+const SCAN_WP_MATCHING: u64 = 1 << 0;
+const SCAN_CHECK_WPASYNC: u64 = 1 << 1;
+const SCAN_REGIONS: usize = 64;
+
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Span {
+    start: u64,
+    len: u64,
+}
+
+#[repr(C)]
+struct Register {
+    span: Span,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct WriteProtect {
+    span: Span,
+    mode: u64,
+}
+
+#[repr(C)]
+struct Copy {
+    destination: u64,
+    source: u64,
+    len: u64,
+    mode: u64,
+    done: i64,
+}
+
+/// Also the layout of `uffdio_poison`.
+#[repr(C)]
+struct Continue {
+    span: Span,
+    mode: u64,
+    done: i64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+#[repr(C)]
+struct Scan {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// A fault that waits for an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Fault {
+    pub(super) address: u64,
+    /// A store to a write-protected page, rather than a page that is not mapped.
+    pub(super) write_protected: bool,
+}
+
+/// A userfaultfd that takes the faults of its process, of system calls too.
+#[derive(Debug)]
+pub(super) struct Uffd {
+    fd: OwnedFd,
+}
+
+impl Uffd {
+    /// Opens one by `/dev/userfaultfd` or, without the right to it, by the system call. With `write_async` the kernel
+    /// notes stores to write-protected pages by itself.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel refuses with: too old (`InvalidInput`), or not permitted.
+    pub(super) fn open(write_async: bool) -> io::Result<Self> {
+        let uffd = Self { fd: open_descriptor()? };
+        let mut features = FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM | FEATURE_WP_SHMEM | FEATURE_POISON;
+        if write_async {
+            features |= FEATURE_WP_ASYNC;
+        }
+        let mut api = Api { api: UFFD_API, features, ioctls: 0 };
+        uffd.call::<{ opcode::read_write::<Api>(GROUP, 0x3f) }, _>(&mut api)?;
+        Ok(uffd)
+    }
+
+    /// Takes the faults of `range` from now on: pages that are absent, pages that are there but not mapped and, with
+    /// `write_protect`, stores to protected pages.
+    pub(super) fn register(&self, range: &Range<u64>, write_protect: bool) -> io::Result<()> {
+        let mode = MODE_MISSING | MODE_MINOR | if write_protect { MODE_WP } else { 0 };
+        let mut register = Register { span: span(range), mode, ioctls: 0 };
+        Ok(self.call::<{ opcode::read_write::<Register>(GROUP, 0x00) }, _>(&mut register)?)
+    }
+
+    /// The next fault, or `None` when there is none now.
+    pub(super) fn next_fault(&self) -> io::Result<Option<Fault>> {
+        let mut message = [0_u8; MESSAGE_BYTES];
+        loop {
+            match rustix::io::read(&self.fd, &mut message) {
+                Ok(MESSAGE_BYTES) if message[0] == EVENT_PAGEFAULT => {
+                    let field = |at: usize| {
+                        let bytes = message[at..at + 8].try_into().expect("eight bytes");
+                        u64::from_le_bytes(bytes)
+                    };
+                    return Ok(Some(Fault { address: field(16), write_protected: field(8) & FAULT_WP != 0 }));
+                }
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    /// Maps pages of `range` that are in the file already, write-protected on request, and wakes who waits for them.
+    pub(super) fn map_present(&self, range: &Range<u64>, write_protect: bool, page_bytes: u64) -> io::Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let mode = if write_protect { CONTINUE_MODE_WP } else { 0 };
+            let mut argument = Continue { span: span(&(at..range.end)), mode, done: 0 };
+            let result = self.call::<{ opcode::read_write::<Continue>(GROUP, 0x07) }, _>(&mut argument);
+            let done = u64::try_from(argument.done).unwrap_or(0);
+            match result {
+                Ok(()) => return Ok(()),
+                _ if done > 0 => at += done,
+                Err(Errno::AGAIN) => {}
+                Err(Errno::EXIST) => {
+                    self.wake(&(at..at + page_bytes))?;
+                    at += page_bytes;
+                }
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes pages of `range`, which are absent, from a copy of `bytes`, write-protected on request, and wakes who waits
+    /// for them. How many bytes it did, also with an error.
+    pub(super) fn map_absent(
+        &self,
+        range: &Range<u64>,
+        bytes: Source<'_>,
+        write_protect: bool,
+    ) -> (u64, io::Result<()>) {
+        let len = range.end - range.start;
+        assert_eq!(bytes.len() as u64, len, "a copy needs equal lengths");
+        let mut copied = 0;
+        while copied < len {
+            let mut argument = Copy {
+                destination: range.start + copied,
+                source: bytes.as_ptr().expose_provenance() as u64 + copied,
+                len: len - copied,
+                mode: if write_protect { COPY_MODE_WP } else { 0 },
+                done: 0,
+            };
+            let result = self.call::<{ opcode::read_write::<Copy>(GROUP, 0x03) }, _>(&mut argument);
+            copied += u64::try_from(argument.done).unwrap_or(0);
+            match result {
+                Ok(()) | Err(Errno::AGAIN) => {}
+                Err(errno) => return (copied, Err(errno.into())),
+            }
+        }
+        (copied, Ok(()))
+    }
+
+    /// Lets the threads that wait for `range` try again.
+    pub(super) fn wake(&self, range: &Range<u64>) -> io::Result<()> {
+        Ok(self.call::<{ opcode::read::<Span>(GROUP, 0x02) }, _>(&mut span(range))?)
+    }
+
+    /// Write-protects `range`, or takes the protection away and wakes who waits to store.
+    pub(super) fn write_protect(&self, range: &Range<u64>, protect: bool) -> io::Result<()> {
+        let mode = if protect { WRITEPROTECT_MODE_WP } else { 0 };
+        let mut argument = WriteProtect { span: span(range), mode };
+        loop {
+            match self.call::<{ opcode::read_write::<WriteProtect>(GROUP, 0x06) }, _>(&mut argument) {
+                Err(Errno::AGAIN) => {}
+                result => return Ok(result?),
+            }
+        }
+    }
+
+    /// Makes touches of `range`, which is not mapped, raise SIGBUS.
+    pub(super) fn poison(&self, range: &Range<u64>) -> io::Result<()> {
+        let mut argument = Continue { span: span(range), mode: 0, done: 0 };
+        Ok(self.call::<{ opcode::read_write::<Continue>(GROUP, 0x08) }, _>(&mut argument)?)
+    }
+
+    /// One ioctl of this descriptor, whose argument is `T` of opcode `OPCODE`.
+    fn call<const OPCODE: Opcode, T>(&self, argument: &mut T) -> Result<(), Errno> {
+        // SAFETY: every call above names the structure that the kernel defines for the opcode.
+        let updater = unsafe { Updater::<OPCODE, T>::new(argument) };
+        // SAFETY: the kernel changes the argument and page tables of mappings that only raw pointers reach.
+        unsafe { ioctl(&self.fd, updater) }
+    }
+}
+
+impl AsFd for Uffd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn open_descriptor() -> io::Result<OwnedFd> {
+    const IOC_NEW: libc::c_ulong = 0xaa00;
+    if let Ok(device) = OpenOptions::new().read(true).write(true).open("/dev/userfaultfd") {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        // SAFETY: the request takes its flags by value.
+        let fd = unsafe { libc::ioctl(device.as_raw_fd(), IOC_NEW, flags) };
+        if fd >= 0 {
+            // SAFETY: the kernel has just given this descriptor to us alone.
+            return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+        }
+    }
+    let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    // SAFETY: a new descriptor; it has no effect on memory before something is registered.
+    Ok(unsafe { rustix::mm::userfaultfd(flags) }?)
+}
+
+/// The stores of this process, as its page tables tell of them.
+#[derive(Debug)]
+pub(super) struct PageMap {
+    file: File,
+}
+
+impl PageMap {
+    pub(super) fn open() -> io::Result<Self> {
+        Ok(Self { file: File::open("/proc/self/pagemap")? })
+    }
+
+    /// Calls `found` for every run of pages in `range` that was stored to since it was protected, and protects it again
+    /// in the same step.
+    pub(super) fn take_written(&self, range: &Range<u64>, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
+        const OPCODE: Opcode = opcode::read_write::<Scan>(b'f', 16);
+        let mut at = range.start;
+        while at < range.end {
+            let mut regions = [PageRegion::default(); SCAN_REGIONS];
+            let mut scan = Scan {
+                size: size_of::<Scan>() as u64,
+                flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC,
+                start: at,
+                end: range.end,
+                walk_end: 0,
+                vec: regions.as_mut_ptr().cast::<c_void>().expose_provenance() as u64,
+                vec_len: SCAN_REGIONS as u64,
+                max_pages: 0,
+                category_inverted: 0,
+                category_mask: PAGE_IS_WRITTEN,
+                category_anyof_mask: 0,
+                return_mask: PAGE_IS_WRITTEN,
+            };
+            // SAFETY: the request takes the structure named in its opcode, which names the vector and its length.
+            let count = unsafe { libc::ioctl(self.file.as_raw_fd(), libc::c_ulong::from(OPCODE), &raw mut scan) };
+            let Ok(count) = usize::try_from(count) else {
+                match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => continue,
+                    error => return Err(error),
+                }
+            };
+            regions[..count].iter().for_each(|region| found(region.start..region.end));
+            at = scan.walk_end.max(at);
+            if count == 0 {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+const fn span(range: &Range<u64>) -> Span {
+    Span { start: range.start, len: range.end - range.start }
+}

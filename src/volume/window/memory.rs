@@ -1,0 +1,166 @@
+//! The memory of a window: one memfd, mapped whole for the volume itself and in part by every direct map.
+//!
+//! A hole of a memfd is dangerous: whoever touches it through a mapping without userfaultfd allocates a zero page that
+//! everybody then takes for plaintext. So the volume touches only pages that it holds the range lock of and that are
+//! resident (or that it is just making resident), and a [`View`] is registered with userfaultfd before anybody learns
+//! its address, or all its pages are resident.
+//!
+//! All mappings are left out of core dumps and of forked children, which get SIGSEGV.
+#![allow(unsafe_code)]
+
+use std::ffi::c_void;
+use std::io;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::ptr;
+
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::mm::{Advice, MapFlags, MlockFlags, ProtFlags, madvise, mlock_with, mmap, munmap};
+
+use crate::memory::{Source, Target};
+
+/// `MADV_DONTNEED_LOCKED` (Linux 5.18, uapi/asm-generic/mman-common.h): `MADV_DONTNEED` for locked memory too.
+const MADV_DONTNEED_LOCKED: libc::c_int = 24;
+
+/// The memfd and the volume's own mapping of it. Ranges are bytes from its start, which are logical offsets.
+#[derive(Debug)]
+pub(crate) struct WindowMemory {
+    file: OwnedFd,
+    own: Mapped,
+}
+
+impl WindowMemory {
+    /// `len_bytes` bytes of holes: they take address space, no memory.
+    pub(crate) fn new(len_bytes: u64) -> io::Result<Self> {
+        let file = memfd_create("daxcrypt-window", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        ftruncate(&file, len_bytes)?;
+        fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+        let own = Mapped::new(&file, ProtFlags::READ | ProtFlags::WRITE, &(0..len_bytes))?;
+        Ok(Self { file, own })
+    }
+
+    /// The bytes at `range`, whose pages are resident and held.
+    pub(crate) fn source(&self, range: &Range<u64>) -> Source<'_> {
+        let (start, len_bytes) = self.own.address(range);
+        // SAFETY: the range is mapped as long as `self` is borrowed, and everyone uses raw pointers.
+        unsafe { Source::from_raw(start, len_bytes) }
+    }
+
+    /// The bytes at `range`, whose pages are resident, or becoming so, and held.
+    pub(crate) fn target(&self, range: &Range<u64>) -> Target<'_> {
+        let (start, len_bytes) = self.own.address(range);
+        // SAFETY: the range is mapped writable as long as `self` is borrowed, and everyone uses raw pointers.
+        unsafe { Target::from_raw(start, len_bytes) }
+    }
+
+    /// Takes whole pages away from every mapping and gives their memory back. The next touch finds a hole.
+    pub(crate) fn punch(&self, range: &Range<u64>) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(fallocate(&self.file, flags, range.start, range.end - range.start)?)
+    }
+}
+
+/// The mapping of one direct map.
+#[derive(Debug)]
+pub(crate) struct View {
+    range: Range<u64>,
+    pinned: bool,
+    mapped: Mapped,
+}
+
+impl View {
+    /// Maps the whole pages of logical `range`. The pages of a pinned view are never evicted while it is attached.
+    pub(crate) fn new(memory: &WindowMemory, range: Range<u64>, writable: bool, pinned: bool) -> io::Result<Self> {
+        let protection = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+        let mapped = Mapped::new(&memory.file, protection, &range)?;
+        Ok(Self { range, pinned, mapped })
+    }
+
+    /// The logical offsets that it shows: whole pages.
+    pub(crate) const fn range(&self) -> &Range<u64> {
+        &self.range
+    }
+
+    pub(crate) const fn pinned(&self) -> bool {
+        self.pinned
+    }
+
+    /// Its first byte.
+    pub(crate) const fn start(&self) -> *mut u8 {
+        self.mapped.start
+    }
+
+    /// Asks the kernel to keep pages out of swap once they are here. Whether it agreed (see `ulimit -l`).
+    pub(crate) fn lock_on_fault(&self) -> bool {
+        // SAFETY: the range is this view's; locking changes no byte of it.
+        unsafe { mlock_with(self.mapped.start.cast::<c_void>(), self.mapped.len_bytes, MlockFlags::ONFAULT) }.is_ok()
+    }
+
+    /// Ends every access through this view for good, those that wait for a fault too once they are woken: the next touch
+    /// raises SIGBUS, because there is no file behind it any more.
+    pub(crate) fn revoke(&self) -> io::Result<()> {
+        let nothing = memfd_create("daxcrypt-gone", MemfdFlags::CLOEXEC)?;
+        let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
+        let start = self.mapped.start.cast::<c_void>();
+        // SAFETY: the range is this view's own; whoever holds its address was told that the memory may end.
+        unsafe { mmap(start, self.mapped.len_bytes, ProtFlags::READ, flags, &nothing, 0) }?;
+        Ok(())
+    }
+
+    /// Takes logical `range` out of this view's page tables: nobody can store through it any more, and the next touch
+    /// faults. What the view does not show is ignored.
+    pub(crate) fn zap(&self, range: &Range<u64>) -> io::Result<()> {
+        let part = range.start.max(self.range.start)..range.end.min(self.range.end);
+        if part.is_empty() {
+            return Ok(());
+        }
+        let (start, len_bytes) = self.mapped.address(&(part.start - self.range.start..part.end - self.range.start));
+        // SAFETY: the range lies in this shared mapping; its bytes stay in the memfd.
+        let result = unsafe { libc::madvise(start.cast::<c_void>(), len_bytes, MADV_DONTNEED_LOCKED) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
+/// A shared mapping, ended when dropped.
+#[derive(Debug)]
+struct Mapped {
+    start: *mut u8,
+    len_bytes: usize,
+}
+
+// SAFETY: the memory belongs to this value, and is reached through raw pointers only.
+unsafe impl Send for Mapped {}
+// SAFETY: sharing the address allows nothing that sending it does not.
+unsafe impl Sync for Mapped {}
+
+impl Mapped {
+    fn new(file: &OwnedFd, protection: ProtFlags, range: &Range<u64>) -> io::Result<Self> {
+        let len_bytes = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+        let start = unsafe { mmap(ptr::null_mut(), len_bytes, protection, flags, file, range.start) }?;
+        let mapped = Self { start: start.cast(), len_bytes };
+        for advice in [Advice::LinuxDontDump, Advice::LinuxDontFork] {
+            // SAFETY: the range is the new mapping; neither advice changes a byte of it.
+            unsafe { madvise(start, len_bytes, advice) }?;
+        }
+        Ok(mapped)
+    }
+
+    fn address(&self, range: &Range<u64>) -> (*mut u8, usize) {
+        let inside = range.start <= range.end && range.end <= self.len_bytes as u64;
+        assert!(inside, "{range:?} is outside of {} mapped bytes", self.len_bytes);
+        let position = |offset| usize::try_from(offset).expect("64-bit targets only");
+        // SAFETY: the range was checked, so the address is within (or one past) the mapping.
+        let start = unsafe { self.start.add(position(range.start)) };
+        (start, position(range.end - range.start))
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: the range was mapped by `new`; whoever was given its address was told how long it lives.
+        let unmapped = unsafe { munmap(self.start.cast::<c_void>(), self.len_bytes) };
+        debug_assert!(unmapped.is_ok(), "munmap of an own mapping: {unmapped:?}");
+    }
+}

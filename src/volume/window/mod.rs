@@ -1,0 +1,187 @@
+//! The window: the plaintext pages that are resident for direct maps, coherent with everybody else who uses the volume.
+//!
+//! A page is *Absent* (a hole; the data is on media only), *Filling*, *Resident* or *Evicting*. The bit in `resident`
+//! tells the first from the third; a page is in one of the transient states while somebody holds its bytes exclusively in
+//! the volume's range lock, and only such a holder changes the bit. Whoever holds any byte of a page, shared or
+//! exclusively, may rely on its bit. So a page is decrypted once, never under a reader, and never evicted under a store
+//! of this process that goes through the volume. Stores through a map are stopped by taking the page out of every view's
+//! page tables first: they then fault, and the fault waits for the range lock.
+//!
+//! Because a fault waits for the range lock, nobody who holds it may touch the memory of a map (a buffer given to
+//! [`Volume::read_at`] must not lie in a map of the same volume).
+//!
+//! What a map stores is on media only after [`Volume::write_back`] or eviction. What the volume writes goes to both.
+//!
+//! The maps of a volume share one window; an exclusive map has one of its own, which nobody else reads.
+//!
+//! [`Volume::read_at`]: super::Volume::read_at
+//! [`Volume::write_back`]: super::Volume::write_back
+
+mod memory;
+mod operations;
+mod pages;
+mod write_back;
+
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub(crate) use self::memory::View;
+use self::memory::WindowMemory;
+pub(super) use self::operations::blocks_of;
+pub(crate) use self::operations::{Install, Through};
+pub(crate) use self::pages::PageSet;
+pub(crate) use self::write_back::WriteBack;
+use crate::secret::SecretBytes;
+
+/// Bytes of a page of the window.
+pub(crate) const PAGE_BYTES: u64 = 4096;
+
+/// The least bound of resident plaintext: an instruction may need several pages at once.
+pub(crate) const RESIDENT_BYTES_MIN: u64 = 256 << 10;
+
+/// Pages that are filled, written back or evicted under one hold of the range lock.
+pub(crate) const BATCH_PAGES: u64 = 64;
+
+/// See the module's head. Offsets are logical offsets.
+#[derive(Debug)]
+pub(crate) struct Window {
+    memory: WindowMemory,
+    resident: PageSet,
+    /// Resident pages whose stores no view's page table tells of: made by [`Volume::store`](super::Volume::store), or
+    /// whose write-back failed.
+    unsynced: PageSet,
+    page_count: u64,
+    views: Mutex<Vec<Arc<View>>>,
+    /// Pages that are resident or that somebody is about to make so.
+    reserved: AtomicU64,
+    reserved_max: AtomicU64,
+    /// Where the next victim is looked for.
+    hand: AtomicU64,
+    /// A page of plaintext from media, to compare with.
+    scratch: Mutex<SecretBytes>,
+}
+
+impl Window {
+    pub(crate) fn new(size_bytes: u64) -> io::Result<Self> {
+        if rustix::param::page_size() as u64 != PAGE_BYTES {
+            return Err(io::Error::from(io::ErrorKind::Unsupported));
+        }
+        let page_count = size_bytes.div_ceil(PAGE_BYTES);
+        let page_len = usize::try_from(PAGE_BYTES).expect("a page is small");
+        Ok(Self {
+            memory: WindowMemory::new(page_count * PAGE_BYTES)?,
+            resident: PageSet::new(page_count),
+            unsynced: PageSet::new(page_count),
+            page_count,
+            views: Mutex::default(),
+            reserved: AtomicU64::new(0),
+            reserved_max: AtomicU64::new(u64::MAX),
+            hand: AtomicU64::new(0),
+            scratch: Mutex::new(SecretBytes::zeroed(page_len)),
+        })
+    }
+
+    /// Maps `range` of whole pages and keeps at most `resident_max` bytes of the window resident from now on, while any
+    /// view is attached.
+    pub(crate) fn attach(
+        &self,
+        range: Range<u64>,
+        writable: bool,
+        pinned: bool,
+        resident_max: Option<u64>,
+    ) -> io::Result<Arc<View>> {
+        let view = Arc::new(View::new(&self.memory, range, writable, pinned)?);
+        let mut views = self.views();
+        views.push(Arc::clone(&view));
+        if let Some(bytes) = resident_max {
+            self.reserved_max.fetch_min(bytes.max(RESIDENT_BYTES_MIN) / PAGE_BYTES, Ordering::AcqRel);
+        }
+        Ok(view)
+    }
+
+    /// Forgets a view: eviction touches it no more. Whether it was the last one.
+    pub(crate) fn detach(&self, view: &Arc<View>) -> bool {
+        let mut views = self.views();
+        views.retain(|each| !Arc::ptr_eq(each, view));
+        if views.is_empty() {
+            self.reserved_max.store(u64::MAX, Ordering::Release);
+        }
+        views.is_empty()
+    }
+
+    /// Bytes of plaintext in memory now.
+    pub(crate) fn resident_bytes(&self) -> u64 {
+        self.reserved.load(Ordering::Acquire) * PAGE_BYTES
+    }
+
+    /// The most pages that may be resident.
+    pub(crate) fn page_count_max(&self) -> u64 {
+        self.reserved_max.load(Ordering::Acquire)
+    }
+
+    /// The first run of resident pages in logical `range`, cut at its ends. It may change unless the caller holds the
+    /// range.
+    pub(crate) fn next_resident(&self, range: &Range<u64>) -> Option<Range<u64>> {
+        if range.is_empty() {
+            return None;
+        }
+        let run = self.resident.next_run(&pages_of(range))?;
+        Some((run.start * PAGE_BYTES).max(range.start)..(run.end * PAGE_BYTES).min(range.end))
+    }
+
+    /// The first run of pages in logical `range` that hold stores which page tables do not tell of.
+    pub(crate) fn next_unsynced(&self, range: &Range<u64>) -> Option<Range<u64>> {
+        if range.is_empty() {
+            return None;
+        }
+        let run = self.unsynced.next_run(&pages_of(range))?;
+        Some(run.start * PAGE_BYTES..run.end * PAGE_BYTES)
+    }
+
+    /// Cuts `range`, which the caller holds, where residency changes: the first piece, and whether it is resident.
+    fn piece(&self, range: &Range<u64>) -> (Range<u64>, bool) {
+        match self.next_resident(range) {
+            None => (range.clone(), false),
+            Some(run) if run.start > range.start => (range.start..run.start, false),
+            Some(run) => (run, true),
+        }
+    }
+
+    /// Calls `with` for the resident runs of `range`, at most [`BATCH_PAGES`] pages each.
+    fn each_batch(&self, range: &Range<u64>, mut with: impl FnMut(Range<u64>)) {
+        let mut rest = range.clone();
+        while let Some(run) = self.next_resident(&rest) {
+            let end = run.end.min((run.start / PAGE_BYTES + BATCH_PAGES) * PAGE_BYTES);
+            with(run.start..end);
+            rest.start = end;
+        }
+    }
+
+    /// Overwrites whole resident pages and gives them back, under the caller's exclusive hold. How many there were.
+    fn wipe_held(&self, run: &Range<u64>) -> io::Result<u64> {
+        self.memory.target(run).fill(0);
+        let mut page_count = 0;
+        for page in pages_of(run) {
+            self.unsynced.remove(page);
+            page_count += u64::from(self.resident.remove(page));
+        }
+        let punched = self.memory.punch(run);
+        self.reserved.fetch_sub(page_count, Ordering::AcqRel);
+        punched.map(|()| page_count)
+    }
+
+    fn whole(&self) -> Range<u64> {
+        0..self.page_count * PAGE_BYTES
+    }
+
+    fn views(&self) -> MutexGuard<'_, Vec<Arc<View>>> {
+        self.views.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The pages that hold a byte of `range`, which is not empty.
+pub(crate) const fn pages_of(range: &Range<u64>) -> Range<u64> {
+    range.start / PAGE_BYTES..range.end.div_ceil(PAGE_BYTES)
+}

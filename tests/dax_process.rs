@@ -1,0 +1,243 @@
+//! What only a process of its own can show: signals, forks, two processes, and the end of a process without warning.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, clippy::multiple_unsafe_ops_per_block, unsafe_code)]
+
+mod vault;
+
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use daxcrypt::dax::MapOptions;
+use daxcrypt::pmem::{Access, Backing, OpenError};
+use vault::{DATA, PAGE, Random, Vault, child_argument, child_command, load, pattern, store, writable};
+
+/// What the child does wrong, and the signal that must end it.
+const CASES: &[(&str, i32)] = &[
+    ("load a page that media cannot read", libc::SIGBUS),
+    ("load a page that media cannot read, after a sync", libc::SIGBUS),
+    ("load after lock", libc::SIGBUS),
+    ("load an eager map after lock", libc::SIGBUS),
+    ("load in a thread while the map is dropped", libc::SIGBUS),
+    ("wait for a page while the volume is locked", libc::SIGBUS),
+    ("store to a read-only map", libc::SIGSEGV),
+    ("load from an exclusive map after lock", libc::SIGBUS),
+];
+
+#[test]
+fn wrong_touches_end_in_a_signal_and_not_in_wrong_bytes() {
+    if let Some(case) = child_argument() {
+        commit(&case);
+        return;
+    }
+    for &(case, signal) in CASES {
+        let mut child = child_command("wrong_touches_end_in_a_signal_and_not_in_wrong_bytes", case)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if Instant::now() > deadline {
+                child.kill().unwrap();
+                panic!("{case}: the child hangs");
+            }
+            thread::sleep(Duration::from_millis(5));
+        };
+        assert_eq!(status.signal(), Some(signal), "{case}: {status}");
+    }
+}
+
+fn commit(case: &str) {
+    // SAFETY: sets a limit of this process: no core files of a test that dies on purpose.
+    unsafe { libc::setrlimit(libc::RLIMIT_CORE, &libc::rlimit { rlim_cur: 0, rlim_max: 0 }) };
+    let (vault, volume) = Vault::new(1 << 20);
+    let map = volume.map(0..1 << 20, &writable()).unwrap();
+    let truncate = || {
+        let file = std::fs::OpenOptions::new().write(true).open(vault.path()).unwrap();
+        file.set_len(DATA + 128 * PAGE).unwrap();
+    };
+    match case {
+        "load a page that media cannot read" => {
+            truncate();
+            assert_eq!(load(&map, 127 * PAGE), pattern(127 * PAGE), "other pages are not harmed");
+            load(&map, 200 * PAGE);
+        }
+        "load a page that media cannot read, after a sync" => {
+            store(&map, 127 * PAGE, 1);
+            map.sync().unwrap();
+            truncate();
+            load(&map, 200 * PAGE);
+        }
+        "load after lock" => {
+            load(&map, 0);
+            volume.lock().unwrap();
+            load(&map, 0);
+        }
+        "load an eager map after lock" => {
+            let eager = volume.map(0..1 << 20, &writable().eager()).unwrap();
+            load(&eager, 0);
+            volume.lock().unwrap();
+            load(&eager, 0);
+        }
+        "load in a thread while the map is dropped" => {
+            load_for_ever(map.as_ptr().expose_provenance());
+            for _ in 0..20 {
+                map.evict(0..1 << 20).unwrap();
+            }
+            map.close().unwrap();
+            thread::sleep(Duration::from_secs(30));
+        }
+        "wait for a page while the volume is locked" => {
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    for page in 0..u64::MAX {
+                        load(&map, page * 37 % 256 * PAGE);
+                    }
+                });
+                for _ in 0..20 {
+                    map.evict(0..1 << 20).unwrap();
+                }
+                volume.lock().unwrap();
+            });
+        }
+        "store to a read-only map" => {
+            let map = volume.map(0..1 << 20, &MapOptions::new()).unwrap();
+            load(&map, 0);
+            // SAFETY: wrong on purpose: the map is not writable, and the kernel says so.
+            unsafe { map.as_ptr().write_volatile(1) };
+        }
+        "load from an exclusive map after lock" => {
+            drop(map);
+            let map = volume.map_exclusive(0..1 << 20).unwrap();
+            assert_eq!(map[0], pattern(0));
+            volume.lock().unwrap();
+            std::hint::black_box(map[0]);
+        }
+        _ => panic!("no such case: {case}"),
+    }
+}
+
+/// Loads from random pages of 1 MiB at `start` in a thread that knows nothing of the map's end.
+fn load_for_ever(start: usize) {
+    thread::spawn(move || {
+        let mut random = Random(7);
+        loop {
+            let at = start + random.below(1 << 20) as usize;
+            // SAFETY: wrong on purpose once the map is gone: it must end in a signal.
+            unsafe { std::ptr::with_exposed_provenance::<u8>(at).read_volatile() };
+        }
+    });
+}
+
+#[test]
+fn system_calls_store_into_a_map_and_the_stores_are_found() {
+    for options in [writable(), writable().trap_stores()] {
+        let (vault, volume) = Vault::new(1 << 20);
+        let map = volume.map(0..1 << 20, &options).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[0xab; 3 * 4096]).unwrap();
+        file.seek(SeekFrom::Start(0)).unwrap();
+        load(&map, 21 * PAGE);
+        // SAFETY: nobody else uses the map.
+        let bytes = unsafe { map.as_mut_slice(20 * PAGE + 100..23 * PAGE + 100) };
+        file.read_exact(bytes).unwrap();
+        map.sync().unwrap();
+        drop(map);
+        drop(volume);
+        let volume = Vault::open(&vault.path(), Access::ReadOnly);
+        let mut back = vec![0; 3 * PAGE as usize + 2];
+        volume.read_at(&mut back, 20 * PAGE + 99).unwrap();
+        assert_eq!((back[0], back[back.len() - 1]), (pattern(20 * PAGE + 99), pattern(23 * PAGE + 100)));
+        assert!(back[1..back.len() - 1].iter().all(|&byte| byte == 0xab));
+    }
+}
+
+#[test]
+fn a_second_process_is_refused_while_a_map_lives() {
+    if let Some(path) = child_argument() {
+        assert!(matches!(Backing::open(Path::new(&path), Access::ReadWrite), Err(OpenError::Busy)));
+        assert!(matches!(Backing::open(Path::new(&path), Access::ReadOnly), Err(OpenError::Busy)));
+        println!("refused");
+        return;
+    }
+    let (vault, volume) = Vault::new(1 << 20);
+    let map = volume.map(0..1 << 20, &writable()).unwrap();
+    drop(volume);
+    let path = vault.path();
+    let output =
+        child_command("a_second_process_is_refused_while_a_map_lives", path.to_str().unwrap()).output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stdout).contains("refused"), "{output:?}");
+    store(&map, 0, 1);
+    map.close().unwrap();
+    drop(Vault::open(&vault.path(), Access::ReadWrite));
+}
+
+const WORDS: u64 = 64;
+
+/// Counts in words of different pages: each count is persisted before it is told.
+fn count(path: &Path) {
+    let volume = Vault::open(path, Access::ReadWrite);
+    let map = volume.map(0..volume.size(), &writable().resident_max(256 << 10)).unwrap();
+    let mut out = std::io::stdout().lock();
+    let mut random = Random(std::process::id().into());
+    loop {
+        let index = random.below(WORDS);
+        let offset = index * 7 * PAGE + 8 * (index % 500);
+        // SAFETY: the word is aligned and within the map.
+        let word = unsafe { AtomicU64::from_ptr(map.as_ptr().add(offset as usize).cast()) };
+        let value = word.fetch_add(1, Ordering::Relaxed) + 1;
+        map.persist(offset..offset + 8).unwrap();
+        writeln!(out, "{index} {value}").unwrap();
+    }
+}
+
+#[test]
+fn what_was_persisted_survives_kill_9() {
+    const NAME: &str = "what_was_persisted_survives_kill_9";
+    if let Some(path) = child_argument() {
+        count(Path::new(&path));
+        return;
+    }
+    let (vault, volume) = Vault::empty(WORDS * 7 * PAGE);
+    volume.write_zeroes(0, volume.size()).unwrap();
+    drop(volume);
+    let mut told = [0; WORDS as usize];
+    for round in 0..12_u64 {
+        let mut child = child_command(NAME, vault.path().to_str().unwrap()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let mut line_count = 0;
+        let mut take = |line: &str| {
+            let Some((index, value)) = line.split_once(' ') else { return };
+            let (Ok(index), Ok(value)) = (index.parse::<usize>(), value.parse::<u64>()) else { return };
+            told[index] = value;
+        };
+        for line in lines.by_ref() {
+            take(&line);
+            line_count += 1;
+            if line_count > 300 * (round + 1) {
+                break;
+            }
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // A line goes into the pipe by one write, so the last one is whole too.
+        lines.for_each(|line| take(&line));
+        let volume = Vault::open(&vault.path(), Access::ReadOnly);
+        for (index, &expected) in told.iter().enumerate() {
+            let offset = index as u64 * 7 * PAGE + 8 * (index as u64 % 500);
+            let mut word = [0; 8];
+            volume.read_at(&mut word, offset).unwrap();
+            let found = u64::from_le_bytes(word);
+            assert!(
+                found == expected || found == expected + 1,
+                "round {round}, word {index}: {found} after {expected}"
+            );
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! Any bytes as a namespace header, with length and checksum made right: opened or refused, and never taken for genuine.
+#![no_main]
+
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+
+use daxcrypt::namespace::{Credential, LockedNamespace};
+use daxcrypt::pmem::{Access, Backing};
+use daxcrypt::secret::SecretBytes;
+use libfuzzer_sys::fuzz_target;
+
+/// Bytes before the JSON text, where its length and the checksum lie (format.md, "Header copy").
+const PREFIX_BYTES: usize = 128;
+const JSON_LENGTH_AT: usize = 16;
+const CHECKSUM_AT: usize = 20;
+/// Where the second copy lies.
+const SECOND_COPY_AT: u64 = 256 << 10;
+
+/// A backing in memory that every execution rewrites.
+struct Media {
+    file: std::fs::File,
+    path: PathBuf,
+}
+
+static MEDIA: OnceLock<Media> = OnceLock::new();
+
+fn media() -> Media {
+    let memory = rustix::fs::memfd_create("header", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&memory)).into();
+    let file = std::fs::File::from(memory);
+    file.set_len(4 << 20).unwrap();
+    Media { file, path }
+}
+
+fuzz_target!(|data: &[u8]| {
+    if data.len() < PREFIX_BYTES || data.len() > 60 << 10 {
+        return;
+    }
+    let mut copy = data.to_vec();
+    let json_bytes = u32::try_from(data.len() - PREFIX_BYTES).unwrap();
+    copy[JSON_LENGTH_AT..][..4].copy_from_slice(&json_bytes.to_le_bytes());
+    copy[CHECKSUM_AT..][..4].fill(0);
+    let checksum = crc32fast::hash(&copy);
+    copy[CHECKSUM_AT..][..4].copy_from_slice(&checksum.to_le_bytes());
+    let media = MEDIA.get_or_init(media);
+    media.file.write_all_at(&copy, 0).unwrap();
+    media.file.write_all_at(&copy, SECOND_COPY_AT).unwrap();
+    let backing = Arc::new(Backing::open(&media.path, Access::ReadOnly).unwrap());
+    if let Ok(locked) = LockedNamespace::open(backing) {
+        let stranger = Credential::KeyFile(SecretBytes::copy_of(&[9; 32]));
+        assert!(locked.unlock_key(&stranger).is_err(), "a key that was never added opens a slot");
+    }
+});
