@@ -42,6 +42,9 @@ pub(crate) struct ServeArgs {
     /// File that holds the header of the one namespace, when it is detached
     #[arg(long, value_name = "FILE", conflicts_with = "config")]
     header: Option<PathBuf>,
+    /// They are LUKS2 volumes (of cryptsetup) and not namespaces
+    #[arg(long, conflicts_with_all = ["config", "allow_discards"])]
+    luks2: bool,
     #[command(flatten)]
     key: KeyArgs,
     /// Listen on a Unix socket, made with mode 0600 (may be given several times); without any listener, on the sockets
@@ -161,6 +164,7 @@ fn plan(args: &ServeArgs) -> Plan {
     let source = |path: &PathBuf| Source {
         path: path.clone(),
         header: args.header.clone(),
+        luks2: args.luks2,
         key: args.key.clone(),
         name: None,
         description: String::new(),
