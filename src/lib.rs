@@ -47,7 +47,7 @@
 //!                  +-> volume <-+             the decrypted view
 //!                  |
 //!       +----------+---------+
-//!   namespace     xts       pmem
+//!   namespace     xts       pmem               (luks2, beside the volume's namespace, uses all three)
 //!   on media    AES-XTS   mapping, persist, media errors
 //!       |
 //!   secret, memory                            key memory, raw memory
@@ -58,6 +58,7 @@ compile_error!("daxcrypt supports 64-bit little-endian Linux only");
 
 pub mod cli;
 pub mod dax;
+pub mod luks2;
 pub mod memory;
 pub mod namespace;
 pub mod nbd_server;

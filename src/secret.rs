@@ -5,7 +5,8 @@
 //! type that both the on-media layer and the cipher know.
 //!
 //! Locking needs `RLIMIT_MEMLOCK`; where the limit refuses, the secret still works and [`lock_refused`] says so, for the
-//! program to report. Hardware register state and the stack of a running kernel are outside of what this can promise.
+//! program to report. Hardware register state and the stack of a running kernel are outside of what this can promise;
+//! [`with_wiped_stack`] clears both where a key was set up.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -36,6 +37,66 @@ const SCRUB_BYTES: usize = 4096;
 pub(crate) fn scrub_stack() {
     let mut bytes = [0_u8; SCRUB_BYTES];
     std::hint::black_box(&mut bytes);
+}
+
+/// How much of the stack is overwritten by [`with_wiped_stack`], in bytes: more than the frames of any key derivation or key
+/// expansion take.
+const WIPED_STACK_BYTES: usize = 64 << 10;
+
+/// Runs `f`, which handles a secret, and overwrites the stack and the vector registers that it used: compilers leave copies
+/// on the stack, and the dynamic linker and signals put there what is left in registers. Nothing else would ever wipe it.
+pub fn with_wiped_stack<R>(f: impl FnOnce() -> R) -> R {
+    let result = in_frames_of_its_own(f);
+    clear_vector_registers();
+    wipe_stack();
+    result
+}
+
+/// Clears the registers that round keys are in; what cannot be cleared, nothing here uses.
+fn clear_vector_registers() {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: the CPU has the feature.
+            unsafe { clear_zmm16_to_31() };
+        }
+        if is_x86_feature_detected!("avx") {
+            // SAFETY: the CPU has the feature.
+            unsafe { std::arch::x86_64::_mm256_zeroall() };
+        }
+    }
+}
+
+/// The upper half of the AVX-512 registers, which `vzeroall` leaves alone.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn clear_zmm16_to_31() {
+    macro_rules! clear {
+        ($($register:tt)*) => {
+            // SAFETY: the registers are declared as overwritten; neither memory nor flags are touched.
+            unsafe {
+                std::arch::asm!(
+                    $(concat!("vpxord ", $register, ", ", $register, ", ", $register),)*
+                    $(out($register) _,)*
+                    options(nomem, nostack, preserves_flags)
+                );
+            }
+        };
+    }
+    clear!("zmm16" "zmm17" "zmm18" "zmm19" "zmm20" "zmm21" "zmm22" "zmm23");
+    clear!("zmm24" "zmm25" "zmm26" "zmm27" "zmm28" "zmm29" "zmm30" "zmm31");
+}
+
+#[inline(never)]
+fn in_frames_of_its_own<R>(f: impl FnOnce() -> R) -> R {
+    f()
+}
+
+#[inline(never)]
+fn wipe_stack() {
+    let mut frames = [0_u8; WIPED_STACK_BYTES];
+    frames.zeroize();
+    std::hint::black_box(&mut frames);
 }
 
 /// Why bytes cannot be a volume key.

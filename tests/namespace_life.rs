@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use daxcrypt::namespace::{
     Cipher, CopyFault, Credential, DataUnit, FormatError, FormatOptions, GeometryError, KdfCost, LockedNamespace,
-    Namespace, OpenError, RestoreError, Signature, Site, UnlockError, UpdateError, format, format_ephemeral,
+    Namespace, OpenError, RestoreError, Signature, Site, SlotError, UnlockError, UpdateError, format, format_ephemeral,
     open_backup, signature_found,
 };
 use daxcrypt::pmem::{Access, Allocation, Backing};
@@ -299,9 +299,12 @@ fn impossible_options_change_nothing() {
     let bound = FormatOptions { bind_address: true, ..options() };
     assert!(matches!(refused(bound, &key_file(1)), FormatError::NoPhysicalAddress));
     let label = FormatOptions { label: "\n".to_owned(), ..options() };
-    assert!(matches!(refused(label, &key_file(1)), FormatError::Label(_)));
+    assert!(matches!(refused(label, &key_file(1)), FormatError::Slot(SlotError::Label(_))));
     let cost = KdfCost { memory_kib: u32::MAX, ..KdfCost::LEAST };
-    assert!(matches!(refused(FormatOptions { kdf_cost: cost, ..options() }, &key_file(1)), FormatError::Cost(_)));
+    assert!(matches!(
+        refused(FormatOptions { kdf_cost: cost, ..options() }, &key_file(1)),
+        FormatError::Slot(SlotError::Cost(_))
+    ));
     let short = Credential::KeyFile(SecretBytes::copy_of(&[1; 31]));
     assert!(matches!(refused(options(), &short), FormatError::Slot(_)));
     assert!(fs::read(&place.path).unwrap().iter().all(|&byte| byte == 0));

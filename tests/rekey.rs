@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use common::{Bench, CHEAP_KDF, Run, noise};
 use daxcrypt::namespace::{Credential, LockedNamespace};
-use daxcrypt::pmem::{Access, Backing};
+use daxcrypt::pmem::{Access, Backing, OpenError};
 use daxcrypt::secret::SecretBytes;
 use daxcrypt::volume::Volume;
 use rustix::process::{Pid, Signal, kill_process};
@@ -22,7 +22,16 @@ const KEY: [&str; 2] = ["--key-file", "vault.key"];
 
 fn volume(bench: &Bench, key: &str) -> Volume {
     let key = Credential::KeyFile(SecretBytes::copy_of(&fs::read(bench.path(key)).unwrap()));
-    let backing = Backing::open(&bench.path("vault.img"), Access::ReadWrite).unwrap();
+    let path = bench.path("vault.img");
+    let mut backing = Backing::open(&path, Access::ReadWrite);
+    for _ in 0..1000 {
+        if !matches!(backing, Err(OpenError::Busy)) {
+            break;
+        }
+        thread::sleep(Duration::from_millis(2));
+        backing = Backing::open(&path, Access::ReadWrite);
+    }
+    let backing = backing.unwrap();
     LockedNamespace::open(Arc::new(backing)).unwrap().unlock(&key).unwrap()
 }
 
@@ -43,12 +52,24 @@ fn vault(size: &str) -> (Bench, Vec<u8>) {
     (bench, bytes)
 }
 
+/// Waits until nobody holds the lock: a child that another test has just forked has our descriptors until it executes.
+fn settle(bench: &Bench, name: &str) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    // It takes the lock, and then there is nothing to adopt.
+    while bench.run(&[&["relocate", "--in-place", name], &KEY[..]].concat()).status.code() == Some(5) {
+        assert!(Instant::now() < deadline, "{name} stays busy");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
 fn rekey(bench: &Bench, more: &[&str]) -> Run {
+    settle(bench, "vault.img");
     bench.run(&[&["rekey", "vault.img"], &KEY[..], more].concat())
 }
 
 fn add_slot(bench: &Bench, name: &str) {
     fs::write(bench.path(name), noise(3, 40)).unwrap();
+    settle(bench, "vault.img");
     let added = ["key", "add", "vault.img", "--new-key-file", name, "--label", "spare"];
     bench.run(&[&added, &KEY[..], &CHEAP_KDF].concat()).succeeds();
 }
@@ -124,6 +145,7 @@ fn a_dry_run_tells_and_changes_nothing() {
 
 /// Starts a slow re-key, waits until it has moved something, and sends SIGINT.
 fn interrupted(bench: &Bench) {
+    settle(bench, "vault.img");
     let args = [&["rekey", "vault.img", "--max-rate", "2M", "--json"], &KEY[..]].concat();
     let mut child = bench.command(&args).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
@@ -166,7 +188,7 @@ fn is_rekeying(bench: &Bench) -> bool {
 
 #[test]
 fn serve_goes_on_with_an_interrupted_rekey_unless_it_is_paused() {
-    let (bench, mut bytes) = vault("6M");
+    let (bench, bytes) = vault("6M");
     interrupted(&bench);
     rekey(&bench, &["--pause"]).succeeds();
     let server = bench.serve("vault.img", &[]);
@@ -181,25 +203,89 @@ fn serve_goes_on_with_an_interrupted_rekey_unless_it_is_paused() {
     assert_eq!(child.wait().unwrap().code(), Some(6));
 
     let server = bench.serve("vault.img", &[]);
-    let mut stream = std::os::unix::net::UnixStream::connect(&server.socket).unwrap();
-    let chosen = nbd::client::handshake(&mut stream, b"vault").unwrap();
-    let mut client = nbd::client::NbdClient::new(&mut stream, &chosen);
-    let deadline = Instant::now() + Duration::from_secs(60);
-    let mut round = 0;
-    while is_rekeying(&bench) {
-        use std::io::{Read, Seek, SeekFrom, Write};
-        let (at, data) = ((round * 1_000_003) % (5 << 20), noise(round, 5000));
-        client.seek(SeekFrom::Start(at)).unwrap();
-        client.write_all(&data).unwrap();
-        bytes[usize::try_from(at).unwrap()..][..data.len()].copy_from_slice(&data);
-        let mut found = vec![0; bytes.len()];
-        client.seek(SeekFrom::Start(0)).unwrap();
-        client.read_exact(&mut found).unwrap();
-        assert!(found == bytes, "round {round}");
-        assert!(Instant::now() < deadline, "the server does not end the re-key");
-        round += 1;
-    }
-    drop(stream);
+    let mut writer = Writer::new(&server, bytes);
+    writer.until(|| !is_rekeying(&bench));
     server.stop();
-    assert!(content(&volume(&bench, "vault.key")) == bytes);
+    assert!(content(&volume(&bench, "vault.key")) == writer.bytes);
+}
+
+/// A client that knows what it wrote.
+struct Writer {
+    socket: std::path::PathBuf,
+    bytes: Vec<u8>,
+    round: u64,
+}
+
+impl Writer {
+    fn new(server: &common::Server, bytes: Vec<u8>) -> Self {
+        Self { socket: server.socket.clone(), bytes, round: 0 }
+    }
+
+    /// Writes and compares everything, again and again, until `done`.
+    fn until(&mut self, mut done: impl FnMut() -> bool) {
+        use std::io::{Read, Seek, SeekFrom, Write};
+        let mut stream = std::os::unix::net::UnixStream::connect(&self.socket).unwrap();
+        let chosen = nbd::client::handshake(&mut stream, b"vault").unwrap();
+        let mut client = nbd::client::NbdClient::new(&mut stream, &chosen);
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while !done() {
+            let (at, data) = ((self.round * 1_000_003) % (5 << 20), noise(self.round, 5000));
+            client.seek(SeekFrom::Start(at)).unwrap();
+            client.write_all(&data).unwrap();
+            self.bytes[usize::try_from(at).unwrap()..][..data.len()].copy_from_slice(&data);
+            let mut found = vec![0; self.bytes.len()];
+            client.seek(SeekFrom::Start(0)).unwrap();
+            client.read_exact(&mut found).unwrap();
+            assert!(found == self.bytes, "round {}", self.round);
+            assert!(Instant::now() < deadline, "the server does not end the re-key");
+            self.round += 1;
+        }
+    }
+}
+
+#[test]
+fn a_running_server_rekeys_pauses_and_goes_on_while_a_client_writes() {
+    let (bench, bytes) = vault("6M");
+    add_slot(&bench, "spare.key");
+    let old = fs::read(bench.path("vault.img")).unwrap();
+    let control = bench.path("control");
+    let control = ["--control", control.to_str().unwrap()];
+    settle(&bench, "vault.img");
+    let server = bench.serve("vault.img", &control);
+    let ask = |more: &[&str]| bench.run(&[&["rekey", "vault.img"], &control[..], more].concat());
+    let mut writer = Writer::new(&server, bytes);
+
+    fs::write(bench.path("wrong.key"), noise(77, 64)).unwrap();
+    ask(&["--key-file", "wrong.key"]).fails(2, &["no key slot opens"]);
+    ask(&KEY).fails(1, &["(spare)", "--drop-slots"]);
+    ask(&["--resume"]).fails(1, &["no re-key is under way"]);
+    assert!(ask(&["--status"]).succeeds().stdout.contains("no re-key is under way"));
+    assert!(!is_rekeying(&bench));
+
+    let args = [&["rekey", "vault.img", "--drop-slots", "--max-rate", "2M", "--json"], &control[..], &KEY].concat();
+    let mut follower = bench.command(&args).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut lines = BufReader::new(follower.stdout.take().unwrap()).lines();
+    lines.next().unwrap().unwrap();
+    assert!(is_rekeying(&bench));
+    ask(&[&["--drop-slots"], &KEY[..]].concat()).fails(1, &["under way"]);
+    let paused = ask(&["--pause"]).succeeds().stdout;
+    assert!(paused.contains("of 6 MiB done"), "{paused}");
+    // Who follows may leave; nothing ends by that.
+    kill_process(Pid::from_child(&follower), Signal::INT).unwrap();
+    assert_eq!(follower.wait().unwrap().code(), Some(0));
+    let mut rounds = 0;
+    writer.until(|| {
+        rounds += 1;
+        rounds > 3
+    });
+    assert_eq!(ask(&["--status"]).succeeds().stdout, paused);
+
+    let resumed = [&["rekey", "vault.img", "--resume", "--max-rate", "8M"], &control[..]].concat();
+    let mut follower = bench.command(&resumed).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    writer.until(|| !is_rekeying(&bench));
+    assert_eq!(follower.wait().unwrap().code(), Some(0));
+    server.stop();
+    assert!(content(&volume(&bench, "vault.key")) == writer.bytes);
+    bench.run(&["key", "test", "vault.img", "--key-file", "spare.key"]).fails(2, &["wrong"]);
+    assert_eq!(sectors_in_common(&old, &bench.path("vault.img")), 0);
 }

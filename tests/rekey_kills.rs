@@ -1,6 +1,6 @@
 //! The real program, killed with SIGKILL while it re-keys: offline, and while it serves and somebody writes.
 //!
-//! `DAXCRYPT_KILLS` is how often each test kills (25 in the gate, 500 by `tools/soak`).
+//! `DAXCRYPT_KILLS` is how often each test kills (25 in the gate; `tools/soak rekey --kills 1000` for more).
 #![allow(clippy::unwrap_used)]
 
 mod common;

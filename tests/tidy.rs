@@ -13,10 +13,11 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("xts", &["memory", "secret"]),
     ("pmem", &["memory"]),
     ("namespace", &["pmem", "secret", "memory"]),
-    ("volume", &["namespace", "xts", "pmem", "secret", "memory", "sync"]),
+    ("luks2", &["namespace", "xts", "pmem", "secret", "memory"]),
+    ("volume", &["luks2", "namespace", "xts", "pmem", "secret", "memory", "sync"]),
     ("dax", &["volume", "secret", "memory"]),
     ("nbd_server", &["volume", "pmem"]),
-    ("cli", &["nbd_server", "volume", "namespace", "xts", "pmem", "secret", "memory"]),
+    ("cli", &["nbd_server", "volume", "luks2", "namespace", "xts", "pmem", "secret", "memory"]),
     ("main", &["cli"]),
 ];
 

@@ -66,6 +66,11 @@ impl NewKeyArgs {
         Ok(())
     }
 
+    /// Whether a source is named.
+    pub(crate) fn is_given(&self) -> bool {
+        self.as_key_args().is_given()
+    }
+
     /// Reads the new key of the namespace at `path`.
     pub(crate) fn read(&self, path: &Path) -> Result<Credential, Error> {
         self.as_key_args().read(Prompt::Twice, &format!("the key slot of {}, new", path.display()))

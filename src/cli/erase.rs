@@ -47,7 +47,7 @@ pub(crate) fn run(args: &EraseArgs) -> Result<(), Error> {
         }
     };
     if !args.yes {
-        confirm(args, locked.as_ref().map(LockedNamespace::header))?;
+        confirm(&args.place, locked.as_ref().map(LockedNamespace::header))?;
     }
     let slots = locked.as_ref().map(|locked| locked.header().slots.len());
     let data = data_range(&site, locked.as_ref());
@@ -80,8 +80,8 @@ fn data_range(site: &Site, locked: Option<&LockedNamespace>) -> Range<u64> {
 }
 
 /// Asks for the label, or for the uuid of a namespace without one, or for the path where no header can be read.
-fn confirm(args: &EraseArgs, header: Option<&Header>) -> Result<(), Error> {
-    let path = args.place.path.display().to_string();
+pub(crate) fn confirm(place: &PlaceArgs, header: Option<&Header>) -> Result<(), Error> {
+    let path = place.path.display().to_string();
     let (what, expected) = match header {
         None => ("path", path.clone()),
         Some(header) if header.label.is_empty() => ("uuid", header.uuid.to_string()),

@@ -7,9 +7,10 @@ use std::path::PathBuf;
 use linux_keyutils::KeyError;
 
 use super::size::ByteSize;
+use crate::luks2;
 use crate::namespace::{
-    self, AdoptError, CredentialError, FormatError, KeySpecError, RestoreError, Signature, TransformError, UnlockError,
-    UpdateError, WriteError,
+    self, AdoptError, CredentialError, FormatError, KeySpecError, RegionError, RestoreError, Signature, SlotError,
+    TransformError, UnlockError, UpdateError, WriteError,
 };
 use crate::nbd_server::{ListenError, RegistryError, ServerError, TlsError};
 use crate::pmem::{MediaError, OpenError};
@@ -59,6 +60,14 @@ pub(crate) enum Error {
     WouldOverwrite { path: PathBuf, signature: Signature },
     #[error("{path}", path = path.display())]
     Namespace { path: PathBuf, source: namespace::OpenError },
+    #[error("{path}", path = path.display())]
+    Region { path: PathBuf, source: RegionError },
+    #[error("{path}", path = path.display())]
+    Luks2 { path: PathBuf, source: luks2::OpenError },
+    #[error("cannot unlock {path}", path = path.display())]
+    Luks2Unlock { path: PathBuf, source: luks2::UnlockError },
+    #[error("cannot export a LUKS2 header of {path}", path = path.display())]
+    Luks2Export { path: PathBuf, source: luks2::ExportError },
     #[error("cannot format {path}", path = path.display())]
     Format { path: PathBuf, source: FormatError },
     #[error("cannot unlock {path}", path = path.display())]
@@ -79,6 +88,8 @@ pub(crate) enum Error {
     NotVerified { path: PathBuf, written: u32, found: u32 },
     #[error("cannot read or write {path}", path = path.display())]
     Plain { path: PathBuf, source: io::Error },
+    #[error("the server refuses: {reason}")]
+    Refused { reason: String },
     #[error("the namespace has other key slots: {slots}")]
     OtherSlots { slots: String },
     #[error("cannot erase {path}: key material may be left", path = path.display())]
@@ -155,13 +166,35 @@ impl Error {
             Self::Open { source: OpenError::Empty, .. } => Exit::Damaged,
             Self::Namespace { source: namespace::OpenError::Media(_), .. } => Exit::Io,
             Self::Namespace { .. } => Exit::Damaged,
+            Self::Region { source: RegionError::Media(_) | RegionError::Write(_), .. } => Exit::Io,
+            Self::Region {
+                source:
+                    RegionError::NoTable
+                    | RegionError::BothTablesDamaged { .. }
+                    | RegionError::OutOfBounds { .. }
+                    | RegionError::Overlap { .. }
+                    | RegionError::ReadBack(_),
+                ..
+            } => Exit::Damaged,
+            Self::Region { .. } => Exit::Usage,
+            Self::Luks2 { .. } => Exit::Damaged,
+            Self::Luks2Unlock { source: luks2::UnlockError::WrongPassphrase { .. }, .. } => Exit::WrongKey,
+            Self::Luks2Unlock { source: luks2::UnlockError::Memory { .. } | luks2::UnlockError::Media(_), .. } => {
+                Exit::Io
+            }
+            Self::Luks2Unlock { .. } => Exit::Damaged,
+            Self::Luks2Export { source: luks2::ExportError::Memory { .. } | luks2::ExportError::Key(_), .. } => {
+                Exit::Io
+            }
+            Self::Luks2Export { .. } => Exit::Usage,
             Self::Format { source: FormatError::Write(_), .. } => Exit::Io,
             Self::Format { .. } => Exit::Usage,
             Self::RekeyStopped { .. } | Self::TransferStopped { .. } => Exit::Stopped,
             Self::Adopt { source, .. } => adopt_exit(source),
-            Self::OtherSlots { .. } => Exit::Usage,
+            Self::OtherSlots { .. } | Self::Refused { .. } => Exit::Usage,
             Self::Rekey { source, .. } => rekey_exit(source),
             Self::OwnSlot { .. } | Self::NotConfirmed { .. } => Exit::Usage,
+            Self::Update { source: UpdateError::Slot(SlotError::Label(_) | SlotError::Cost(_)), .. } => Exit::Usage,
             Self::Update { source: UpdateError::Write(_) | UpdateError::Slot(_) | UpdateError::Key(_), .. } => Exit::Io,
             Self::Update { source: UpdateError::RewrapFailed { .. } | UpdateError::SequenceExhausted, .. } => {
                 Exit::Damaged
@@ -212,6 +245,12 @@ impl Error {
                 Some("is a server running with --control SOCKET? The socket is its user's and root's alone".into())
             }
             Self::WouldOverwrite { .. } => Some("--force overwrites it, and what it holds is then lost".into()),
+            Self::Update { source: UpdateError::Shrinks { .. }, .. } => {
+                Some("--force shrinks it all the same; shrink what is in it first".into())
+            }
+            Self::Region { source: RegionError::NoSuchName { .. }, path } => {
+                Some(format!("`daxcrypt region list {}` shows which there are", path.display()))
+            }
             Self::Update { source: UpdateError::LastSlot { .. }, .. } => {
                 Some("--force removes it all the same; `daxcrypt key add` makes another one first".into())
             }
@@ -236,6 +275,19 @@ impl Error {
             Self::Restore { source: RestoreError::OtherNamespace { .. }, .. } => {
                 Some("--force restores it all the same, and the namespace that is there is then lost".into())
             }
+            Self::Namespace {
+                source: namespace::OpenError::NotANamespace { found: Some(Signature::Known(found)) },
+                ..
+            } if found.contains("LUKS2") || found.contains("LUKS volume") => {
+                Some("`serve --luks2` and `info --luks2` open LUKS2 volumes".into())
+            }
+            Self::Namespace {
+                source: namespace::OpenError::NotANamespace { found: Some(Signature::Known(found)) },
+                path,
+            } if found.contains("GPT") => Some(format!(
+                "{0}#NAME is the namespace NAME of a region; `daxcrypt region list {0}` shows which there are",
+                path.display()
+            )),
             Self::Namespace { source: namespace::OpenError::Detached, .. } => {
                 Some("give the backing as PATH and this file with --header".into())
             }
@@ -285,6 +337,7 @@ fn why_no_key(error: &KeyError) -> &'static str {
 const fn rekey_exit(error: &TransformError) -> Exit {
     match error {
         TransformError::UnderWay | TransformError::NotUnderWay | TransformError::Ephemeral => Exit::Usage,
+        TransformError::Credential => Exit::WrongKey,
         TransformError::Geometry(_) | TransformError::Slot(_) => Exit::Usage,
         TransformError::SourceKey | TransformError::JournalLost | TransformError::SavedWindow { .. } => Exit::Damaged,
         _ => Exit::Io,

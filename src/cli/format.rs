@@ -1,5 +1,6 @@
 //! `daxcrypt format`: make a namespace.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,13 +11,13 @@ use super::error::Error;
 use super::info::cipher_name;
 use super::open;
 use super::output::{outln, warning};
-use super::place::PlaceArgs;
+use super::place::{self, PlaceArgs};
 use super::progress::{Progress, ProgressArgs};
 use super::recovery;
 use super::secrets;
 use super::serve::stem;
 use super::size::ByteSize;
-use crate::namespace::{self, Cipher, DataUnit, FormatOptions, HEADER_AREA_BYTES, Namespace};
+use crate::namespace::{self, Cipher, DataUnit, FormatOptions, HEADER_AREA_BYTES, Namespace, Region, RegionError};
 use crate::pmem::{Access, Allocation, Backing, OpenOptions};
 use crate::secret::VolumeKey;
 use crate::volume::Volume;
@@ -90,11 +91,14 @@ impl From<CipherArg> for Cipher {
     }
 }
 
-/// What is written to: the backings, and the files that did not exist before.
+/// What is written to: the backings, where in the first one, and the files that did not exist before.
 struct Prepared {
     data: Arc<Backing>,
+    range: Range<u64>,
     header: Option<Arc<Backing>>,
     made: Vec<PathBuf>,
+    /// The region that the namespace is entered into when it is there: before, its place is free.
+    region: Option<Region>,
 }
 
 impl Prepared {
@@ -115,8 +119,9 @@ pub(crate) fn run(args: &FormatArgs) -> Result<(), Error> {
         true => None,
         false => Some(args.key.read(Prompt::Twice, &path.display().to_string())?),
     };
-    let Prepared { data, header, made } = args.prepare()?;
-    let options = FormatOptions { header, ..options };
+    let Prepared { data, range, header, made, region } = args.prepare()?;
+    let available_bytes = Some(range.end - range.start);
+    let options = FormatOptions { header, base: range.start, available_bytes, ..options };
     let formatted = match &credential {
         Some(credential) => namespace::format(data, options, credential),
         None => namespace::format_ephemeral(data, options),
@@ -125,6 +130,9 @@ pub(crate) fn run(args: &FormatArgs) -> Result<(), Error> {
         Prepared::remove_made(&made);
         Error::Format { path: path.clone(), source }
     })?;
+    if let (Some(mut region), Some((path, name))) = (region, args.place.in_region()) {
+        region.add(name, range).map_err(|source| Error::Region { path: path.into(), source })?;
+    }
     for warning in open::warnings(&namespace.header()) {
         warning!("{warning}");
     }
@@ -156,8 +164,7 @@ fn fill_with_noise(
 ) -> Result<(), crate::volume::VolumeError> {
     const CHUNK_BYTES: u64 = 4 << 20;
     let thrown_away = VolumeKey::generate(namespace.cipher().key_bytes()).expect("the length is a cipher's");
-    let data = Arc::clone(namespace.backing());
-    let volume = Volume::from_parts(data, *namespace.geometry(), namespace.header(), &thrown_away, backend);
+    let volume = Volume::under_another_key(namespace, &thrown_away, backend);
     let mut progress = Progress::new(0, volume.size(), progress.json, None);
     for start in (0..volume.size()).step_by(4 << 20) {
         let len_bytes = CHUNK_BYTES.min(volume.size() - start);
@@ -167,6 +174,14 @@ fn fill_with_noise(
     }
     progress.end("done", volume.size());
     volume.flush()
+}
+
+/// A backing, the bytes of it to use, and the region that they are to be entered into.
+type DataPlace = (Arc<Backing>, Range<u64>, Option<Region>);
+
+fn whole(backing: Arc<Backing>) -> DataPlace {
+    let len_bytes = backing.len_bytes();
+    (backing, 0..len_bytes, None)
 }
 
 impl FormatArgs {
@@ -179,7 +194,10 @@ impl FormatArgs {
             None => (self.cipher.into(), None),
         };
         Ok(FormatOptions {
-            label: self.label.clone().unwrap_or_else(|| stem(&self.place.path)),
+            label: self.label.clone().unwrap_or_else(|| match self.place.in_region() {
+                Some((_, name)) => name.to_owned(),
+                None => stem(&self.place.path),
+            }),
             cipher,
             volume_key,
             unit: if self.unit == "512" { DataUnit::Bytes512 } else { DataUnit::Bytes4096 },
@@ -196,12 +214,14 @@ impl FormatArgs {
         let path = &self.place.path;
         let mut made = Vec::new();
         let mut prepare = || -> Result<Prepared, Error> {
-            let data = if path.exists() {
-                self.open(path)?
-            } else {
-                let created = self.create(path, self.file_bytes()?, self.allocation())?;
-                made.push(path.clone());
-                created
+            let (data, range, region) = match self.place.in_region() {
+                Some((path, name)) => self.place_in_region(path, name)?,
+                None if path.exists() => whole(self.open(path)?),
+                None => {
+                    let created = self.create(path, self.total_bytes()?, self.allocation())?;
+                    made.push(path.clone());
+                    whole(created)
+                }
             };
             let header = match &self.place.header {
                 None => None,
@@ -212,13 +232,35 @@ impl FormatArgs {
                     Some(created)
                 }
             };
-            Ok(Prepared { data, header, made: made.clone() })
+            Ok(Prepared { data, header, range, region, made: made.clone() })
         };
         prepare().inspect_err(|_| Prepared::remove_made(&made))
     }
 
-    /// Bytes of a new file for the data.
-    fn file_bytes(&self) -> Result<u64, Error> {
+    /// The place of a namespace in a region: its partition if it has one, and otherwise the first that is large enough.
+    fn place_in_region(&self, path: &Path, name: &str) -> Result<DataPlace, Error> {
+        let failed = |source| Error::Region { path: path.into(), source };
+        let region = place::open_table(path)?;
+        match region.check_name(name) {
+            Ok(()) => {
+                let range = region.place(self.total_bytes()?).map_err(failed)?;
+                let backing = place::open_range(path, Access::ReadWrite, &range)?;
+                self.allocate(path, &backing, &range)?;
+                Ok((backing, range, Some(region)))
+            }
+            Err(RegionError::NameInUse { .. }) => {
+                let range = region.find(name).map_err(failed)?.range;
+                let backing = place::open_range(path, Access::ReadWrite, &range)?;
+                self.refuse_data(&self.place.path, &backing, range.start)?;
+                self.allocate(path, &backing, &range)?;
+                Ok((backing, range, None))
+            }
+            Err(source) => Err(failed(source)),
+        }
+    }
+
+    /// Bytes of a new file or partition.
+    fn total_bytes(&self) -> Result<u64, Error> {
         let Some(ByteSize(size)) = self.size else {
             let path = self.place.path.display();
             return Err(Error::Usage(format!("{path} does not exist: say how large it is to be, such as --size 4G")));
@@ -234,18 +276,26 @@ impl FormatArgs {
 
     /// Opens what is there, and refuses it when it holds something.
     fn open(&self, path: &Path) -> Result<Arc<Backing>, Error> {
-        let failed = |source| Error::Media { path: path.into(), source };
         let opened = OpenOptions::new(Access::ReadWrite).open(path);
         let backing = opened.map(Arc::new).map_err(|source| Error::Open { path: path.into(), source })?;
-        if !self.force
-            && let Some(signature) = namespace::signature_found(&backing, 0).map_err(failed)?
-        {
-            return Err(Error::WouldOverwrite { path: path.into(), signature });
-        }
-        if self.allocation() == Allocation::Full {
-            backing.allocate(0..backing.len_bytes()).map_err(failed)?;
-        }
+        self.refuse_data(path, &backing, 0)?;
+        self.allocate(path, &backing, &(0..backing.len_bytes()))?;
         Ok(backing)
+    }
+
+    fn refuse_data(&self, path: &Path, backing: &Backing, base: u64) -> Result<(), Error> {
+        let failed = |source| Error::Media { path: path.into(), source };
+        match namespace::signature_found(backing, base).map_err(failed)? {
+            Some(signature) if !self.force => Err(Error::WouldOverwrite { path: path.into(), signature }),
+            _ => Ok(()),
+        }
+    }
+
+    fn allocate(&self, path: &Path, backing: &Backing, range: &Range<u64>) -> Result<(), Error> {
+        if self.allocation() == Allocation::Sparse {
+            return Ok(());
+        }
+        backing.allocate(range.clone()).map_err(|source| Error::Media { path: path.into(), source })
     }
 
     const fn allocation(&self) -> Allocation {

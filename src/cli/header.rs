@@ -7,16 +7,17 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 
-use super::credentials::KeyArgs;
+use super::credentials::{KdfArgs, KeyArgs, NewKeyArgs, Prompt};
 use super::dump;
 use super::error::Error;
 use super::info;
 use super::open;
 use super::output::{self, out, outln, warning};
 use super::place::PlaceArgs;
+use crate::luks2::{self, ExportOptions, SlotKdf};
 use crate::namespace::{self, BACKUP_BYTES, Header, RestoreError};
 use crate::pmem::Access;
 
@@ -34,6 +35,8 @@ enum HeaderCommand {
     Restore(RestoreArgs),
     /// Show what a backup, or each header copy of a namespace, says; needs no key
     Inspect(InspectArgs),
+    /// Write a LUKS2 header for a namespace with a detached header, with which cryptsetup opens the same data
+    Export(ExportArgs),
 }
 
 #[derive(Args, Debug)]
@@ -68,11 +71,39 @@ struct InspectArgs {
     json: bool,
 }
 
+#[derive(Args, Debug)]
+struct ExportArgs {
+    #[command(flatten)]
+    place: PlaceArgs,
+    /// The new file, made with mode 0600
+    #[arg(long, value_name = "FILE")]
+    luks2: PathBuf,
+    #[command(flatten)]
+    key: KeyArgs,
+    #[command(flatten)]
+    new: NewKeyArgs,
+    /// Key derivation of the LUKS2 key slot
+    #[arg(long, value_enum, default_value_t = PbkdfArg::Argon2id)]
+    pbkdf: PbkdfArg,
+    /// Iterations of PBKDF2
+    #[arg(long, value_name = "NUMBER", default_value_t = 2_000_000)]
+    pbkdf2_iterations: u32,
+    #[command(flatten)]
+    kdf: KdfArgs,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PbkdfArg {
+    Argon2id,
+    Pbkdf2,
+}
+
 pub(crate) fn run(args: &HeaderCommandArgs) -> Result<(), Error> {
     match &args.command {
         HeaderCommand::Backup(args) => backup(args),
         HeaderCommand::Restore(args) => restore(args),
         HeaderCommand::Inspect(args) => inspect(args),
+        HeaderCommand::Export(args) => export(args),
     }
 }
 
@@ -98,6 +129,33 @@ fn restore(args: &RestoreArgs) -> Result<(), Error> {
     let mut namespace = open::unlock(locked, &args.key, &args.place.path)?;
     namespace.write_header().map_err(|source| Error::Update { path: args.place.path.clone(), source })?;
     outln!("{}: restored the header, with {} key slots", args.place.path.display(), namespace.header().slots.len())
+}
+
+fn export(args: &ExportArgs) -> Result<(), Error> {
+    args.new.check_stdin(&args.key)?;
+    let kdf = match args.pbkdf {
+        PbkdfArg::Argon2id => SlotKdf::Argon2id(args.kdf.cost()?),
+        PbkdfArg::Pbkdf2 => SlotKdf::Pbkdf2 { iterations: args.pbkdf2_iterations },
+    };
+    let path = &args.place.path;
+    let locked = args.place.locked(args.place.open(Access::ReadOnly)?)?;
+    let discards = locked.header().discards;
+    // One key for both, unless another one is named or only the volume key is known.
+    let (namespace, credential) = if args.new.is_given() || args.key.escrow_file.is_some() {
+        (open::unlock(locked, &args.key, path)?, args.new.read(path)?)
+    } else {
+        let credential = args.key.read(Prompt::Once, &path.display().to_string())?;
+        let unlocked = locked.unlock_key(&credential);
+        (unlocked.map_err(|source| Error::Unlock { path: path.clone(), source })?, credential)
+    };
+    let bytes = luks2::export(&namespace, &credential, ExportOptions { kdf })
+        .map_err(|source| Error::Luks2Export { path: path.clone(), source })?;
+    dump::write_new("LUKS2 header", &args.luks2, &bytes)?;
+    if discards {
+        warning!("discards are allowed here: holes read as zeroes through daxcrypt, but as noise through dm-crypt");
+    }
+    let (header, path) = (args.luks2.display(), path.display());
+    outln!("{header}: LUKS2 header; cryptsetup open --header {header} {path} NAME")
 }
 
 /// One copy of a header, or the reason why it says nothing.

@@ -10,13 +10,16 @@ use super::open;
 use super::output::{self, out};
 use super::place::PlaceArgs;
 use super::size::ByteSize;
-use crate::namespace::{Cipher, CopyState, Header, Kdf, SIZE_BYTES_MAX, SIZE_BYTES_WARN, SlotInfo};
+use crate::namespace::{Cipher, CopyState, Header, Kdf, SIZE_BYTES_MAX, SIZE_BYTES_WARN, Site, SlotInfo};
 use crate::xts::Backend;
 
 #[derive(Args, Debug)]
 pub(crate) struct InfoArgs {
     #[command(flatten)]
     place: PlaceArgs,
+    /// It is a LUKS2 volume (of cryptsetup) and not a namespace
+    #[arg(long)]
+    luks2: bool,
     /// One JSON object, for scripts
     #[arg(long)]
     json: bool,
@@ -41,6 +44,9 @@ struct Info<'a> {
 pub(crate) fn run(args: &InfoArgs) -> Result<(), Error> {
     let backend = Backend::from_env()?;
     let site = args.place.peek()?;
+    if args.luks2 {
+        return luks2(args, &site, backend);
+    }
     let locked = args.place.locked(site.clone())?;
     let header = locked.header();
     let info = Info {
@@ -58,6 +64,58 @@ pub(crate) fn run(args: &InfoArgs) -> Result<(), Error> {
     if args.json { output::json(&info) } else { print(&info) }
 }
 
+/// What `--luks2 --json` prints: the header's fields, then these.
+#[derive(Serialize)]
+struct Luks2Info<'a> {
+    path: &'a Path,
+    header_path: Option<&'a Path>,
+    #[serde(flatten)]
+    header: &'a crate::luks2::Info,
+    granularity: String,
+    granularity_reason: String,
+    xts_backend: &'static str,
+}
+
+fn luks2(args: &InfoArgs, site: &Site, backend: Backend) -> Result<(), Error> {
+    let locked = open::luks2(&args.place, site)?;
+    let header = locked.info();
+    let (path, header_path) = (args.place.path.as_path(), args.place.header.as_deref());
+    let granularity_reason = site.data().granularity_reason().to_string();
+    if args.json {
+        let granularity = site.data().granularity().to_string();
+        let xts_backend = backend.name();
+        return output::json(&Luks2Info { path, header_path, header, granularity, granularity_reason, xts_backend });
+    }
+    let mut lines = vec![("LUKS2 volume".to_owned(), path.display().to_string())];
+    let mut line = |name: &str, value: String| lines.push((name.to_owned(), value));
+    if let Some(path) = header_path {
+        line("header in", path.display().to_string());
+    }
+    line("label", header.label.clone());
+    line("uuid", header.uuid.clone());
+    line("size", format!("{} ({} bytes)", ByteSize(header.size_bytes), header.size_bytes));
+    line("cipher", format!("{}, {} bits", header.cipher, header.key_bits.unwrap_or(0)));
+    line("sector", format!("{} bytes", header.unit_bytes));
+    line("data offset", header.data_offset.to_string());
+    for slot in &header.slots {
+        let how = slot.kdf.clone().or_else(|| slot.unusable.as_ref().map(|why| format!("cannot be used here: {why}")));
+        line(&format!("key slot {}", slot.id), how.unwrap_or_default());
+    }
+    for (name, state) in ["1st header", "2nd header"].into_iter().zip(&header.copies) {
+        line(name, state_text(state));
+    }
+    line("granularity", granularity_reason);
+    line("AES-XTS", backend.name().into());
+    lines.iter().try_for_each(|(name, value)| out!("{name:<14} {value}\n"))
+}
+
+fn state_text(state: &CopyState) -> String {
+    match state {
+        CopyState::Good { sequence } => format!("good, sequence {sequence}"),
+        CopyState::Bad { reason } => format!("not usable: {reason}"),
+    }
+}
+
 /// `aes-256-xts` for a key of 512 bits.
 pub(crate) const fn cipher_name(header: &Header) -> &'static str {
     match header.key_bits {
@@ -72,11 +130,7 @@ fn print(info: &Info<'_>) -> Result<(), Error> {
     lines.extend(info.header_path.map(|path| ("header in".to_owned(), path.display().to_string())));
     lines.extend(header_lines(header));
     for (name, state) in ["A", "B"].into_iter().zip(&header.copies) {
-        let state = match state {
-            CopyState::Good { sequence } => format!("good, sequence {sequence}"),
-            CopyState::Bad { reason } => format!("not usable: {reason}"),
-        };
-        lines.push((format!("header copy {name}"), state));
+        lines.push((format!("header copy {name}"), state_text(state)));
     }
     lines.push(("granularity".into(), info.granularity_reason.clone()));
     lines.push(("AES-XTS".into(), info.xts_backend.into()));

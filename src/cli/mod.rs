@@ -3,6 +3,7 @@
 //! One file a command. Nothing below this layer prints, and nothing here knows how anything is done.
 
 mod bench;
+mod control;
 mod credentials;
 mod demo;
 mod dmtable;
@@ -10,8 +11,11 @@ mod dump;
 mod erase;
 mod error;
 mod format;
+mod generate;
 mod header;
 mod info;
+#[doc = include_str!("json.md")]
+pub mod json {}
 mod key;
 mod log;
 mod open;
@@ -20,8 +24,10 @@ mod place;
 mod plain;
 mod progress;
 mod recovery;
+mod region;
 mod rekey;
 mod relocate;
+mod resize;
 mod secrets;
 mod serve;
 mod size;
@@ -149,6 +155,33 @@ Examples:
   daxcrypt erase vault.img          # asks for the label
   daxcrypt erase vault.img --yes --wipe-data")]
     Erase(erase::EraseArgs),
+    /// Give the data area another size
+    #[command(after_help = "\
+Examples:
+  daxcrypt resize vault.img --size 8G --key-file vault.key           # a file grows as needed
+  daxcrypt resize region.img#tenant-a --size 2G --key-file a.key --force")]
+    Resize(resize::ResizeArgs),
+    /// Make and list regions: many namespaces in one file or device
+    #[command(after_help = "\
+Examples:
+  daxcrypt region create region.img --size 64G
+  daxcrypt format region.img#tenant-a --size 16G --key-file a.key
+  daxcrypt region list region.img --json
+  daxcrypt serve region.img#tenant-a --key-file a.key --socket a.sock")]
+    Region(region::RegionCommandArgs),
+    /// Destroy a namespace of a region and give its place back
+    #[command(after_help = "\
+Examples:
+  daxcrypt remove region.img#tenant-a          # asks for the label")]
+    Remove(region::RemoveArgs),
+    /// Print completions for a shell
+    #[command(after_help = "\
+Examples:
+  daxcrypt completions bash > /etc/bash_completion.d/daxcrypt")]
+    Completions(generate::CompletionsArgs),
+    /// Write the manual pages
+    #[command(hide = true)]
+    Man(generate::ManArgs),
     /// Measure AES-XTS on this machine: every backend, in cache and in memory, beside memcpy (about 10 seconds)
     Bench(bench::BenchArgs),
     /// Show all of it on a temporary file: no root, no hardware, no configuration
@@ -191,6 +224,11 @@ fn run(command: &Command) -> Result<(), Error> {
         Command::Import(args) => plain::import(args),
         Command::Export(args) => plain::export(args),
         Command::Header(args) => header::run(args),
+        Command::Resize(args) => resize::run(args),
+        Command::Region(args) => region::run(args),
+        Command::Remove(args) => region::remove(args),
+        Command::Completions(args) => generate::completions::<Cli>(args),
+        Command::Man(args) => generate::man::<Cli>(args),
         Command::Erase(args) => erase::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Demo => demo::run(),

@@ -3,6 +3,7 @@
 //! The namespace is usable at every instant: it opens with its key whether this command ended, was interrupted or was
 //! killed, and both halves decrypt. What is left is done by `--resume`, or by `serve` while it serves.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -10,7 +11,8 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use super::credentials::KeyArgs;
+use super::control::{Action, Answer, Request};
+use super::credentials::{KeyArgs, Prompt};
 use super::error::Error;
 use super::format::CipherArg;
 use super::info::slot_line;
@@ -28,6 +30,9 @@ use crate::xts::Backend;
 
 /// How much `--dry-run` decrypts to see how fast that is.
 const TRIAL_BYTES: u64 = 64 << 20;
+
+/// How often a server is asked how far it is.
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
 
 #[derive(Args, Debug)]
 pub(crate) struct RekeyArgs {
@@ -50,6 +55,9 @@ pub(crate) struct RekeyArgs {
     drop_slots: bool,
     #[command(flatten)]
     pace: PaceArgs,
+    /// Ask the server that has the namespace, at its --control socket, to do it while it serves
+    #[arg(long, value_name = "SOCKET", conflicts_with = "dry_run")]
+    control: Option<PathBuf>,
     /// Only say how many bytes there are, which key slots would go, and how long it takes at least
     #[arg(long)]
     dry_run: bool,
@@ -76,6 +84,9 @@ pub(crate) struct PaceArgs {
 }
 
 pub(crate) fn run(args: &RekeyArgs) -> Result<(), Error> {
+    if let Some(socket) = &args.control {
+        return online(args, socket);
+    }
     if args.status {
         return status(args);
     }
@@ -115,7 +126,7 @@ pub(crate) enum Stopped {
 }
 
 impl Stopped {
-    pub(crate) fn at(self, path: &std::path::Path) -> Error {
+    pub(crate) fn at(self, path: &Path) -> Error {
         match self {
             Self::Failed(source) => Error::Rekey { path: path.into(), source: source.into() },
             Self::Signal(source) => Error::Io { doing: "cannot catch SIGINT and SIGTERM", source },
@@ -128,10 +139,7 @@ impl Stopped {
 
 /// Moves the data until the end, or until SIGINT or SIGTERM; the rate in bytes a second.
 pub(crate) fn finish(volume: &Volume, pace: &PaceArgs) -> Result<u64, Stopped> {
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register(signal, Arc::clone(&stop)).map_err(Stopped::Signal)?;
-    }
+    let stop = stop_flag().map_err(Stopped::Signal)?;
     let Some(first) = volume.transform() else { return Ok(0) };
     let mut progress = Progress::new(first.done_bytes, first.total_bytes, pace.json, pace.max_rate);
     let mut done_bytes = first.done_bytes;
@@ -155,6 +163,97 @@ pub(crate) fn finish(volume: &Volume, pace: &PaceArgs) -> Result<u64, Stopped> {
             }
         }
     }
+}
+
+/// Asks the server to do it, and follows the progress of what it began.
+fn online(args: &RekeyArgs, socket: &Path) -> Result<(), Error> {
+    let failed = |source| Error::Control { path: socket.into(), source };
+    let locked = args.place.locked(args.place.peek()?)?;
+    let rekey = match (args.status, args.pause, args.resume) {
+        (true, ..) => Action::Status,
+        (_, true, _) => Action::Pause,
+        (.., true) => Action::Resume,
+        _ => Action::Begin,
+    };
+    let credential = match rekey {
+        Action::Begin => Some(args.key.read(Prompt::Once, &args.place.path.display().to_string())?),
+        _ => None,
+    };
+    let mut request = Request {
+        rekey,
+        uuid: locked.header().uuid,
+        key_bits: args.cipher.map(Cipher::from),
+        unit_bytes: args.unit(),
+        keep_slots: (args.keep_slots || args.drop_slots).then_some(args.keep_slots),
+        max_rate: args.pace.max_rate.map(|rate| rate.0),
+        passphrase: matches!(credential, Some(Credential::Passphrase(_))),
+    };
+    drop(locked);
+    let state = request.ask(socket, credential.as_ref()).map_err(failed)?.state(args)?;
+    drop(credential);
+    match (rekey, state) {
+        (Action::Begin | Action::Resume, Some((done_bytes, total_bytes))) => {
+            request.rekey = Action::Status;
+            follow(args, socket, &request, done_bytes, total_bytes)
+        }
+        (_, None) => {
+            outln!("{}: no re-key is under way", args.place.path.display())?;
+            Ok(())
+        }
+        (_, Some((done_bytes, total_bytes))) => {
+            outln!("{}: {} of {} done", args.place.path.display(), ByteSize(done_bytes), ByteSize(total_bytes))?;
+            Ok(())
+        }
+    }
+}
+
+/// Shows what the server does until it has done it, or until a signal: then the server goes on alone.
+fn follow(
+    args: &RekeyArgs,
+    socket: &Path,
+    request: &Request,
+    mut done_bytes: u64,
+    total_bytes: u64,
+) -> Result<(), Error> {
+    let stop = stop_flag().map_err(|source| Error::Io { doing: "cannot catch SIGINT and SIGTERM", source })?;
+    let mut progress = Progress::new(done_bytes, total_bytes, args.pace.json, None);
+    while !stop.load(Ordering::Relaxed) {
+        let answer = request.ask(socket, None);
+        match answer.map_err(|source| Error::Control { path: socket.into(), source })?.state(args)? {
+            Some((reached, _)) => done_bytes = reached,
+            None => {
+                progress.end("done", total_bytes);
+                if !args.pace.json {
+                    outln!("{}: every byte is under the new volume key", args.place.path.display())?;
+                }
+                return Ok(());
+            }
+        }
+        progress.reach(done_bytes);
+        std::thread::sleep(FOLLOW_INTERVAL);
+    }
+    progress.end("left", done_bytes);
+    eprintln!("daxcrypt: {}: the server goes on with it", args.place.path.display());
+    Ok(())
+}
+
+impl Answer {
+    fn state(self, args: &RekeyArgs) -> Result<Option<(u64, u64)>, Error> {
+        match self {
+            Self::State { progress, .. } => Ok(progress),
+            Self::OtherSlots(slots) => Err(Error::OtherSlots { slots }),
+            Self::WrongCredential => Err(args.failed(TransformError::Credential)),
+            Self::Refused(reason) => Err(Error::Refused { reason }),
+        }
+    }
+}
+
+fn stop_flag() -> std::io::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&stop))?;
+    }
+    Ok(stop)
 }
 
 fn begin(
@@ -182,9 +281,7 @@ fn begin(
 
 /// The slots that the key given here does not open, each as a line.
 pub(crate) fn other_slots(namespace: &Namespace) -> Vec<String> {
-    let slots = namespace.header().slots;
-    let others = slots.iter().filter(|slot| Some(slot.id) != namespace.slot_id());
-    others.map(|slot| format!("{}, {}", slot.id, slot_line(slot))).collect()
+    namespace.other_slots().iter().map(|slot| format!("{}, {}", slot.id, slot_line(slot))).collect()
 }
 
 fn dry_run(args: &RekeyArgs, namespace: Namespace, options: &RekeyOptions) -> Result<(), Error> {
@@ -231,7 +328,7 @@ fn status(args: &RekeyArgs) -> Result<(), Error> {
         outln!("{path}: a re-key is under way; with its key --status says how far it has come")?;
         return Ok(());
     }
-    let credential = args.key.read(super::credentials::Prompt::Once, &path.to_string())?;
+    let credential = args.key.read(Prompt::Once, &path.to_string())?;
     let namespace =
         locked.unlock_key(&credential).map_err(|source| Error::Unlock { path: args.place.path.clone(), source })?;
     if let Some(pending) = namespace.pending_transform() {
@@ -253,6 +350,10 @@ fn status(args: &RekeyArgs) -> Result<(), Error> {
 impl RekeyArgs {
     fn failed(&self, source: TransformError) -> Error {
         Error::Rekey { path: self.place.path.clone(), source: source.into() }
+    }
+
+    fn unit(&self) -> Option<DataUnit> {
+        self.unit.as_deref().map(|unit| if unit == "512" { DataUnit::Bytes512 } else { DataUnit::Bytes4096 })
     }
 
     fn options(&self, namespace: &Namespace) -> Result<RekeyOptions, Error> {

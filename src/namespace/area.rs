@@ -163,7 +163,7 @@ pub enum CopyState {
 }
 
 impl CopyState {
-    fn of(copy: &Result<HeaderCopy, CopyFault>) -> Self {
+    pub(super) fn of(copy: &Result<HeaderCopy, CopyFault>) -> Self {
         match copy {
             Ok(copy) => Self::Good { sequence: copy.sequence },
             Err(fault) => Self::Bad { reason: Chain(fault).to_string() },

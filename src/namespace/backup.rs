@@ -115,11 +115,9 @@ pub fn inspect_backup(backup: &[u8]) -> Result<Header, RestoreError> {
 /// [`OpenError::TooSmall`].
 pub fn inspect(site: &Site) -> Result<[Result<Header, CopyFault>; 2], OpenError> {
     let area = site.area().ok_or_else(|| too_small(site))?;
-    Ok(CopyName::BOTH.map(|name| {
-        let copy = area.read_copy(name)?;
-        let states = [0, 1].map(|_| CopyState::Good { sequence: copy.sequence });
-        Ok(Header::of(&copy.metadata, copy.sequence, &states))
-    }))
+    let copies = CopyName::BOTH.map(|name| area.read_copy(name));
+    let states = [CopyState::of(&copies[0]), CopyState::of(&copies[1])];
+    Ok(copies.map(|copy| copy.map(|copy| Header::of(&copy.metadata, copy.sequence, &states))))
 }
 
 fn image(backup: &[u8]) -> Result<&[u8; COPY_BYTES], RestoreError> {

@@ -14,10 +14,10 @@ use super::header::{self, MacKey};
 use super::kdf::{Credential, Kdf, KdfCost};
 use super::metadata::{Cipher, CipherName, Metadata, check_label};
 use super::site::Site;
-use super::slot::Slot;
+use super::slot::{Slot, SlotError};
 use super::unlocked::Namespace;
 use crate::pmem::Backing;
-use crate::secret::VolumeKey;
+use crate::secret::{self, VolumeKey};
 
 const FIRST_SEQUENCE: u64 = 1;
 const FIRST_SLOT: u32 = 0;
@@ -100,8 +100,8 @@ fn create(
     options: FormatOptions,
     credential: Option<&Credential>,
 ) -> Result<Namespace, FormatError> {
-    check_label(&options.label).map_err(FormatError::Label)?;
-    options.kdf_cost.check()?;
+    check_label(&options.label).map_err(SlotError::Label)?;
+    options.kdf_cost.check().map_err(SlotError::Cost)?;
     let site = Site::part(backing, options.base, options.available_bytes.unwrap_or(u64::MAX));
     let site = site.with_header(options.header.clone());
     let geometry = place(&site, &options)?;
@@ -112,7 +112,9 @@ fn create(
     metadata.ephemeral = credential.is_none();
     if let Some(credential) = credential {
         let kdf = Kdf::for_credential(credential, options.kdf_cost);
-        metadata.slots.push(Slot::create(FIRST_SLOT, "", kdf, credential, &metadata.purpose(), &volume_key)?);
+        let purpose = metadata.purpose();
+        let slot = secret::with_wiped_stack(|| Slot::create(FIRST_SLOT, "", kdf, credential, &purpose, &volume_key));
+        metadata.slots.push(slot?);
     }
     let mac_key = MacKey::new(&volume_key, metadata.uuid);
     let image = header::encode(FIRST_SEQUENCE, &metadata, &mac_key)?;

@@ -6,8 +6,8 @@ use std::fmt;
 use super::area::WriteError;
 use super::geometry::GeometryError;
 use super::header::{CopyFault, TooLong};
-use super::kdf::{CostError, CredentialError};
-use super::metadata::{LABEL_BYTES_MAX, MetadataError, SLOT_COUNT_MAX};
+use super::kdf::CredentialError;
+use super::metadata::SLOT_COUNT_MAX;
 use super::signature::Signature;
 use super::slot::SlotError;
 use super::transform::TransformError;
@@ -21,13 +21,7 @@ pub enum FormatError {
     /// The place or the size is not possible.
     #[error(transparent)]
     Geometry(#[from] GeometryError),
-    /// The label is too long or holds a control character.
-    #[error("the label is refused (at most {LABEL_BYTES_MAX} bytes, no control characters)")]
-    Label(#[source] MetadataError),
-    /// The cost of the key derivation is out of its bounds.
-    #[error(transparent)]
-    Cost(#[from] CostError),
-    /// The key slot could not be made.
+    /// The key slot could not be made, or its label or that of the namespace is not acceptable.
     #[error(transparent)]
     Slot(#[from] SlotError),
     /// The volume key could not be made, or is not acceptable.
@@ -225,13 +219,7 @@ pub enum UpdateError {
         /// The slot.
         id: u32,
     },
-    /// A label is not acceptable.
-    #[error("the label is refused (at most {LABEL_BYTES_MAX} bytes, no control characters)")]
-    Label(#[source] MetadataError),
-    /// The cost of the key derivation is out of its bounds.
-    #[error(transparent)]
-    Cost(#[from] CostError),
-    /// The slot could not be made.
+    /// The key slot could not be made, or its label or that of the namespace is not acceptable.
     #[error(transparent)]
     Slot(#[from] SlotError),
     /// No random bytes.
@@ -260,7 +248,8 @@ pub enum UpdateError {
 }
 
 /// Shows an error and its sources in one line.
-pub(super) struct Chain<'a>(pub(super) &'a (dyn Error + 'static));
+#[derive(Debug)]
+pub struct Chain<'a>(pub &'a (dyn Error + 'static));
 
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

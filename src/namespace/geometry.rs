@@ -25,6 +25,9 @@ pub const SIZE_BYTES_MAX: u64 = 1 << 48;
 /// The data area size in bytes above which a warning is due: 2^36 AES blocks.
 pub const SIZE_BYTES_WARN: u64 = 1 << 40;
 
+/// Alignment of the data of other formats in the backing, in bytes: a page.
+const FOREIGN_ALIGNMENT_BYTES: u64 = 4096;
+
 /// What a tweak value counts: units of 512 bytes, whatever the data unit is (dm-crypt's plain64 without
 /// `iv_large_sectors`).
 const TWEAK_STEP_BYTES: u64 = 512;
@@ -249,6 +252,32 @@ impl Geometry {
         Ok(Self { base, data_offset, size_bytes, unit, bound_address, detached, first_tweak })
     }
 
+    /// The geometry of a volume whose format is not ours: its data begins at `data_start` of the backing, and the tweak of
+    /// its first unit is `first_tweak`, wherever that is. `available_bytes` are those from `data_start` on.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::new`]; the data must begin at a multiple of 4096 bytes, so that it can be mapped.
+    pub fn foreign(
+        data_start: u64,
+        size_bytes: u64,
+        unit: DataUnit,
+        first_tweak: u64,
+        available_bytes: u64,
+    ) -> Result<Self, GeometryError> {
+        if !data_start.is_multiple_of(FOREIGN_ALIGNMENT_BYTES) {
+            return Err(GeometryError::DataNotAligned { data_start, alignment_bytes: FOREIGN_ALIGNMENT_BYTES });
+        }
+        let address = first_tweak.saturating_mul(TWEAK_STEP_BYTES);
+        let overflow = GeometryError::Overflow { base: 0, data_offset: data_start, size_bytes, address };
+        data_start.checked_add(size_bytes).ok_or(overflow)?;
+        first_tweak.checked_add(size_bytes / TWEAK_STEP_BYTES).ok_or(overflow)?;
+        // Every other rule is that of a namespace that begins where the data does.
+        let placement = Placement { base: 0, data_offset: 0, size_bytes, unit, bound_address: None, detached: true };
+        let checked = Self::new(&placement, available_bytes)?;
+        Ok(Self { data_offset: data_start, first_tweak, ..checked })
+    }
+
     /// Size of the data area in bytes: a multiple of the data unit.
     #[must_use]
     pub const fn size_bytes(&self) -> u64 {
@@ -411,6 +440,21 @@ mod tests {
         let geometry = Geometry::new(&moved, 10 * MIB).unwrap();
         assert_eq!(geometry.physical_range(0..0), Ok(66 * MIB..66 * MIB));
         assert_eq!(geometry.tweak_at(0).value(), ((16 << 30) + 66 * MIB) / 512);
+    }
+
+    #[test]
+    fn a_foreign_volume_begins_with_its_own_tweak() {
+        let geometry = Geometry::foreign(16 * MIB + 4096, 8 * MIB, DataUnit::Bytes512, 0, 8 * MIB).unwrap();
+        assert_eq!(geometry.physical_range(512..1024), Ok(16 * MIB + 4608..16 * MIB + 5120));
+        assert_eq!((geometry.tweak_at(0).value(), geometry.tweak_at(512).value()), (0, 1));
+        let foreign = |start, size, tweak, available| {
+            Geometry::foreign(start, size, DataUnit::Bytes4096, tweak, available).unwrap_err()
+        };
+        assert!(matches!(foreign(512, 4096, 0, 1 << 20), GeometryError::DataNotAligned { alignment_bytes: 4096, .. }));
+        assert!(matches!(foreign(4096, 8192, 0, 4096), GeometryError::DoesNotFit { .. }));
+        assert_eq!(foreign(4096, 0, 0, 4096), GeometryError::Empty);
+        assert!(matches!(foreign(u64::MAX - 4095, 4096, 0, 4096), GeometryError::Overflow { .. }));
+        assert!(matches!(foreign(0, 4096, u64::MAX, 4096), GeometryError::Overflow { .. }));
     }
 
     #[test]

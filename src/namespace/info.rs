@@ -4,6 +4,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::area::CopyState;
+use super::geometry::Geometry;
 use super::kdf::Kdf;
 use super::metadata::{Cipher, Metadata};
 
@@ -60,6 +61,37 @@ pub struct SlotInfo {
 }
 
 impl Header {
+    /// What stands for a header where the format is not ours: no slots, no binding, no discards.
+    #[must_use]
+    pub fn foreign(
+        uuid: Uuid,
+        label: String,
+        cipher: Cipher,
+        geometry: &Geometry,
+        sequence: u64,
+        copies: [CopyState; 2],
+    ) -> Self {
+        Self {
+            uuid,
+            label,
+            cipher: Cipher::NAME,
+            key_bits: cipher,
+            unit_bytes: geometry.unit_bytes(),
+            base: geometry.base(),
+            data_offset: geometry.data_offset(),
+            size_bytes: geometry.size_bytes(),
+            bound_address: None,
+            detached: geometry.placement().detached,
+            ephemeral: false,
+            rekeying: false,
+            unclean: false,
+            discards: false,
+            sequence,
+            slots: Vec::new(),
+            copies,
+        }
+    }
+
     pub(super) fn of(metadata: &Metadata, sequence: u64, copies: &[CopyState; 2]) -> Self {
         let slots = metadata.slots.iter();
         Self {

@@ -19,6 +19,7 @@ mod key_spec;
 mod metadata;
 mod moved;
 mod open;
+mod region;
 mod signature;
 mod site;
 mod slot;
@@ -31,7 +32,7 @@ mod wipe;
 pub use area::{CopyName, CopyState, WriteError};
 pub use backup::{BACKUP_BYTES, RestoreError, inspect, inspect_backup, open_backup, restore_unchecked};
 pub use create::{FormatOptions, format, format_ephemeral};
-pub use error::{FormatError, OpenError, UnlockError, UpdateError};
+pub use error::{Chain, FormatError, OpenError, UnlockError, UpdateError};
 pub use geometry::{
     DATA_ALIGNMENT_BYTES, DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, Layout, OutOfRange, Placement,
     SIZE_BYTES_MAX, SIZE_BYTES_WARN, TweakValue, data_offset_for, detached_data_offset_for, size_that_fits,
@@ -46,6 +47,7 @@ pub use key_spec::{KEY_SPEC_BYTES_MAX, KeySpecError, volume_key_from_spec};
 pub use metadata::{Cipher, LABEL_BYTES_MAX, MetadataError, SLOT_COUNT_MAX};
 pub use moved::{AdoptError, MovedNamespace};
 pub use open::{LockedNamespace, erase};
+pub use region::{REGION_ALIGNMENT_BYTES, REGION_PARTITION_TYPE, Region, RegionError, RegionPartition, TableFault};
 pub use signature::{Signature, signature_found};
 pub use site::Site;
 pub use slot::SlotError;

@@ -13,7 +13,7 @@ use super::site::Site;
 use super::slot::Slot;
 use super::unlocked::Namespace;
 use crate::pmem::{Backing, MediaError};
-use crate::secret::{SecretBytes, VolumeKey};
+use crate::secret::{self, SecretBytes, VolumeKey};
 
 /// A namespace whose header is well-formed, fits its backing and is where it was written.
 #[derive(Debug)]
@@ -104,7 +104,7 @@ impl LockedNamespace {
     /// [`UnlockError::WrongCredential`] when no slot opens, [`UnlockError::Forged`] when the header is not genuine.
     pub fn unlock_key(self, credential: &Credential) -> Result<Namespace, UnlockError> {
         let slots = self.suitable_slots(credential)?;
-        self.unlock_with(credential, &slots)
+        secret::with_wiped_stack(|| self.unlock_with(credential, &slots))
     }
 
     /// Unlocks with slot `id` only.
@@ -117,7 +117,7 @@ impl LockedNamespace {
             return Err(UnlockError::EmptySlot { id });
         }
         let slots: Vec<_> = self.suitable_slots(credential)?.into_iter().filter(|slot| slot.id == id).collect();
-        self.unlock_with(credential, &slots)
+        secret::with_wiped_stack(|| self.unlock_with(credential, &slots))
     }
 
     /// Opens an ephemeral namespace with a fresh random key: whatever the data area held is noise now.

@@ -15,8 +15,8 @@ use zeroize::Zeroize;
 
 use super::geometry::Placement;
 use super::hex;
-use super::kdf::{self, Credential, CredentialError, Kdf, Key256, SALT_BYTES};
-use super::metadata::Cipher;
+use super::kdf::{self, CostError, Credential, CredentialError, Kdf, Key256, SALT_BYTES};
+use super::metadata::{Cipher, LABEL_BYTES_MAX, MetadataError};
 use crate::secret::{KeyError, SecretBytes, VolumeKey};
 
 /// Bytes that the AEAD adds to what it wraps.
@@ -62,6 +62,12 @@ pub(super) struct Slot {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SlotError {
+    /// A label is too long or holds a control character.
+    #[error("the label is refused (at most {LABEL_BYTES_MAX} bytes, no control characters)")]
+    Label(#[source] MetadataError),
+    /// The cost of the key derivation is out of its bounds.
+    #[error(transparent)]
+    Cost(#[from] CostError),
     /// The credential cannot be used.
     #[error(transparent)]
     Credential(#[from] CredentialError),

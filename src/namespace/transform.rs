@@ -11,6 +11,7 @@
 use aes_gcm_siv::aead::AeadInOut;
 use aes_gcm_siv::{Nonce, Tag};
 use serde::{Deserialize, Serialize};
+use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
 use super::area::CopyState;
@@ -18,6 +19,7 @@ use super::error::UpdateError;
 use super::geometry::{DataUnit, Geometry, GeometryError, Layout, Placement};
 use super::header::MacKey;
 use super::hex;
+use super::info::SlotInfo;
 use super::journal::{Journal, Record};
 use super::kdf::{self, Credential, Key256};
 use super::metadata::{Cipher, Metadata};
@@ -140,6 +142,12 @@ pub enum TransformError {
     /// One is under way.
     #[error("a re-key is under way: it must end before another one begins")]
     UnderWay,
+    /// The credential opens no slot, so it cannot have one of the new header.
+    #[error("no key slot opens with that passphrase or key file")]
+    Credential,
+    /// The volume was locked: its keys are gone.
+    #[error("the volume is locked")]
+    Locked,
     /// None is under way.
     #[error("no re-key is under way")]
     NotUnderWay,
@@ -177,9 +185,6 @@ pub enum TransformError {
     /// It was unlocked by its volume key, and so there is no slot to make anew.
     #[error("it was unlocked by its volume key: unlock it with the key of a slot to re-key it")]
     NoSlot,
-    /// The volume has no header that could be changed.
-    #[error("the volume is locked, or is no namespace of daxcrypt")]
-    NoHeader,
     /// The media failed.
     #[error(transparent)]
     Media(#[from] MediaError),
@@ -241,6 +246,30 @@ impl Namespace {
     /// As [`Self::pending_transform`], to record progress.
     pub const fn pending_transform_mut(&mut self) -> Option<&mut Pending> {
         self.pending.as_mut()
+    }
+
+    /// Makes the slot that `credential` opens the one that counts as unlocked: a re-key gives that slot a successor.
+    ///
+    /// # Errors
+    ///
+    /// [`TransformError::Credential`] when it opens none.
+    pub fn use_slot_of(&mut self, credential: &Credential) -> Result<(), TransformError> {
+        let purpose = self.metadata.purpose();
+        for slot in self.metadata.slots.iter().filter(|slot| slot.kdf.suits(credential)) {
+            let opened = slot.open(credential, &purpose).map_err(SlotError::from)?;
+            if opened.is_some_and(|key| bool::from(key.ct_eq(self.volume_key.bytes()))) {
+                self.slot_id = Some(slot.id);
+                return Ok(());
+            }
+        }
+        Err(TransformError::Credential)
+    }
+
+    /// The slots besides the one that unlocked.
+    #[must_use]
+    pub fn other_slots(&self) -> Vec<SlotInfo> {
+        let slots = self.header().slots.into_iter();
+        slots.filter(|slot| Some(slot.id) != self.slot_id).collect()
     }
 
     /// Begins to give the namespace a new volume key: the header has it when this returns, with a fresh slot for

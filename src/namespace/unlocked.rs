@@ -12,7 +12,7 @@ use super::info::Header;
 use super::kdf::{Credential, Kdf, KdfCost};
 use super::metadata::{Cipher, Metadata, SLOT_COUNT_MAX, check_label};
 use super::site::Site;
-use super::slot::Slot;
+use super::slot::{Slot, SlotError};
 use super::transform::Pending;
 use crate::pmem::Backing;
 use crate::secret::VolumeKey;
@@ -39,6 +39,12 @@ impl Namespace {
     #[must_use]
     pub const fn backing(&self) -> &Arc<Backing> {
         self.site.data()
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub const fn site(&self) -> &Site {
+        &self.site
     }
 
     /// The backing of the header: that of the data, unless the header is detached.
@@ -133,7 +139,7 @@ impl Namespace {
         credential: &Credential,
         cost: KdfCost,
     ) -> Result<u32, UpdateError> {
-        check_label(label).map_err(UpdateError::Label)?;
+        check_label(label).map_err(SlotError::Label)?;
         let id = self.free_slot(id)?;
         let mut metadata = self.metadata.clone();
         let index = metadata.slots.partition_point(|slot| slot.id < id);
@@ -236,7 +242,7 @@ impl Namespace {
         if self.metadata.ephemeral {
             return Err(UpdateError::Ephemeral);
         }
-        cost.check()?;
+        cost.check().map_err(SlotError::Cost)?;
         let kdf = Kdf::for_credential(credential, cost);
         Ok(Slot::create(id, label, kdf, credential, &self.metadata.purpose(), &self.volume_key)?)
     }

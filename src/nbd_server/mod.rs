@@ -49,5 +49,6 @@ pub use listener::{ListenError, Listener};
 pub use negotiated::{Negotiated, ReplyStyle};
 pub use server::{Handle, Options, Server, ServerError};
 pub use stats::{COMMAND_NAMES, ClientStatus, ExportStatus, Stats, Status};
+pub use status::Commands;
 pub use systemd::{inherited_listeners, notify};
 pub use tls::{ClientCertificates, Tls, TlsError};

@@ -24,7 +24,7 @@ use super::limits::Limits;
 use super::listener::Listener;
 use super::socket::{self, StopSignal};
 use super::stats::{ClientStatus, ExportStatus, Stats, Status, Traffic};
-use super::status::{self, Kind};
+use super::status::{self, Commands, Kind};
 use super::threads::{self, SharedOut};
 use super::tls::Tls;
 
@@ -76,6 +76,7 @@ pub enum ServerError {
 pub struct Server {
     listeners: Vec<Listener>,
     reporters: Vec<(Kind, Listener)>,
+    commands: Option<Commands>,
     shared: Arc<Shared>,
 }
 
@@ -249,7 +250,7 @@ impl Server {
             limits,
             options,
         };
-        Ok(Self { listeners: Vec::new(), reporters: Vec::new(), shared: Arc::new(shared) })
+        Ok(Self { listeners: Vec::new(), reporters: Vec::new(), commands: None, shared: Arc::new(shared) })
     }
 
     /// Adds a listener.
@@ -263,6 +264,13 @@ impl Server {
     #[must_use]
     pub fn control(mut self, listener: Listener) -> Self {
         self.reporters.push((Kind::Control, listener));
+        self
+    }
+
+    /// Lets the control socket take commands besides questions.
+    #[must_use]
+    pub fn commands(mut self, commands: Commands) -> Self {
+        self.commands = Some(commands);
         self
     }
 
@@ -284,11 +292,12 @@ impl Server {
     ///
     /// [`ServerError`]. All clients are gone in any case.
     pub fn run(self) -> Result<(), ServerError> {
-        let Self { listeners, reporters, shared } = self;
+        let Self { listeners, reporters, commands, shared } = self;
         let accepted = std::thread::scope(|scope| {
             for (kind, listener) in &reporters {
                 let shared = &shared;
-                scope.spawn(move || status::answer_all(*kind, listener, shared));
+                let commands = commands.as_ref();
+                scope.spawn(move || status::answer_all(*kind, listener, shared, commands));
             }
             let result = accept_all(&listeners, &shared, scope);
             shared.stop.set();

@@ -3,9 +3,13 @@
 //! Guards: one thread answers one question at a time, and no question holds it longer than [`PATIENCE`]; what a
 //! questioner sends is read up to a limit and decides nothing but the path of an HTTP request.
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use zeroize::Zeroizing;
 
 use super::listener::Listener;
 use super::server::Shared;
@@ -15,6 +19,29 @@ use super::socket::{self, Waited};
 const PATIENCE: Duration = Duration::from_secs(1);
 /// The longest HTTP request, in bytes.
 const REQUEST_BYTES_MAX: usize = 8 << 10;
+/// How long a questioner on the control socket may hesitate before the status is what it wants.
+const HESITATION: Duration = Duration::from_millis(50);
+/// The longest command, in bytes: a line, and a key file of 8 MiB.
+const COMMAND_BYTES_MAX: usize = (8 << 20) + (4 << 10);
+
+/// What answers commands on the control socket; to the server they are bytes.
+#[derive(Clone)]
+pub struct Commands(Arc<Answer>);
+
+type Answer = dyn Fn(&[u8]) -> String + Send + Sync;
+
+impl Commands {
+    /// `answer` gets a command as it was sent, which may hold secrets, and gives the answer.
+    pub fn new(answer: impl Fn(&[u8]) -> String + Send + Sync + 'static) -> Self {
+        Self(Arc::new(answer))
+    }
+}
+
+impl fmt::Debug for Commands {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Commands").finish_non_exhaustive()
+    }
+}
 
 /// What a listener answers with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,21 +53,31 @@ pub(super) enum Kind {
 }
 
 /// Answers until the server stops.
-pub(super) fn answer_all(kind: Kind, listener: &Listener, shared: &Shared) -> io::Result<()> {
+pub(super) fn answer_all(
+    kind: Kind,
+    listener: &Listener,
+    shared: &Shared,
+    commands: Option<&Commands>,
+) -> io::Result<()> {
     loop {
         match socket::wait(listener.as_fd(), Some(shared.stop.as_fd()), None)? {
             Waited::Readable => {}
             Waited::Stopping | Waited::TimedOut => return Ok(()),
         }
         // One questioner's failure is its own.
-        let _ = listener.accept().and_then(|socket| answer(kind, &socket, shared));
+        let _ = listener.accept().and_then(|socket| answer(kind, &socket, shared, commands));
     }
 }
 
-fn answer(kind: Kind, socket: &OwnedFd, shared: &Shared) -> io::Result<()> {
+fn answer(kind: Kind, socket: &OwnedFd, shared: &Shared, commands: Option<&Commands>) -> io::Result<()> {
     rustix::net::sockopt::set_socket_timeout(socket, rustix::net::sockopt::Timeout::Send, Some(PATIENCE))?;
+    let command = match (kind, commands) {
+        (Kind::Control, Some(commands)) => read_command(socket)?.map(|command| (commands.0)(&command)),
+        _ => None,
+    };
     let status = shared.status();
     let text = match kind {
+        Kind::Control if command.is_some() => command.unwrap_or_default(),
         Kind::Control => serde_json::to_string(&status).map_err(io::Error::from)? + "\n",
         Kind::Metrics if asks_for_metrics(socket)? => http("200 OK", &status.to_prometheus()),
         Kind::Metrics => http("404 Not Found", "see /metrics\n"),
@@ -48,6 +85,34 @@ fn answer(kind: Kind, socket: &OwnedFd, shared: &Shared) -> io::Result<()> {
     socket::send_all(socket.as_fd(), text.as_bytes())?;
     rustix::net::shutdown(socket, rustix::net::Shutdown::Write)?;
     Ok(())
+}
+
+/// A command, which ends where the questioner closes its side; nothing from one that only listens.
+fn read_command(socket: &OwnedFd) -> io::Result<Option<Zeroizing<Vec<u8>>>> {
+    let mut command = Zeroizing::new(Vec::new());
+    let mut deadline = Instant::now() + HESITATION;
+    let mut len_bytes = 0;
+    loop {
+        if socket::wait(socket.as_fd(), None, Some(deadline))? == Waited::TimedOut {
+            return if len_bytes == 0 { Ok(None) } else { Err(io::ErrorKind::TimedOut.into()) };
+        }
+        if len_bytes == command.len() {
+            // Grown by hand, so that no shorter copy of a secret is left behind.
+            let mut larger = Zeroizing::new(vec![0; (2 * len_bytes).max(4096)]);
+            larger[..len_bytes].copy_from_slice(&command[..len_bytes]);
+            command = larger;
+        }
+        match socket::receive(socket.as_fd(), &mut command[len_bytes..])? {
+            0 => break,
+            received => len_bytes += received,
+        }
+        if len_bytes > COMMAND_BYTES_MAX {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        deadline = Instant::now() + PATIENCE;
+    }
+    command.truncate(len_bytes);
+    Ok((len_bytes > 0).then_some(command))
 }
 
 fn asks_for_metrics(socket: &OwnedFd) -> io::Result<bool> {

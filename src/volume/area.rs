@@ -148,7 +148,9 @@ impl DataArea {
 
     /// Says that a short write to logical `range` comes soon.
     pub(crate) fn expect_write(&self, range: &Range<u64>) {
-        self.backing.expect_store(&self.physical(range.start, range.end - range.start));
+        if let Some(Sides { current, former: None }) = &*self.sides() {
+            self.backing.expect_store(&current.physical(range.clone()));
+        }
     }
 
     /// Encrypts zeroes over the blocks of logical `range`.
@@ -318,9 +320,20 @@ impl DataArea {
     /// The same again gives the same.
     pub(crate) fn store_moved(&self, window: Range<u64>, ciphertext: &[u8]) -> Result<(), MediaError> {
         let (former, current) = self.both_sides();
+        let result = self.store_pieces(&former, &current, window.start, ciphertext);
+        secret::scrub_stack();
+        result?;
+        self.backing.persist(current.physical(window))
+    }
+
+    fn store_pieces(&self, former: &Side, current: &Side, start: u64, ciphertext: &[u8]) -> Result<(), MediaError> {
+        let in_place = former.data_start() == current.data_start();
         let mut plaintext = Zeroizing::new(vec![0; MOVING_PIECE_BYTES.min(ciphertext.len())]);
         for (index, piece) in ciphertext.chunks(MOVING_PIECE_BYTES).enumerate() {
-            let offset = window.start + (index * MOVING_PIECE_BYTES) as u64;
+            if self.holes && in_place && piece.iter().all(|&byte| byte == 0) {
+                continue; // a hole stays as it is, without blocks
+            }
+            let offset = start + (index * MOVING_PIECE_BYTES) as u64;
             let plaintext = &mut plaintext[..piece.len()];
             former.decrypt(offset, Source::from_slice(piece), Target::from_slice(plaintext));
             if self.holes {
@@ -332,7 +345,7 @@ impl DataArea {
                 current.store(&self.backing, offset, Source::from_slice(plaintext))?;
             }
         }
-        self.backing.persist(current.physical(window))
+        Ok(())
     }
 
     fn both_sides(&self) -> (Arc<Side>, Arc<Side>) {

@@ -33,18 +33,21 @@ use self::side::Side;
 use self::transform::Engine;
 pub use self::transform::{TransformProgress, WINDOW_BYTES};
 use self::window::{Window, blocks_of};
+use crate::luks2;
 use crate::memory::{Source, Target};
 use crate::namespace::{
     self, Credential, FormatOptions, Geometry, HEADER_AREA_BYTES, Header, LockedNamespace, Namespace, UnlockError,
 };
 use crate::pmem::{Access, Backing, Granularity, MediaError};
-use crate::secret::VolumeKey;
+use crate::secret::{self, VolumeKey};
 use crate::xts::{BLOCK_BYTES as BLOCK_LEN, Backend};
 
 /// An unlocked namespace: plaintext by logical offset.
 pub struct Volume {
     area: DataArea,
     header: Header,
+    /// Kept open, and with it locked, while the volume is in use; the data's backing unless the header is detached.
+    _header_backing: Arc<Backing>,
     /// Over logical offsets.
     blocks: RangeLock,
     /// Made by the first direct map.
@@ -95,27 +98,42 @@ impl Volume {
     /// written, and [`Self::transform_step`] goes on.
     #[must_use]
     pub fn new(namespace: Namespace, backend: Backend) -> Self {
-        let (backing, geometry, header) = (Arc::clone(namespace.backing()), *namespace.geometry(), namespace.header());
-        let mut volume = Self::from_parts(backing, geometry, header, namespace.volume_key(), backend);
+        let (backing, header_backing) = (Arc::clone(namespace.backing()), Arc::clone(namespace.header_backing()));
+        let (geometry, header) = (*namespace.geometry(), namespace.header());
+        let mut volume = Self::assemble(backing, header_backing, geometry, header, namespace.volume_key(), backend);
         volume.engine = Mutex::new(Some(Engine::new(namespace, &volume.area)));
         volume
     }
 
-    /// The decrypted view of `geometry` in `backing` under `key`, whatever says so: a format of somebody else, or a key
-    /// that is no namespace's. `header` is what [`Self::header`] gives.
+    /// The decrypted view of a LUKS2 volume.
     #[must_use]
-    pub fn from_parts(
+    pub fn from_luks2(unlocked: luks2::Unlocked, backend: Backend) -> Self {
+        let (backing, header_backing, geometry, header, key) = unlocked.into_parts();
+        Self::assemble(backing, header_backing, geometry, header, &key, backend)
+    }
+
+    /// The same data area under another key: what its blocks read as, and what is written there, is nobody's but the
+    /// holder's of that key. For filling a data area with noise.
+    #[must_use]
+    pub fn under_another_key(namespace: &Namespace, key: &VolumeKey, backend: Backend) -> Self {
+        let (backing, header_backing) = (Arc::clone(namespace.backing()), Arc::clone(namespace.header_backing()));
+        Self::assemble(backing, header_backing, *namespace.geometry(), namespace.header(), key, backend)
+    }
+
+    fn assemble(
         backing: Arc<Backing>,
+        header_backing: Arc<Backing>,
         geometry: Geometry,
         header: Header,
         key: &VolumeKey,
         backend: Backend,
     ) -> Self {
-        let side = Side::new(geometry.layout(), key, backend);
+        let side = secret::with_wiped_stack(|| Side::new(geometry.layout(), key, backend));
         let area = DataArea::new(backing, geometry, side, header.discards);
         Self {
             area,
             header,
+            _header_backing: header_backing,
             blocks: RangeLock::default(),
             window: OnceLock::new(),
             claims: Claims::default(),

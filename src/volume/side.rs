@@ -36,6 +36,10 @@ impl Side {
         &self.key
     }
 
+    pub(crate) const fn data_start(&self) -> u64 {
+        self.layout.data_start()
+    }
+
     /// The bytes of the backing that hold logical `range`, which is checked to be in range.
     pub(crate) fn physical(&self, range: Range<u64>) -> Range<u64> {
         self.layout.physical_range(range).expect("the volume checks the range")

@@ -45,6 +45,8 @@ struct NamespaceTable {
     key_file: Option<PathBuf>,
     passphrase_file: Option<PathBuf>,
     header: Option<PathBuf>,
+    #[serde(default)]
+    luks2: bool,
     keyring: Option<String>,
     credential: Option<String>,
     passphrase_command: Option<String>,
@@ -141,6 +143,9 @@ impl NamespaceTable {
         if self.read_only && self.allow_discards {
             return Err(format!("{} has both read_only and allow_discards", path.display()));
         }
+        if self.luks2 && self.allow_discards {
+            return Err(format!("{} has both luks2 and allow_discards", path.display()));
+        }
         // "-" is standard input.
         let passphrase = self.passphrase_file;
         let passphrase_file = passphrase.map(|file| if file == Path::new("-") { file } else { folder.join(file) });
@@ -154,6 +159,7 @@ impl NamespaceTable {
                 passphrase_command: self.passphrase_command,
                 escrow_file: None,
             },
+            luks2: self.luks2,
             header: self.header.map(|file| folder.join(file)),
             name: self.name,
             description: self.description,

@@ -14,6 +14,7 @@ use crate::cli::output::warning;
 use crate::cli::place::PlaceArgs;
 use crate::nbd_server::{Allowed, ExportInfo, Exports};
 use crate::pmem::Access;
+use crate::secret;
 use crate::volume::Volume;
 use crate::xts::Backend;
 
@@ -23,6 +24,8 @@ pub(super) struct Source {
     pub(super) path: PathBuf,
     /// The file of a detached header.
     pub(super) header: Option<PathBuf>,
+    /// Whether it is a LUKS2 volume and not a namespace.
+    pub(super) luks2: bool,
     pub(super) key: KeyArgs,
     /// Instead of the label or the file's stem.
     pub(super) name: Option<String>,
@@ -34,7 +37,7 @@ pub(super) struct Source {
 }
 
 /// Opens, unlocks and reads every namespace. With `keep_going` one that fails is left out, unless all do.
-pub(super) fn open_all(sources: &[Source], keep_going: bool, rekeys: &mut Rekeys) -> Result<Exports, Error> {
+pub(super) fn open_all(sources: &[Source], keep_going: bool, rekeys: &Rekeys) -> Result<Exports, Error> {
     let backend = Backend::from_env()?;
     let mut exports = Exports::new();
     let mut first_error = None;
@@ -54,21 +57,27 @@ pub(super) fn open_all(sources: &[Source], keep_going: bool, rekeys: &mut Rekeys
     }
 }
 
-fn add(exports: &mut Exports, source: &Source, backend: Backend, rekeys: &mut Rekeys) -> Result<(), Error> {
+fn add(exports: &mut Exports, source: &Source, backend: Backend, rekeys: &Rekeys) -> Result<(), Error> {
     let path = &source.path;
     let access = if source.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let place = PlaceArgs { path: path.clone(), header: source.header.clone() };
-    let mut namespace = open::namespace(&place, access, &source.key)?;
-    if source.allow_discards {
-        namespace.allow_discards().map_err(|source| Error::AllowDiscards { path: path.clone(), source })?;
-    }
-    let label = namespace.header().label;
+    let volume = if source.luks2 {
+        open::volume(&place, access, &source.key, true)?
+    } else {
+        let mut namespace = open::namespace(&place, access, &source.key)?;
+        if source.allow_discards {
+            namespace.allow_discards().map_err(|source| Error::AllowDiscards { path: path.clone(), source })?;
+        }
+        Volume::new(namespace, backend)
+    };
+    let label = volume.header().label.clone();
     let name = source.name.clone().unwrap_or_else(|| if label.is_empty() { stem(path) } else { label });
-    let volume = Volume::new(namespace, backend);
     if volume.discards() {
         warning!("{}: discards are allowed, so media shows which units are unused", path.display());
     }
-    read_one_unit(&volume).map_err(|source| Error::Volume { path: path.clone(), source })?;
+    // What this thread leaves on its stack stays there as long as the server runs.
+    secret::with_wiped_stack(|| read_one_unit(&volume))
+        .map_err(|source| Error::Volume { path: path.clone(), source })?;
     let info = ExportInfo {
         name,
         description: source.description.clone(),
@@ -79,7 +88,7 @@ fn add(exports: &mut Exports, source: &Source, backend: Backend, rekeys: &mut Re
     let volume = Arc::new(volume);
     let export: Arc<Volume> = Arc::clone(&volume);
     exports.add(info, export).map_err(|source| Error::Export { path: path.clone(), source })?;
-    rekeys.go_on(path.clone(), volume);
+    rekeys.add(path.clone(), volume);
     Ok(())
 }
 

@@ -10,6 +10,7 @@ mod rekey;
 mod tls;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -26,7 +27,7 @@ use super::error::Error;
 use super::log;
 use super::output::warning;
 use super::size::ByteSize;
-use crate::nbd_server::{self, Allowed, Handle, Limits, Listener, Options, Server};
+use crate::nbd_server::{self, Allowed, Commands, Handle, Limits, Listener, Options, Server};
 use crate::secret;
 
 #[derive(Args, Debug)]
@@ -41,6 +42,9 @@ pub(crate) struct ServeArgs {
     /// File that holds the header of the one namespace, when it is detached
     #[arg(long, value_name = "FILE", conflicts_with = "config")]
     header: Option<PathBuf>,
+    /// They are LUKS2 volumes (of cryptsetup) and not namespaces
+    #[arg(long, conflicts_with_all = ["config", "allow_discards"])]
+    luks2: bool,
     #[command(flatten)]
     key: KeyArgs,
     /// Listen on a Unix socket, made with mode 0600 (may be given several times); without any listener, on the sockets
@@ -84,13 +88,13 @@ pub(crate) struct ServeArgs {
     /// Microseconds to poll for the next request before sleeping; 0 turns polling off [default: 50]
     #[arg(long, value_name = "MICROSECONDS")]
     poll_us: Option<u64>,
+    /// Bytes a second at most for a re-key that goes on while its namespace is served, such as 100M
+    #[arg(long, value_name = "SIZE")]
+    rekey_max_rate: Option<ByteSize>,
     /// Threads that share the work of requests of 256 KiB and more, for machines with CPUs to spare [default: 1, each
     /// client's own]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Bytes a second at most for a re-key that goes on while its namespace is served, such as 100M
-    #[arg(long, value_name = "SIZE")]
-    rekey_max_rate: Option<ByteSize>,
     /// What to log on standard error: off, error, warn, info, debug or trace [default: $DAXCRYPT_LOG, or warn]
     #[arg(long, value_name = "LEVEL")]
     log: Option<String>,
@@ -129,8 +133,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     };
     let tls = tls::set_up(&plan.tls, &plan.namespaces)?;
     // Dropped after the server has ended.
-    let mut rekeys = Rekeys::new(args.rekey_max_rate);
-    let exports = exports::open_all(&plan.namespaces, plan.keep_going, &mut rekeys)?;
+    let rekeys = Arc::new(Rekeys::new(args.rekey_max_rate));
+    let exports = exports::open_all(&plan.namespaces, plan.keep_going, &rekeys)?;
     if secret::lock_refused() {
         warning!("key memory could not be locked in RAM (ulimit -l), so it may reach swap");
     }
@@ -144,7 +148,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
         server = server.listen(listener);
     }
     if let Some(path) = &plan.control {
-        server = server.control(Listener::unix(path)?);
+        let rekeys = Arc::clone(&rekeys);
+        server = server.control(Listener::unix(path)?).commands(Commands::new(move |received| rekeys.answer(received)));
     }
     for address in plan.metrics.iter().map(|text| listeners::resolve(text)).collect::<Result<Vec<_>, _>>()?.concat() {
         server = server.metrics(Listener::tcp(address)?);
@@ -159,6 +164,7 @@ fn plan(args: &ServeArgs) -> Plan {
     let source = |path: &PathBuf| Source {
         path: path.clone(),
         header: args.header.clone(),
+        luks2: args.luks2,
         key: args.key.clone(),
         name: None,
         description: String::new(),

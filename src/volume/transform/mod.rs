@@ -18,7 +18,7 @@ use std::sync::{MutexGuard, PoisonError};
 use super::area::DataArea;
 use super::side::Side;
 use super::{Volume, VolumeError};
-use crate::namespace::{Credential, Namespace, Pending, RekeyOptions, TransformError, WINDOW_BYTES_MAX};
+use crate::namespace::{Credential, Namespace, Pending, RekeyOptions, SlotInfo, TransformError, WINDOW_BYTES_MAX};
 use crate::pmem::{Access, MediaError};
 
 /// What windows are a multiple of, except the last one: both data units.
@@ -166,7 +166,7 @@ impl Volume {
     /// [`TransformError`]; nothing has changed, unless the header could not be written.
     pub fn begin_rekey(&self, credential: &Credential, options: &RekeyOptions) -> Result<(), TransformError> {
         let mut engine = self.engine();
-        let engine = engine.as_mut().ok_or(TransformError::NoHeader)?;
+        let engine = engine.as_mut().ok_or(TransformError::Locked)?;
         let began = engine.namespace.begin_rekey(credential, options);
         if let (false, Some(pending)) = (self.area.is_transforming(), engine.namespace.pending_transform()) {
             let backward = is_backward(&self.area, pending);
@@ -175,6 +175,30 @@ impl Volume {
         }
         engine.settled = began.is_ok();
         began
+    }
+
+    /// Makes the slot that `credential` opens the one that [`Self::begin_rekey`] gives a successor.
+    ///
+    /// # Errors
+    ///
+    /// [`TransformError::Credential`] when it opens none.
+    pub fn use_slot_of(&self, credential: &Credential) -> Result<(), TransformError> {
+        self.engine().as_mut().ok_or(TransformError::Locked)?.namespace.use_slot_of(credential)
+    }
+
+    /// The key slots besides the one that unlocked; none when the volume is locked.
+    #[must_use]
+    pub fn other_slots(&self) -> Vec<SlotInfo> {
+        self.engine().as_ref().map_or_else(Vec::new, |engine| engine.namespace.other_slots())
+    }
+
+    /// Records whether the re-key that is under way is to rest.
+    ///
+    /// # Errors
+    ///
+    /// [`TransformError::NotUnderWay`], and when the header cannot be written.
+    pub fn set_transform_paused(&self, paused: bool) -> Result<(), TransformError> {
+        self.engine().as_mut().ok_or(TransformError::Locked)?.namespace.set_transform_paused(paused)
     }
 
     /// How far the re-key has come that is under way.
@@ -201,7 +225,7 @@ impl Volume {
             return Err(MediaError::ReadOnly.into());
         }
         let window_bytes = window_bytes - window_bytes % WINDOW_STEP_BYTES;
-        self.engine().as_mut().ok_or(TransformError::NoHeader)?.step(&self.area, window_bytes)
+        self.engine().as_mut().ok_or(TransformError::Locked)?.step(&self.area, window_bytes)
     }
 
     pub(super) fn engine(&self) -> MutexGuard<'_, Option<Engine>> {

@@ -1,0 +1,214 @@
+//! `daxcrypt region` and `daxcrypt remove`: many namespaces in one file or device, each in a partition of its own.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::{Args, Subcommand};
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::erase;
+use super::error::Error;
+use super::output::{self, outln};
+use super::place::{self, PlaceArgs};
+use super::size::ByteSize;
+use crate::namespace::{self, CopyState, LockedNamespace, Region, RegionPartition};
+use crate::pmem::{Access, Allocation, Backing};
+
+#[derive(Args, Debug)]
+pub(crate) struct RegionCommandArgs {
+    #[command(subcommand)]
+    command: RegionCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum RegionCommand {
+    /// Make a region: a file or device with an empty partition table
+    Create(CreateArgs),
+    /// Show the namespaces of a region, and what is free
+    List(ListArgs),
+}
+
+#[derive(Args, Debug)]
+struct CreateArgs {
+    /// File or device; a file is made when it does not exist
+    path: PathBuf,
+    /// Size of a new file, such as 64G
+    #[arg(long)]
+    size: Option<ByteSize>,
+    /// Leave holes instead of allocating all blocks now
+    #[arg(long)]
+    sparse: bool,
+    /// Overwrite whatever is there
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Args, Debug)]
+struct ListArgs {
+    /// File or device with a region
+    path: PathBuf,
+    /// One JSON object, for scripts
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct RemoveArgs {
+    #[command(flatten)]
+    place: PlaceArgs,
+    /// Do not ask
+    #[arg(long)]
+    yes: bool,
+}
+
+pub(crate) fn run(args: &RegionCommandArgs) -> Result<(), Error> {
+    match &args.command {
+        RegionCommand::Create(args) => create(args),
+        RegionCommand::List(args) => list(args),
+    }
+}
+
+fn create(args: &CreateArgs) -> Result<(), Error> {
+    let path = &args.path;
+    let is_new = !path.exists();
+    let allocation = if args.sparse { Allocation::Sparse } else { Allocation::Full };
+    let opened = match (is_new, args.size) {
+        (true, Some(ByteSize(len_bytes))) => Backing::create(path, len_bytes, allocation),
+        (true, None) => {
+            let path = path.display();
+            return Err(Error::Usage(format!("{path} does not exist: say how large it is to be, such as --size 64G")));
+        }
+        (false, Some(_)) => return Err(Error::Usage(format!("{} exists: it is used whole", path.display()))),
+        (false, None) => Backing::open(path, Access::ReadWrite),
+    };
+    let backing = opened.map(Arc::new).map_err(|source| Error::Open { path: path.clone(), source })?;
+    let failed = |source| Error::Media { path: path.clone(), source };
+    if !args.force
+        && let Some(signature) = namespace::signature_found(&backing, 0).map_err(failed)?
+    {
+        return Err(Error::WouldOverwrite { path: path.clone(), signature });
+    }
+    let region = Region::create(backing).map_err(|source| {
+        if is_new {
+            let _ = std::fs::remove_file(path); // the first error is the one to report
+        }
+        Error::Region { path: path.clone(), source }
+    })?;
+    outln!("{}: region {}, {} free", path.display(), region.disk_guid(), ByteSize(free_bytes(&region)))
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Listing {
+    disk_guid: Uuid,
+    namespaces: Vec<Entry>,
+    others: Vec<Entry>,
+    free: Vec<Free>,
+    tables: [CopyState; 2],
+}
+
+/// A partition; of a namespace with what its header says.
+#[derive(Serialize)]
+struct Entry {
+    number: u32,
+    name: String,
+    start: u64,
+    len_bytes: u64,
+    uuid: Option<Uuid>,
+    label: Option<String>,
+    size_bytes: Option<u64>,
+    /// Why the header says nothing.
+    fault: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Free {
+    start: u64,
+    len_bytes: u64,
+}
+
+fn list(args: &ListArgs) -> Result<(), Error> {
+    let region = place::peek_table(&args.path)?;
+    let (ours, others): (Vec<_>, Vec<_>) = region.partitions().into_iter().partition(|partition| partition.is_ours);
+    let namespaces = ours.into_iter().map(|partition| namespace_entry(args, partition)).collect::<Result<_, _>>()?;
+    let free = region.free().into_iter().map(|free| Free { start: free.start, len_bytes: free.end - free.start });
+    let listing = Listing {
+        disk_guid: region.disk_guid(),
+        namespaces,
+        others: others.into_iter().map(Entry::of).collect(),
+        free: free.collect(),
+        tables: region.copies(),
+    };
+    if args.json {
+        return output::json(&listing);
+    }
+    outln!("{:<24} {:>14} {:>12} {:>12}  WHAT", "NAME", "START", "LENGTH", "SIZE")?;
+    for entry in &listing.namespaces {
+        let size = entry.size_bytes.map_or_else(|| "-".into(), |bytes| ByteSize(bytes).to_string());
+        let what = match (&entry.fault, entry.uuid) {
+            (Some(fault), _) => fault.clone(),
+            (None, uuid) => format!("namespace {}", uuid.unwrap_or_default()),
+        };
+        row(&entry.name, entry.start, entry.len_bytes, &size, &what)?;
+    }
+    for entry in &listing.others {
+        row(&entry.name, entry.start, entry.len_bytes, "-", "not a namespace of ours")?;
+    }
+    listing.free.iter().try_for_each(|free| row("", free.start, free.len_bytes, "-", "free"))
+}
+
+fn row(name: &str, start: u64, len_bytes: u64, size: &str, what: &str) -> Result<(), Error> {
+    // A name must not steer the terminal.
+    let (name, length) = (name.escape_debug().to_string(), ByteSize(len_bytes).to_string());
+    outln!("{name:<24} {start:>14} {length:>12} {size:>12}  {what}")
+}
+
+fn namespace_entry(args: &ListArgs, partition: RegionPartition) -> Result<Entry, Error> {
+    let mut path = args.path.clone().into_os_string();
+    path.push("#");
+    path.push(&partition.name);
+    let place = PlaceArgs { path: path.into(), header: None };
+    let mut entry = Entry::of(partition);
+    match LockedNamespace::open_in(place.peek()?) {
+        Ok(locked) => {
+            let header = locked.header();
+            entry.uuid = Some(header.uuid);
+            entry.label = Some(header.label.clone());
+            entry.size_bytes = Some(header.size_bytes);
+        }
+        Err(error) => entry.fault = Some(super::error::chain(&error)),
+    }
+    Ok(entry)
+}
+
+impl Entry {
+    fn of(partition: RegionPartition) -> Self {
+        let RegionPartition { number, name, range, .. } = partition;
+        let (start, len_bytes) = (range.start, range.end - range.start);
+        Self { number, name, start, len_bytes, uuid: None, label: None, size_bytes: None, fault: None }
+    }
+}
+
+fn free_bytes(region: &Region) -> u64 {
+    region.free().iter().map(|free| free.end - free.start).sum()
+}
+
+/// Destroys the keys of a namespace in a region, and gives its place back.
+pub(crate) fn remove(args: &RemoveArgs) -> Result<(), Error> {
+    let Some((path, name)) = args.place.in_region() else {
+        let path = args.place.path.display();
+        return Err(Error::Usage(format!("{path} is no namespace in a region: REGION#NAME is one")));
+    };
+    let failed = |source| Error::Region { path: path.into(), source };
+    // Locked as long as it is in the table.
+    let site = args.place.open(Access::ReadWrite)?;
+    let locked = LockedNamespace::open_in(site.clone()).ok();
+    if !args.yes {
+        erase::confirm(&args.place, locked.as_ref().map(LockedNamespace::header))?;
+    }
+    namespace::erase(&site).map_err(|source| Error::Erase { path: args.place.header_path().clone(), source })?;
+    let mut table = place::open_table(path)?;
+    table.remove(name).map_err(failed)?;
+    outln!("{}: removed namespace {name}, {} are free now", path.display(), ByteSize(free_bytes(&table)))
+}

@@ -1,0 +1,272 @@
+//! Regions: backings whose GPT gives each namespace a partition of its own.
+//!
+//! A namespace's base is the start of its partition, its name the partition's name. Partitions of ours have a type GUID of
+//! their own, and begin and end at multiples of 2 MiB; partitions of others are left alone. Every change of the table is
+//! old-or-new across a crash: the copy that readers rely on is written when the other one is durable.
+//!
+//! It makes and removes places, not namespaces: whoever removes a partition erases its header first.
+
+mod error;
+mod table;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use gpt::partition::Partition;
+use uuid::{Uuid, uuid};
+
+pub use self::error::{RegionError, TableFault};
+use self::table::Table;
+use super::area::CopyState;
+use super::error::Chain;
+use super::geometry::DATA_ALIGNMENT_BYTES;
+use crate::pmem::Backing;
+
+/// The partition type of a namespace.
+pub const REGION_PARTITION_TYPE: Uuid = uuid!("9d1f6b0e-5c4a-4f1b-8e57-3a2c64f7d0b1");
+
+/// What partitions of ours are aligned to, in bytes; the table is in front of the first multiple.
+pub const REGION_ALIGNMENT_BYTES: u64 = DATA_ALIGNMENT_BYTES;
+
+/// Most UTF-16 units of a name (UEFI specification, table 5-6).
+const NAME_UNITS_MAX: usize = 36;
+
+/// A backing with a partition table.
+#[derive(Debug)]
+pub struct Region {
+    backing: Arc<Backing>,
+    table: Table,
+}
+
+/// A partition of a region.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegionPartition {
+    /// Its number, from 1.
+    pub number: u32,
+    /// Its name, may be empty.
+    pub name: String,
+    /// Its bytes in the backing.
+    pub range: Range<u64>,
+    /// Whether it is of the type of a namespace.
+    pub is_ours: bool,
+}
+
+impl Region {
+    /// Writes a new, empty table over whatever is there.
+    ///
+    /// # Errors
+    ///
+    /// [`RegionError::TooSmall`]; [`RegionError::Media`] when it cannot be written.
+    pub fn create(backing: Arc<Backing>) -> Result<Self, RegionError> {
+        let len_bytes = backing.len_bytes();
+        // In front of the namespaces the table, one namespace with one unit, behind them the backup of the table.
+        let min_bytes = 4 * REGION_ALIGNMENT_BYTES;
+        if len_bytes < min_bytes {
+            return Err(RegionError::TooSmall { len_bytes, min_bytes });
+        }
+        let table = Table::create(&backing)?;
+        Ok(Self { backing, table })
+    }
+
+    /// Reads and checks the table.
+    ///
+    /// # Errors
+    ///
+    /// [`RegionError`]; partitions that overlap are among them.
+    pub fn open(backing: Arc<Backing>) -> Result<Self, RegionError> {
+        let table = Table::read(&backing)?;
+        let region = Self { backing, table };
+        region.check()?;
+        Ok(region)
+    }
+
+    /// The state of the primary and of the backup table, with the number of partitions as sequence.
+    #[must_use]
+    pub fn copies(&self) -> [CopyState; 2] {
+        let sequence = self.partitions().len() as u64;
+        self.table.faults().map(|fault| match fault {
+            None => CopyState::Good { sequence },
+            Some(fault) => CopyState::Bad { reason: Chain(fault).to_string() },
+        })
+    }
+
+    /// The identity of the table.
+    #[must_use]
+    pub const fn disk_guid(&self) -> Uuid {
+        self.table.disk_guid()
+    }
+
+    /// All partitions that are used, in the order of their numbers.
+    #[must_use]
+    pub fn partitions(&self) -> Vec<RegionPartition> {
+        let used = self.table.partitions.iter().filter(|(_, partition)| partition.is_used());
+        used.map(|(&number, partition)| self.describe(number, partition)).collect()
+    }
+
+    /// The namespace of that name.
+    ///
+    /// # Errors
+    ///
+    /// [`RegionError::NoSuchName`], and [`RegionError::NameTwice`] when it is not alone.
+    pub fn find(&self, name: &str) -> Result<RegionPartition, RegionError> {
+        let mut found = self.partitions().into_iter().filter(|partition| partition.is_ours && partition.name == name);
+        let first = found.next().ok_or_else(|| RegionError::NoSuchName { name: name.to_owned() })?;
+        match found.next() {
+            None => Ok(first),
+            Some(second) => Err(RegionError::NameTwice { first: first.number, second: second.number }),
+        }
+    }
+
+    /// Where there is room, in multiples of 2 MiB.
+    #[must_use]
+    pub fn free(&self) -> Vec<Range<u64>> {
+        let usable = self.table.usable_bytes();
+        let mut used: Vec<_> = self.partitions().into_iter().map(|partition| partition.range).collect();
+        used.sort_by_key(|range| range.start);
+        used.push(usable.end..usable.end);
+        let mut free = Vec::new();
+        let mut start = usable.start;
+        for range in used {
+            let aligned = start.next_multiple_of(REGION_ALIGNMENT_BYTES);
+            let end = range.start - range.start % REGION_ALIGNMENT_BYTES;
+            if aligned < end {
+                free.push(aligned..end);
+            }
+            start = start.max(range.end);
+        }
+        free
+    }
+
+    /// The first place where `len_bytes` bytes fit, rounded up to 2 MiB.
+    ///
+    /// # Errors
+    ///
+    /// [`RegionError::Full`].
+    pub fn place(&self, len_bytes: u64) -> Result<Range<u64>, RegionError> {
+        let free = self.free();
+        let wanted = len_bytes.checked_next_multiple_of(REGION_ALIGNMENT_BYTES);
+        let found = wanted.and_then(|wanted| {
+            let place = free.iter().find(|place| place.end - place.start >= wanted)?;
+            Some(place.start..place.start + wanted)
+        });
+        found.ok_or(RegionError::Full { wanted_bytes: len_bytes, free })
+    }
+
+    /// Enters a namespace's partition, which must be a part of the free places.
+    ///
+    /// # Errors
+    ///
+    /// [`RegionError::Name`], [`RegionError::NameInUse`], [`RegionError::Full`], [`RegionError::TableFull`]; the table is
+    /// as before unless the error is [`RegionError::Media`].
+    pub fn add(&mut self, name: &str, range: Range<u64>) -> Result<(), RegionError> {
+        self.check_name(name)?;
+        let is_free = |range: &Range<u64>| {
+            self.free().iter().any(|free| free.start <= range.start && range.end <= free.end && range.start < range.end)
+        };
+        if !is_free(&range) {
+            return Err(RegionError::Full { wanted_bytes: range.end - range.start, free: self.free() });
+        }
+        let number = self.table.free_number().ok_or(RegionError::TableFull)?;
+        let sectors = self.table.sectors(&range);
+        let partition = Partition {
+            part_type_guid: REGION_PARTITION_TYPE.into(),
+            part_guid: Uuid::new_v4(),
+            first_lba: sectors.start,
+            last_lba: sectors.end - 1,
+            flags: 0,
+            name: name.to_owned(),
+        };
+        self.change(|partitions| drop(partitions.insert(number, partition)))
+    }
+
+    /// Checks a name for a new namespace.
+    ///
+    /// # Errors
+    ///
+    /// [`RegionError::Name`], [`RegionError::NameInUse`].
+    pub fn check_name(&self, name: &str) -> Result<(), RegionError> {
+        let units = name.encode_utf16().count();
+        if units == 0 || units > NAME_UNITS_MAX || name.contains(char::is_control) {
+            return Err(RegionError::Name { units, max_units: NAME_UNITS_MAX });
+        }
+        match self.partitions().iter().find(|partition| partition.is_ours && partition.name == name) {
+            Some(partition) => Err(RegionError::NameInUse { number: partition.number }),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes a namespace's partition out of the table. What it holds is not touched.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::find`]; [`RegionError::Media`].
+    pub fn remove(&mut self, name: &str) -> Result<(), RegionError> {
+        let number = self.find(name)?.number;
+        self.change(|partitions| drop(partitions.remove(&number)))
+    }
+
+    /// Gives a namespace's partition another length, rounded up to 2 MiB, and gives its new range.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::find`]; [`RegionError::Full`] when what lies behind it is taken; [`RegionError::Media`].
+    pub fn resize(&mut self, name: &str, len_bytes: u64) -> Result<Range<u64>, RegionError> {
+        let present = self.find(name)?;
+        let free = self.free();
+        let full = || RegionError::Full { wanted_bytes: len_bytes, free: free.clone() };
+        let wanted = len_bytes.max(1).checked_next_multiple_of(REGION_ALIGNMENT_BYTES);
+        let end = wanted.and_then(|wanted| present.range.start.checked_add(wanted)).ok_or_else(full)?;
+        let behind =
+            free.iter().find(|free| free.start == present.range.end).map_or(present.range.end, |free| free.end);
+        if end > present.range.end.max(behind) {
+            return Err(full());
+        }
+        let range = present.range.start..end;
+        let last_lba = self.table.sectors(&range).end - 1;
+        self.change(|partitions| {
+            if let Some(partition) = partitions.get_mut(&present.number) {
+                partition.last_lba = last_lba;
+            }
+        })?;
+        Ok(range)
+    }
+
+    fn change(
+        &mut self,
+        change: impl FnOnce(&mut std::collections::BTreeMap<u32, Partition>),
+    ) -> Result<(), RegionError> {
+        let before = self.table.partitions.clone();
+        change(&mut self.table.partitions);
+        self.table.write(&self.backing).inspect_err(|_| self.table.partitions = before)
+    }
+
+    fn describe(&self, number: u32, partition: &Partition) -> RegionPartition {
+        RegionPartition {
+            number,
+            name: partition.name.clone(),
+            range: self.table.bytes(partition),
+            is_ours: partition.part_type_guid.guid == REGION_PARTITION_TYPE,
+        }
+    }
+
+    /// Partitions lie apart and where partitions may lie.
+    fn check(&self) -> Result<(), RegionError> {
+        let usable = self.table.usable_sectors();
+        for (&number, partition) in self.table.partitions.iter().filter(|(_, partition)| partition.is_used()) {
+            let (first, last) = (partition.first_lba, partition.last_lba);
+            if first > last || first < usable.start || last >= usable.end {
+                return Err(RegionError::OutOfBounds { number, first, last, usable });
+            }
+        }
+        let mut partitions = self.partitions();
+        partitions.sort_by_key(|partition| partition.range.start);
+        let mut neighbours = partitions.iter().zip(partitions.iter().skip(1));
+        match neighbours.find(|(one, other)| one.range.end > other.range.start) {
+            Some((one, other)) => Err(RegionError::Overlap { first: one.number, second: other.number }),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

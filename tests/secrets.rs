@@ -1,0 +1,240 @@
+//! Secrets are where they should be and nowhere else: the memory of a serving process, a core of it, and the memory of a
+//! process that has dropped its volume are searched byte by byte.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use common::{Bench, CHEAP_KDF, Server, noise, tool};
+use daxcrypt::namespace::{Credential, LockedNamespace};
+use daxcrypt::pmem::{Access, Backing};
+use daxcrypt::secret::SecretBytes;
+
+const ROLE: &str = "DAXCRYPT_TEST_ROLE";
+const CHUNK: usize = 1 << 20;
+
+/// What must not be found: the passphrase, the key file, and both halves of the volume key in pieces of an AES block.
+fn needles() -> Vec<(String, Vec<u8>)> {
+    let mut all = vec![("passphrase".to_owned(), passphrase()), ("key file".to_owned(), key_file()[..32].to_vec())];
+    for (index, piece) in volume_key().chunks(16).enumerate() {
+        all.push((format!("volume key, bytes {} on", 16 * index), piece.to_vec()));
+    }
+    all
+}
+
+/// Made when it is needed, so that no copy is in this very program.
+fn passphrase() -> Vec<u8> {
+    hex(&noise(79, 20)).into_bytes()
+}
+
+fn volume_key() -> Vec<u8> {
+    noise(77, 64)
+}
+
+fn key_file() -> Vec<u8> {
+    noise(78, 64)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// `vault.img` with the volume key above, which the passphrase and the key file open.
+fn vault() -> Bench {
+    let bench = Bench::new();
+    bench.secret("pass", &passphrase());
+    bench.secret("second.key", &key_file());
+    let (key, tweak) = (hex(&volume_key()[..32]), hex(&volume_key()[32..]));
+    bench.secret("spec", format!("type=user algorithm=aes-xts-256 key={key} tweak={tweak}").as_bytes());
+    let format = ["format", "vault.img", "--size", "4M", "--key-spec", "spec", "--passphrase-file", "pass"];
+    bench.run(&[&format[..], &CHEAP_KDF].concat()).succeeds();
+    let add = ["key", "add", "vault.img", "--passphrase-file", "pass", "--new-key-file", "second.key"];
+    bench.run(&add).succeeds();
+    bench
+}
+
+/// A piece of another process's memory.
+struct Mapping {
+    name: String,
+    start: u64,
+    end: u64,
+    /// Left out of core dumps (VmFlags `dd`).
+    is_not_dumped: bool,
+    /// Locked in RAM (VmFlags `lo`).
+    is_locked: bool,
+}
+
+fn mappings(pid: u32) -> Vec<Mapping> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let mut mappings: Vec<Mapping> = Vec::new();
+    for line in text.lines() {
+        let first = line.split_whitespace().next().unwrap_or("");
+        if let Some((start, end)) = first.split_once('-') {
+            let number = |digits| u64::from_str_radix(digits, 16).unwrap();
+            let (start, end, name) = (number(start), number(end), line.to_owned());
+            mappings.push(Mapping { name, start, end, is_not_dumped: false, is_locked: false });
+        } else if first == "VmFlags:" {
+            let mapping = mappings.last_mut().unwrap();
+            mapping.is_not_dumped = line.split_whitespace().any(|flag| flag == "dd");
+            mapping.is_locked = line.split_whitespace().any(|flag| flag == "lo");
+        }
+    }
+    assert!(mappings.len() > 10, "{text}");
+    mappings.retain(|mapping| !mapping.name.contains("[v")); // the kernel's pages
+    mappings
+}
+
+/// Every needle that a reader of a range holds, which is read in pieces that overlap.
+fn search(needles: &[(String, Vec<u8>)], start: u64, end: u64, read: impl Fn(&mut [u8], u64) -> bool) -> Vec<String> {
+    let longest = needles.iter().map(|(_, needle)| needle.len()).max().unwrap();
+    let (mut found, mut at) = (Vec::new(), start);
+    let mut buffer = vec![0; CHUNK + longest];
+    while at < end {
+        let len = usize::try_from((end - at).min(buffer.len() as u64)).unwrap();
+        if read(&mut buffer[..len], at) {
+            for (name, needle) in needles {
+                if contains(&buffer[..len], needle) {
+                    found.push(name.clone());
+                }
+            }
+        }
+        at += CHUNK as u64;
+    }
+    found
+}
+
+/// Looks for the first byte first, which is fast enough for hundreds of mebibytes.
+fn contains(bytes: &[u8], needle: &[u8]) -> bool {
+    let mut rest = bytes;
+    while let Some(at) = memchr(needle[0], rest) {
+        if rest[at..].starts_with(needle) {
+            return true;
+        }
+        rest = &rest[at + 1..];
+    }
+    false
+}
+
+fn memchr(byte: u8, bytes: &[u8]) -> Option<usize> {
+    bytes.iter().position(|&other| other == byte)
+}
+
+/// What was found where in a process, outside of the backing's mapping.
+fn in_process(pid: u32, needles: &[(String, Vec<u8>)]) -> Vec<(String, Mapping)> {
+    let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
+    let mut all = Vec::new();
+    for mapping in mappings(pid).into_iter().filter(|mapping| !mapping.name.contains("vault.img")) {
+        // Guard pages and the like cannot be read, and hold nothing.
+        let read = |buffer: &mut [u8], at| memory.read_exact_at(buffer, at).is_ok();
+        for name in search(needles, mapping.start, mapping.end, read) {
+            all.push((name, Mapping { name: mapping.name.clone(), ..mapping }));
+        }
+    }
+    all
+}
+
+fn describe(found: &[(String, Mapping)]) -> Vec<String> {
+    found.iter().map(|(needle, mapping)| format!("{needle} in {}", mapping.name)).collect()
+}
+
+#[test]
+fn a_server_keeps_its_key_on_locked_pages_and_out_of_its_core_and_its_logs() {
+    let bench = vault();
+    for key in [["--passphrase-file", "pass"], ["--key-file", "second.key"]] {
+        let socket = bench.path("vault.sock");
+        let log = File::create(bench.path("log")).unwrap();
+        let args = ["serve", "vault.img", "--log", "trace", "--socket", socket.to_str().unwrap(), key[0], key[1]];
+        let mut command = bench.command(&args);
+        command.stderr(log);
+        let server = Server::start(command, socket.clone());
+        fs::write(bench.path("in.img"), noise(1, 4 << 20)).unwrap();
+        tool("nbdcopy", &[bench.path("in.img").to_str().unwrap(), &server.uri("vault")]);
+        let pid = server.child.id();
+
+        let found = in_process(pid, &needles());
+        let described = describe(&found);
+        assert!(found.iter().all(|(needle, _)| needle.starts_with("volume key")), "{described:#?}");
+        assert!(!found.is_empty(), "the search finds the key schedule, so it works");
+        assert!(found.iter().all(|(_, mapping)| mapping.is_not_dumped && mapping.is_locked), "{described:#?}");
+
+        let core = bench.path("core");
+        tool("gcore", &["-o", core.to_str().unwrap(), &pid.to_string()]);
+        let core = bench.path(&format!("core.{pid}"));
+        let file = File::open(&core).unwrap();
+        let len = file.metadata().unwrap().len();
+        assert!(len > 1 << 20, "a core of {len} bytes");
+        let read = |buffer: &mut [u8], at| file.read_exact_at(buffer, at).is_ok();
+        assert_eq!(search(&needles(), 0, len, read), Vec::<String>::new(), "in the core");
+        assert_eq!(
+            search(&[("label".into(), b"vault.img".to_vec())], 0, len, read)[..1],
+            ["label"],
+            "the search works"
+        );
+        fs::remove_file(core).unwrap();
+
+        for file in ["cmdline", "environ"] {
+            let bytes = fs::read(format!("/proc/{pid}/{file}")).unwrap();
+            assert!(needles().iter().all(|(_, needle)| !contains(&bytes, needle)), "{file}");
+        }
+        server.stop();
+        let log = fs::read(bench.path("log")).unwrap();
+        assert!(log.len() > 100, "trace logs something");
+        for (name, needle) in needles() {
+            assert!(!contains(&log, &needle) && !contains(&log, hex(&needle).as_bytes()), "{name} in the log");
+        }
+    }
+}
+
+#[test]
+fn nothing_is_left_of_a_key_when_its_volume_is_dropped() {
+    let bench = vault();
+    for (role, file) in [("passphrase", "pass"), ("key file", "second.key")] {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "child", "--ignored", "--nocapture", "--test-threads=1"]);
+        command
+            .env(ROLE, role)
+            .env("DAXCRYPT_TEST_KEY", bench.path(file))
+            .env("DAXCRYPT_TEST_PATH", bench.path("vault.img"));
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut wait_for = |mark: &str| assert!(lines.by_ref().any(|line| line.unwrap().contains(mark)), "no {mark}");
+        wait_for("unlocked");
+        let found = in_process(child.id(), &needles());
+        assert!(!found.is_empty(), "while the volume is there, its key is found");
+        // One line lets it go on.
+        use std::io::Write;
+        child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+        wait_for("dropped");
+        let found = describe(&in_process(child.id(), &needles()));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(found, Vec::<String>::new(), "after the drop, {role}");
+    }
+}
+
+/// The process that is searched: it reads the key straight to secret memory, as the program does.
+#[test]
+#[ignore = "started by another test"]
+fn child() {
+    let Ok(role) = std::env::var(ROLE) else { return };
+    let path = |name: &str| std::env::var_os(name).unwrap();
+    let mut file = File::open(path("DAXCRYPT_TEST_KEY")).unwrap();
+    let mut key = SecretBytes::zeroed(usize::try_from(file.metadata().unwrap().len()).unwrap());
+    file.read_exact(&mut key).unwrap();
+    let credential = if role == "passphrase" { Credential::Passphrase(key) } else { Credential::KeyFile(key) };
+    let backing = Backing::open(Path::new(&path("DAXCRYPT_TEST_PATH")), Access::ReadWrite).unwrap();
+    let volume = LockedNamespace::open(Arc::new(backing)).unwrap().unlock(&credential).unwrap();
+    volume.write_at(&[1; 5000], 100).unwrap();
+    volume.flush().unwrap();
+    println!("unlocked");
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+    drop((volume, credential));
+    println!("dropped");
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+}
