@@ -207,7 +207,8 @@ unsafe fn raw_persist(line: *mut u64, value: u64) {
 
 fn persist(folder: &Path) {
     const LEN: u64 = 64 * MIB;
-    const COUNT: u64 = 200_000;
+    // Rounds are shorter than a time slice, so that the median is one that nobody interrupted.
+    const COUNT: u64 = 2_000;
     let volume = in_tmpfs(folder, LEN);
     let map = volume.map(0..LEN, &writable()).unwrap();
     map.prefetch(0..LEN).unwrap();
@@ -228,13 +229,14 @@ fn persist(folder: &Path) {
     // The lines of 256 KiB in turns, as a log does, and lines far apart.
     for (name, step, span) in [("256 KiB in order", 64, 256 << 10), ("64 MiB strided", 4096 + 64, LEN)] {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-        for _ in 0..9 {
-            let mut next = (0..COUNT).map(|index| index * step % span / 64 * 64);
+        for round in 0..401 {
+            let offsets = move |index| (round * COUNT + index) * step % span / 64 * 64;
+            let mut next = (0..COUNT).map(offsets);
             let raw_seconds = seconds(|| {
                 // SAFETY: every offset is that of a line of the mapping.
                 next.by_ref().for_each(|offset| unsafe { raw_persist(raw.byte_add(offset as usize), offset) });
             });
-            let mut next = (0..COUNT).map(|index| index * step % span / 64 * 64);
+            let mut next = (0..COUNT).map(offsets);
             let our_seconds = seconds(|| {
                 next.by_ref().for_each(|offset| {
                     // SAFETY: within the map, and nobody else stores there.

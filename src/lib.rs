@@ -63,6 +63,7 @@ pub mod namespace;
 pub mod nbd_server;
 pub mod pmem;
 pub mod secret;
+mod sync;
 pub mod volume;
 #[doc = include_str!("what_happens_when.md")]
 pub mod what_happens_when {}

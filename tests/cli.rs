@@ -4,10 +4,9 @@
 mod common;
 
 use std::fs;
-use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use common::{Bench, CHEAP_KDF, Run, noise, tool, tool_command};
 
@@ -27,20 +26,6 @@ fn vault() -> Bench {
     let bench = Bench::new();
     bench.format("vault.img", "8M", &[]);
     bench
-}
-
-fn secret(bench: &Bench, name: &str, content: &[u8]) {
-    fs::write(bench.path(name), content).unwrap();
-    fs::set_permissions(bench.path(name), fs::Permissions::from_mode(0o600)).unwrap();
-}
-
-/// Runs the command with `input` on its standard input.
-fn with_input(mut command: Command, input: &[u8]) -> Run {
-    let (reader, mut writer) = std::io::pipe().unwrap();
-    command.stdin(reader);
-    writer.write_all(input).unwrap();
-    drop(writer);
-    Run::of(command)
 }
 
 fn edit(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
@@ -74,14 +59,6 @@ fn forge(path: &Path, from: &str, to: &str) {
     });
 }
 
-/// Runs `args`, which must fail so and leave `vault.img` as it is.
-#[track_caller]
-fn refused(bench: &Bench, args: &[&str], code: i32, words: &[&str]) {
-    let before = fs::read(bench.path("vault.img")).unwrap();
-    bench.run(args).fails(code, words);
-    assert!(fs::read(bench.path("vault.img")).unwrap() == before, "{args:?} changed the namespace");
-}
-
 fn dmtable(key: [&'static str; 2]) -> Vec<&'static str> {
     vec!["dmtable", "vault.img", key[0], key[1]]
 }
@@ -89,32 +66,32 @@ fn dmtable(key: [&'static str; 2]) -> Vec<&'static str> {
 #[test]
 fn a_wrong_key_file_or_passphrase_is_exit_2() {
     let bench = vault();
-    secret(&bench, "wrong.key", &[9; 64]);
-    secret(&bench, "pass", b"correct horse\n");
-    secret(&bench, "wrong", b"battery staple\n");
-    refused(&bench, &dmtable(["--key-file", "wrong.key"]), 2, &["cannot unlock vault.img", "none of 1 key slots"]);
-    refused(&bench, &dmtable(["--passphrase-file", "pass"]), 2, &["no key slot is of that kind", "1 key-file"]);
+    bench.secret("wrong.key", &[9; 64]);
+    bench.secret("pass", b"correct horse\n");
+    bench.secret("wrong", b"battery staple\n");
+    bench.refused(&dmtable(["--key-file", "wrong.key"]), 2, &["cannot unlock vault.img", "none of 1 key slots"]);
+    bench.refused(&dmtable(["--passphrase-file", "pass"]), 2, &["no key slot is of that kind", "1 key-file"]);
     let serve = ["serve", "vault.img", "--key-file", "wrong.key", "--socket", "vault.sock"];
-    refused(&bench, &serve, 2, &["try another passphrase"]);
+    bench.refused(&serve, 2, &["try another passphrase"]);
     assert!(!bench.path("vault.sock").exists(), "nothing listens for a namespace that did not unlock");
 
     fs::remove_file(bench.path("vault.img")).unwrap();
     let mut args = vec!["format", "vault.img", "--size", "4M", "--passphrase-file", "pass"];
     args.extend(CHEAP_KDF);
     bench.run(&args).succeeds();
-    refused(&bench, &dmtable(["--passphrase-file", "wrong"]), 2, &["wrong passphrase or key file"]);
-    refused(&bench, &dmtable(KEY), 2, &["no key slot is of that kind", "1 passphrase"]);
+    bench.refused(&dmtable(["--passphrase-file", "wrong"]), 2, &["wrong passphrase or key file"]);
+    bench.refused(&dmtable(KEY), 2, &["no key slot is of that kind", "1 passphrase"]);
     bench.run(&dmtable(["--passphrase-file", "pass"])).succeeds();
 }
 
 #[test]
 fn a_key_file_that_is_short_or_missing_is_told_with_the_cure() {
     let bench = vault();
-    secret(&bench, "short.key", &[1; 31]);
+    bench.secret("short.key", &[1; 31]);
     let short = ["has 31 bytes, but must have 32 to 8388608", "head -c 64 /dev/urandom"];
-    refused(&bench, &dmtable(["--key-file", "short.key"]), 1, &short);
-    refused(&bench, &dmtable(["--key-file", "none.key"]), 1, &["none.key", "No such file", "head -c 64 /dev/urandom"]);
-    refused(&bench, &dmtable(["--passphrase-file", "none"]), 1, &["passphrase file none", "No such file"]);
+    bench.refused(&dmtable(["--key-file", "short.key"]), 1, &short);
+    bench.refused(&dmtable(["--key-file", "none.key"]), 1, &["none.key", "No such file", "head -c 64 /dev/urandom"]);
+    bench.refused(&dmtable(["--passphrase-file", "none"]), 1, &["passphrase file none", "No such file"]);
     bench.run(&["format", "new.img", "--size", "4M", "--key-file", "none.key"]).fails(1, &["none.key"]);
     assert!(!bench.path("new.img").exists(), "a key that is not there leaves no file behind");
 }
@@ -138,13 +115,13 @@ fn what_is_not_a_namespace_is_exit_3() {
         (Vec::new(), &["0 bytes"]),
     ] {
         fs::write(bench.path("vault.img"), content).unwrap();
-        refused(&bench, &["info", "vault.img"], 3, words);
-        refused(&bench, &dmtable(KEY), 3, words);
+        bench.refused(&["info", "vault.img"], 3, words);
+        bench.refused(&dmtable(KEY), 3, words);
     }
     let mut luks = vec![0; 4 * MIB];
     luks[..6].copy_from_slice(b"LUKS\xba\xbe");
     fs::write(bench.path("vault.img"), luks).unwrap();
-    refused(&bench, &["info", "vault.img"], 3, &["not a daxcrypt namespace (a LUKS volume was found)"]);
+    bench.refused(&["info", "vault.img"], 3, &["not a daxcrypt namespace (a LUKS volume was found)"]);
     bench.run(&["info", "none.img"]).fails(1, &["cannot open none.img", "no such file"]);
     bench.run(&["info", "/dev/null"]).fails(1, &["cannot open /dev/null", "can be mapped"]);
 }
@@ -174,8 +151,8 @@ fn two_damaged_header_copies_are_told_apart() {
         bytes[COPIES[1] + 200] ^= 1;
     });
     let words = ["both copies of the header are damaged", "copy A: it does not begin", "copy B: its CRC-32 is"];
-    refused(&bench, &["info", "vault.img"], 3, &words);
-    refused(&bench, &dmtable(KEY), 3, &words);
+    bench.refused(&["info", "vault.img"], 3, &words);
+    bench.refused(&dmtable(KEY), 3, &words);
 }
 
 #[test]
@@ -186,10 +163,10 @@ fn a_header_from_the_future_is_left_alone() {
         bytes[COPIES[1] + 8] = 2;
         fix_crc(&mut bytes[COPIES[1]..COPIES[1] + COPY_BYTES]);
     });
-    refused(&bench, &dmtable(KEY), 3, &["format version 2", "knows version 1 only"]);
+    bench.refused(&dmtable(KEY), 3, &["format version 2", "knows version 1 only"]);
     let bench = vault();
     forge(&bench.path("vault.img"), "\"requirements\":[]", "\"requirements\":[\"time-travel\"]");
-    refused(&bench, &dmtable(KEY), 3, &["requires the feature \"time-travel\""]);
+    bench.refused(&dmtable(KEY), 3, &["requires the feature \"time-travel\""]);
 }
 
 #[test]
@@ -207,12 +184,12 @@ fn geometry_that_does_not_fit_is_exit_3() {
     ] {
         let bench = vault();
         forge(&bench.path("vault.img"), from, to);
-        refused(&bench, &["info", "vault.img"], 3, words);
-        refused(&bench, &dmtable(KEY), 3, words);
+        bench.refused(&["info", "vault.img"], 3, words);
+        bench.refused(&dmtable(KEY), 3, words);
     }
     let bench = vault();
     fs::File::options().write(true).open(bench.path("vault.img")).unwrap().set_len(9 << 20).unwrap();
-    refused(&bench, &dmtable(KEY), 3, &["needs 10485760 bytes", "9437184"]);
+    bench.refused(&dmtable(KEY), 3, &["needs 10485760 bytes", "9437184"]);
 }
 
 #[test]
@@ -225,18 +202,18 @@ fn forged_metadata_is_found_out() {
         let bench = vault();
         forge(&bench.path("vault.img"), from, to);
         bench.run(&["info", "vault.img"]).succeeds();
-        refused(&bench, &dmtable(KEY), 3, &["forged or damaged", "MAC"]);
+        bench.refused(&dmtable(KEY), 3, &["forged or damaged", "MAC"]);
     }
     // What the slots are bound to: not even the key unwraps.
     let bench = vault();
     forge(&bench.path("vault.img"), "\"size_bytes\":8388608", "\"size_bytes\":4194304");
-    refused(&bench, &dmtable(KEY), 2, &["none of 1 key slots"]);
+    bench.refused(&dmtable(KEY), 2, &["none of 1 key slots"]);
 }
 
 #[test]
 fn a_costly_argon2_is_refused_before_it_runs() {
     let bench = Bench::new();
-    secret(&bench, "pass", b"correct horse");
+    bench.secret("pass", b"correct horse");
     let mut args = vec!["format", "vault.img", "--size", "4M", "--passphrase-file", "pass"];
     args.extend(CHEAP_KDF);
     bench.run(&args).succeeds();
@@ -248,7 +225,7 @@ fn a_costly_argon2_is_refused_before_it_runs() {
     ] {
         fs::write(bench.path("vault.img"), &good).unwrap();
         forge(&bench.path("vault.img"), from, to);
-        refused(&bench, &dmtable(["--passphrase-file", "pass"]), 3, words);
+        bench.refused(&dmtable(["--passphrase-file", "pass"]), 3, words);
     }
     let costs = ["format", "new.img", "--size", "4M", "--passphrase-file", "pass", "--kdf-memory", "8G"];
     bench.run(&costs).fails(1, &["8388608", "4194304"]);
@@ -331,16 +308,16 @@ fn format_overwrites_nothing_that_looks_like_data() {
     ] {
         fs::write(bench.path("vault.img"), image).unwrap();
         let format = ["format", "vault.img", KEY[0], KEY[1]];
-        refused(&bench, &format, 1, &["vault.img already holds data", what, "try: --force"]);
+        bench.refused(&format, 1, &["vault.img already holds data", what, "try: --force"]);
         bench.run(&[&format[..], &["--force"]].concat()).succeeds();
         bench.run(&dmtable(KEY)).succeeds();
     }
     fs::write(bench.path("vault.img"), vec![0; 8 * MIB]).unwrap();
     let too_large = ["format", "vault.img", KEY[0], KEY[1], "--size", "8M"];
-    refused(&bench, &too_large, 1, &["needs 10485760 bytes", "8388608"]);
+    bench.refused(&too_large, 1, &["needs 10485760 bytes", "8388608"]);
     bench.run(&["format", "vault.img", KEY[0], KEY[1]]).succeeds();
     fs::write(bench.path("vault.img"), vec![0; MIB]).unwrap();
-    refused(&bench, &["format", "vault.img", KEY[0], KEY[1]], 1, &["1048576 bytes are too few"]);
+    bench.refused(&["format", "vault.img", KEY[0], KEY[1]], 1, &["1048576 bytes are too few"]);
 }
 
 #[test]
@@ -376,16 +353,16 @@ fn dmtable_hides_the_key_unless_asked() {
 #[test]
 fn a_passphrase_comes_from_a_file_or_standard_input_but_not_from_nowhere() {
     let bench = Bench::new();
-    secret(&bench, "pass", b"correct horse\n");
+    bench.secret("pass", b"correct horse\n");
     let mut args = vec!["format", "vault.img", "--size", "4M", "--passphrase-file", "-"];
     args.extend(CHEAP_KDF);
-    with_input(bench.command(&args), b"correct horse").succeeds();
+    Run::with_input(bench.command(&args), b"correct horse").succeeds();
     bench.run(&dmtable(["--passphrase-file", "pass"])).succeeds();
     let stdin = dmtable(["--passphrase-file", "-"]);
-    with_input(bench.command(&stdin), b"correct horse\n").succeeds();
-    with_input(bench.command(&stdin), b"correct horse\n\n").fails(2, &["wrong passphrase"]);
-    with_input(bench.command(&stdin), b"\n").fails(1, &["the passphrase is empty"]);
-    with_input(bench.command(&["dmtable", "vault.img"]), b"correct horse\n")
+    Run::with_input(bench.command(&stdin), b"correct horse\n").succeeds();
+    Run::with_input(bench.command(&stdin), b"correct horse\n\n").fails(2, &["wrong passphrase"]);
+    Run::with_input(bench.command(&stdin), b"\n").fails(1, &["the passphrase is empty"]);
+    Run::with_input(bench.command(&["dmtable", "vault.img"]), b"correct horse\n")
         .fails(1, &["cannot ask for a passphrase", "not a terminal", "--passphrase-file"]);
 }
 

@@ -4,9 +4,6 @@
 mod common;
 
 use std::fs;
-use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
-use std::process::Command;
 
 use common::{Bench, CHEAP_KDF, Run};
 
@@ -19,8 +16,7 @@ fn vault() -> Bench {
     let bench = Bench::new();
     bench.format("vault.img", "4M", &[]);
     for (name, content) in [("desk", &b"correct horse\n"[..]), ("other", b"battery staple"), ("second.key", &[8; 32])] {
-        fs::write(bench.path(name), content).unwrap();
-        fs::set_permissions(bench.path(name), fs::Permissions::from_mode(0o600)).unwrap();
+        bench.secret(name, content);
     }
     bench
 }
@@ -32,17 +28,7 @@ fn key(bench: &Bench, command: &str, more: &[&[&str]]) -> Run {
 /// Runs it; `vault.img` must stay as it is.
 #[track_caller]
 fn refused(bench: &Bench, command: &str, more: &[&[&str]], code: i32, words: &[&str]) {
-    let before = fs::read(bench.path("vault.img")).unwrap();
-    key(bench, command, more).fails(code, words);
-    assert!(fs::read(bench.path("vault.img")).unwrap() == before, "key {command} {more:?} changed the namespace");
-}
-
-fn with_input(mut command: Command, input: &[u8]) -> Run {
-    let (reader, mut writer) = std::io::pipe().unwrap();
-    command.stdin(reader);
-    writer.write_all(input).unwrap();
-    drop(writer);
-    Run::of(command)
+    bench.refused(&[&["key", command, "vault.img"][..], &more.concat()].concat(), code, words);
 }
 
 #[test]
@@ -121,7 +107,7 @@ fn the_last_slot_and_the_slot_in_use_go_by_force_only() {
 fn passphrases_come_from_standard_input_one_at_a_time() {
     let bench = vault();
     let add = [&["key", "add", "vault.img"][..], &KEY, &["--new-passphrase-file", "-"], &CHEAP_KDF].concat();
-    with_input(bench.command(&add), b"correct horse\n").succeeds();
+    Run::with_input(bench.command(&add), b"correct horse\n").succeeds();
     key(&bench, "test", &[&DESK]).succeeds();
     let both = [&["--passphrase-file", "-"][..], &["--new-passphrase-file", "-"]];
     refused(&bench, "change", &both, 1, &["only one passphrase can come from standard input"]);
@@ -133,10 +119,10 @@ fn erase_asks_for_the_label_and_leaves_no_header() {
     let bench = vault();
     let erase = || bench.command(&["erase", "vault.img"]);
     let before = fs::read(bench.path("vault.img")).unwrap();
-    with_input(erase(), b"other\n").fails(1, &["type its label (vault)", "nothing was erased"]);
-    with_input(erase(), b"").fails(1, &["nothing was erased"]);
+    Run::with_input(erase(), b"other\n").fails(1, &["type its label (vault)", "nothing was erased"]);
+    Run::with_input(erase(), b"").fails(1, &["nothing was erased"]);
     assert!(fs::read(bench.path("vault.img")).unwrap() == before);
-    let run = with_input(erase(), b"vault\n").succeeds();
+    let run = Run::with_input(erase(), b"vault\n").succeeds();
     assert!(run.stdout.contains("Backups of the header"), "{}", run.stdout);
     let after = fs::read(bench.path("vault.img")).unwrap();
     assert!(after[..2 << 20].iter().all(|&byte| byte == 0));
@@ -145,4 +131,143 @@ fn erase_asks_for_the_label_and_leaves_no_header() {
     bench.format("more.img", "4M", &[]);
     bench.run(&["erase", "more.img", "--yes"]).succeeds();
     bench.run(&["erase", "more.img", "--yes"]).fails(3, &["not a daxcrypt namespace"]);
+}
+
+#[test]
+fn a_removed_or_changed_slot_leaves_no_byte_behind() {
+    let bench = vault();
+    key(&bench, "add", &[&KEY, &NEW_DESK, &CHEAP_KDF]).succeeds();
+    // What only slot 1 holds: hexadecimal strings of its metadata, in both copies.
+    let of_slot = |id: u64| -> Vec<String> {
+        let bytes = fs::read(bench.path("vault.img")).unwrap();
+        let start = 128;
+        let len = u32::from_le_bytes(bytes[16..20].try_into().unwrap()) as usize;
+        let metadata: serde_json::Value = serde_json::from_slice(&bytes[start..start + len]).unwrap();
+        let slot = metadata["slots"].as_array().unwrap().iter().find(|slot| slot["id"] == id).unwrap().clone();
+        ["salt", "nonce", "wrapped", "rewrap"].map(|field| slot[field].as_str().unwrap().to_owned()).into()
+    };
+    let left = |strings: &[String]| {
+        let bytes = fs::read(bench.path("vault.img")).unwrap();
+        let found = |text: &String| bytes.windows(text.len()).filter(|window| *window == text.as_bytes()).count();
+        strings.iter().map(found).sum::<usize>()
+    };
+    let first = of_slot(1);
+    assert_eq!(left(&first), 8, "four strings in two copies");
+    key(&bench, "change", &[&KEY, &["--new-passphrase-file", "other", "--slot", "1"], &CHEAP_KDF]).succeeds();
+    assert_eq!(left(&first), 0);
+    let second = of_slot(1);
+    assert_eq!(left(&second), 8);
+    key(&bench, "remove", &[&KEY, &["--slot", "1"]]).succeeds();
+    assert_eq!(left(&second), 0);
+}
+
+#[test]
+fn a_recovery_phrase_is_printed_once_and_opens_its_slot() {
+    let bench = vault();
+    let added = key(&bench, "add", &[&KEY, &["--recovery-key"]]).succeeds().stdout;
+    let phrase = added.lines().last().unwrap();
+    assert_eq!((phrase.len(), phrase.split('-').count()), (47, 8), "{added}");
+    bench.secret("phrase", phrase.as_bytes());
+    let test = key(&bench, "test", &[&["--passphrase-file", "phrase"]]).succeeds();
+    assert_eq!(test.stdout.trim(), "key slot 1 opens with it");
+    assert!(key(&bench, "list", &[]).succeeds().stdout.contains("(recovery)"));
+    let made =
+        bench.run(&["format", "two.img", "--size", "4M", "--key-file", "vault.key", "--recovery-key"]).succeeds();
+    let other = made.stdout.lines().last().unwrap().to_owned();
+    assert_ne!(other, phrase);
+    bench.secret("other.phrase", other.as_bytes());
+    bench.run(&["key", "test", "two.img", "--passphrase-file", "other.phrase"]).succeeds();
+    bench.run(&["key", "test", "two.img", "--key-file", "vault.key"]).succeeds();
+    refused(&bench, "add", &[&KEY, &NEW_DESK, &["--recovery-key"]], 1, &["cannot be used with"]);
+}
+
+#[test]
+fn a_volume_key_in_escrow_unlocks_when_no_slot_does() {
+    let bench = vault();
+    let dump = ["--volume-key-file", "vault.escrow"];
+    let run = key(&bench, "dump", &[&KEY, &dump]).succeeds();
+    assert!(run.stderr.contains("vault.escrow decrypts everything"), "{}", run.stderr);
+    let escrow = fs::read(bench.path("vault.escrow")).unwrap();
+    assert_eq!(escrow.len(), 64);
+    let mode =
+        std::os::unix::fs::PermissionsExt::mode(&fs::metadata(bench.path("vault.escrow")).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    let line = bench.run(&["dmtable", "vault.img", "--key-file", "vault.key", "--show-key"]).succeeds().stdout;
+    let hex: String = escrow.iter().map(|byte| format!("{byte:02x}")).collect();
+    assert!(line.contains(&hex), "the file is dm-crypt's key");
+    refused(&bench, "dump", &[&KEY, &dump], 1, &["vault.escrow", "exists"]);
+
+    key(&bench, "remove", &[&KEY, &["--slot", "0", "--force"]]).succeeds();
+    let by_escrow = ["--escrow-file", "vault.escrow"];
+    assert!(key(&bench, "test", &[&by_escrow]).succeeds().stdout.contains("the volume key is that"));
+    key(&bench, "add", &[&by_escrow, &["--new-key-file", "second.key"]]).succeeds();
+    key(&bench, "test", &[&["--key-file", "second.key"]]).succeeds();
+    refused(&bench, "change", &[&by_escrow, &["--new-key-file", "vault.key"]], 1, &["--slot"]);
+
+    bench.secret("wrong.escrow", &(0..64).collect::<Vec<u8>>());
+    refused(&bench, "test", &[&["--escrow-file", "wrong.escrow"]], 2, &["not the volume key of this namespace"]);
+    bench.secret("short.escrow", &[1; 31]);
+    refused(&bench, "test", &[&["--escrow-file", "short.escrow"]], 1, &["31 bytes"]);
+    bench.run(&["format", "new.img", "--size", "4M", "--escrow-file", "vault.escrow"]).fails(1, &["cannot be the key"]);
+}
+
+#[test]
+fn the_volume_key_can_be_specified_in_the_words_of_mktme() {
+    let bench = vault();
+    let (key_half, tweak_half) = ("000102030405060708090a0b0c0d0e0f", "f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff");
+    let format = ["format", "mk.img", "--size", "4M", "--key-file", "vault.key", "--key-spec", "spec"];
+    bench.secret("spec", format!("type=user algorithm=aes-xts-128 key={key_half} tweak={tweak_half}\n").as_bytes());
+    assert!(bench.run(&format).succeeds().stdout.contains("aes-128-xts"));
+    let line = bench.run(&["dmtable", "mk.img", "--key-file", "vault.key", "--show-key"]).succeeds().stdout;
+    assert!(line.contains(&format!(" {key_half}{tweak_half} ")), "{line}");
+
+    bench.secret("spec", format!("type=cpu algorithm=aes-xts-256 key={}", "ff".repeat(32)).as_bytes());
+    let force = [&format[..], &["--force"]].concat();
+    let mut keys = Vec::new();
+    for _ in 0..2 {
+        assert!(bench.run(&force).succeeds().stdout.contains("aes-256-xts"));
+        keys.push(bench.run(&["dmtable", "mk.img", "--key-file", "vault.key", "--show-key"]).succeeds().stdout);
+    }
+    assert_ne!(keys[0], keys[1], "entropy does not make it less random");
+    assert!(!keys[0].contains(&"ff".repeat(32)));
+
+    let before = fs::read(bench.path("mk.img")).unwrap();
+    for (spec, word) in [
+        ("type=user algorithm=aes-xts-128 tweak=00", "option `key` is missing"),
+        ("type=user type=cpu", "option `type` is repeated"),
+        ("type=user algorithm=null", "option `algorithm`"),
+        ("type=user algorithm=aes-xts-128 key=00 tweak=01", "option `key` has 2 digits"),
+        ("type=user iv=3", "word 2"),
+    ] {
+        bench.secret("spec", spec.as_bytes());
+        bench.run(&force).fails(1, &["key specification spec", word]);
+    }
+    bench.run(&[&force[..], &["--cipher", "aes-128-xts"]].concat()).fails(1, &["cannot be used with"]);
+    assert!(fs::read(bench.path("mk.img")).unwrap() == before);
+}
+
+#[test]
+fn an_ephemeral_namespace_needs_no_key_and_forgets() {
+    let bench = vault();
+    bench.run(&["format", "swap.img", "--size", "4M", "--ephemeral"]).succeeds();
+    assert!(bench.run(&["info", "swap.img"]).succeeds().stdout.contains("ephemeral"));
+    let socket = bench.path("swap.sock");
+    let serve = ["serve", "swap.img", "--socket", socket.to_str().unwrap()];
+    let mut contents = Vec::new();
+    for _ in 0..2 {
+        let server = common::Server::start(bench.command(&serve), socket.clone());
+        common::tool("nbdcopy", &[server.uri("swap"), bench.path("out.img").to_str().unwrap().to_owned()]);
+        contents.push(fs::read(bench.path("out.img")).unwrap());
+        fs::remove_file(bench.path("out.img")).unwrap();
+        server.stop();
+    }
+    assert_ne!(contents[0], contents[1], "each opening has another key");
+    let dump = ["key", "dump", "swap.img", "--volume-key-file", "swap.escrow"];
+    bench.run(&dump).fails(1, &["swap.img is ephemeral"]);
+    assert!(!bench.path("swap.escrow").exists());
+    bench.run(&["key", "add", "swap.img", "--new-key-file", "second.key"]).fails(1, &["ephemeral"]);
+    bench.run(&["key", "test", "swap.img", "--key-file", "vault.key"]).fails(1, &["ephemeral", "without a key"]);
+    bench
+        .run(&["format", "x.img", "--size", "4M", "--ephemeral", "--key-file", "vault.key"])
+        .fails(1, &["cannot be used with"]);
 }

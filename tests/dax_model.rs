@@ -58,11 +58,12 @@ impl Worker {
         self.random.below(end / THREADS) * THREADS + self.id
     }
 
-    fn run(&mut self, volume: &Arc<Volume>, options: &MapOptions) {
+    /// Gives back the map that it has in the end, with what was stored through it and is nowhere else.
+    fn run(&mut self, volume: &Arc<Volume>, options: &MapOptions) -> DaxMapping {
         let mut map = self.map(volume, options);
         for _ in 0..STEPS {
             let index = self.pick();
-            if self.random.below(200) == 0 {
+            if self.random.below(500) == 0 {
                 // Closing makes durable what was stored through this map; the next one begins somewhere else.
                 map.close().unwrap();
                 map = self.map(volume, options);
@@ -72,6 +73,7 @@ impl Worker {
                 false => self.use_volume(volume, index),
             }
         }
+        map
     }
 
     /// A map of the whole volume, or of a part of it.
@@ -173,18 +175,16 @@ fn play(granularity: Granularity, options: &MapOptions, seed: u64) {
     let crash = vault.dir.path().join("crash.img");
     for _ in 0..3 {
         let volume = vault.reopen(granularity);
-        let kept = volume.map(0..SIZE, options).unwrap();
-        thread::scope(|scope| {
-            for worker in &mut workers {
-                scope.spawn(|| worker.run(&volume, options));
-            }
+        let maps: Vec<_> = thread::scope(|scope| {
+            let running: Vec<_> =
+                workers.iter_mut().map(|worker| scope.spawn(|| worker.run(&volume, options))).collect();
+            running.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
-        // What a process leaves that is killed now: nobody writes, and nothing more was written back. The maps of the
-        // threads are gone, so what they stored is in the window that `kept` keeps alive, or on media.
+        // What a process leaves that is killed now: the maps are there, and nobody has synced or evicted them.
         fs::copy(vault.path(), &crash).unwrap();
         let survived = contents(&Vault::open(&crash, Access::ReadOnly));
         workers.iter_mut().for_each(|worker| worker.check(&survived, false));
-        drop(kept);
+        drop(maps);
         drop(volume);
         let bytes = contents(&Vault::open(&vault.path(), Access::ReadOnly));
         workers.iter_mut().for_each(|worker| {

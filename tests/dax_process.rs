@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use daxcrypt::dax::MapOptions;
+use daxcrypt::dax::{DaxError, MapMode, MapOptions, Tracking};
 use daxcrypt::pmem::{Access, Backing, OpenError};
 use vault::{DATA, PAGE, Random, Vault, child_argument, child_command, load, pattern, store, writable};
 
@@ -176,6 +176,36 @@ fn a_second_process_is_refused_while_a_map_lives() {
     store(&map, 0, 1);
     map.close().unwrap();
     drop(Vault::open(&vault.path(), Access::ReadWrite));
+}
+
+#[test]
+fn without_the_right_to_userfaultfd_a_map_is_eager_and_says_so() {
+    const NAME: &str = "without_the_right_to_userfaultfd_a_map_is_eager_and_says_so";
+    if child_argument().is_none() {
+        let output = child_command(NAME, "nobody").output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        return;
+    }
+    let (vault, volume) = Vault::new(16 << 20);
+    // SAFETY: gives up root in this process, which has no other business.
+    assert_eq!(unsafe { libc::setuid(65534) }, 0, "the test begins as root");
+    let map = volume.map(0..1 << 20, &writable()).unwrap();
+    assert_eq!((map.mode(), map.tracking()), (MapMode::Eager, Tracking::Compare));
+    assert_eq!(volume.resident_bytes(), 1 << 20);
+    assert!(map.memory_locked(), "1 MiB is within RLIMIT_MEMLOCK");
+    let large = volume.map(0..16 << 20, &MapOptions::new()).unwrap();
+    assert!(!large.memory_locked(), "16 MiB are not");
+    drop(large);
+    assert!(matches!(volume.map(0..1 << 20, &writable().resident_max(4096)), Err(DaxError::Eager { .. })));
+    assert_eq!(load(&map, 4097), pattern(4097));
+    store(&map, 4097, 0xcc);
+    volume.write_at(&[0xdd], 4098).unwrap();
+    assert_eq!(load(&map, 4098), 0xdd);
+    map.close().unwrap();
+    let mut bytes = [0; 2];
+    volume.read_at(&mut bytes, 4097).unwrap();
+    assert_eq!(bytes, [0xcc, 0xdd]);
+    drop(vault);
 }
 
 const WORDS: u64 = 64;

@@ -40,7 +40,7 @@ fn the_golden_header_opens_with_both_of_its_slots_from_either_copy() {
             let locked = LockedNamespace::open(backing).unwrap();
             assert_eq!(locked.header().label, "golden");
             let namespace = locked.unlock_key(&credential).unwrap();
-            assert_eq!(namespace.slot_id(), slot);
+            assert_eq!(namespace.slot_id(), Some(slot));
             assert_eq!(namespace.volume_key().bytes(), volume_key_bytes());
             assert_eq!((namespace.geometry().size_bytes(), namespace.geometry().unit_bytes()), (1 << 20, 512));
         }

@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use daxcrypt::namespace::{
     Cipher, CopyFault, Credential, DataUnit, FormatError, FormatOptions, GeometryError, KdfCost, LockedNamespace,
-    Namespace, OpenError, RestoreError, Signature, UnlockError, UpdateError, format, format_ephemeral, restore,
-    signature_found,
+    Namespace, OpenError, RestoreError, Signature, Site, UnlockError, UpdateError, format, format_ephemeral,
+    open_backup, signature_found,
 };
 use daxcrypt::pmem::{Access, Allocation, Backing};
 use daxcrypt::secret::SecretBytes;
@@ -134,7 +134,7 @@ fn thirty_two_slots_fit_and_no_more() {
     let full = namespace.add_slot(None, "", &key_file(99), KdfCost::LEAST).unwrap_err();
     assert!(matches!(full, UpdateError::SlotsFull), "{full}");
     drop(namespace);
-    assert_eq!(opened(&place.path).unwrap().unlock_key(&key_file(31)).unwrap().slot_id(), 31);
+    assert_eq!(opened(&place.path).unwrap().unlock_key(&key_file(31)).unwrap().slot_id(), Some(31));
 }
 
 #[test]
@@ -307,6 +307,19 @@ fn impossible_options_change_nothing() {
     assert!(fs::read(&place.path).unwrap().iter().all(|&byte| byte == 0));
 }
 
+/// Restores `backup` at `site` with key file `key`; the outer error is the backup's, the inner one the key's.
+fn restored(
+    site: Site,
+    backup: &[u8],
+    even_other: bool,
+    key: u8,
+) -> Result<Result<Namespace, UnlockError>, RestoreError> {
+    Ok(open_backup(site, backup, even_other)?.unlock_key(&key_file(key)).map(|mut namespace| {
+        namespace.write_header().unwrap();
+        namespace
+    }))
+}
+
 #[test]
 fn an_erased_namespace_is_zero_and_its_backup_brings_it_back() {
     let place = place();
@@ -320,15 +333,15 @@ fn an_erased_namespace_is_zero_and_its_backup_brings_it_back() {
     assert!(matches!(opened(&place.path).unwrap_err(), OpenError::NotANamespace { found: None }));
 
     let backing = || Arc::new(Backing::open(&place.path, Access::ReadWrite).unwrap());
-    let refused = restore(backing(), 0, u64::MAX, &backup, &key_file(2), false).unwrap_err();
-    assert!(matches!(refused, RestoreError::Unlock(UnlockError::WrongCredential { .. })), "{refused}");
-    let refused = restore(backing(), 0, u64::MAX, &backup[1..], &key_file(1), false).unwrap_err();
+    let refused = restored(Site::whole(backing()), &backup, false, 2).unwrap().unwrap_err();
+    assert!(matches!(refused, UnlockError::WrongCredential { .. }), "{refused}");
+    let refused = restored(Site::whole(backing()), &backup[1..], false, 1).unwrap_err();
     assert!(matches!(refused, RestoreError::Length { len_bytes: 65535, .. }), "{refused}");
-    let refused = restore(backing(), 0, 3 * MIB, &backup, &key_file(1), false).unwrap_err();
+    let refused = restored(Site::part(backing(), 0, 3 * MIB), &backup, false, 1).unwrap_err();
     assert!(matches!(refused, RestoreError::Place(OpenError::Geometry(_))), "{refused}");
     assert!(fs::read(&place.path).unwrap().iter().all(|&byte| byte == 0));
 
-    assert_eq!(restore(backing(), 0, u64::MAX, &backup, &key_file(1), false).unwrap().header().sequence, 3);
+    assert_eq!(restored(Site::whole(backing()), &backup, false, 1).unwrap().unwrap().header().sequence, 3);
     assert!(opened(&place.path).unwrap().unlock_key(&key_file(1)).is_ok());
 }
 
@@ -344,10 +357,10 @@ fn a_backup_of_another_namespace_needs_force_and_wins_over_newer_copies() {
     drop(namespace);
     let before = fs::read(&other.path).unwrap();
     let backing = || Arc::new(Backing::open(&other.path, Access::ReadWrite).unwrap());
-    let refused = restore(backing(), 0, u64::MAX, &backup, &key_file(1), false).unwrap_err();
+    let refused = restored(Site::whole(backing()), &backup, false, 1).unwrap_err();
     assert!(matches!(refused, RestoreError::OtherNamespace { .. }), "{refused}");
     assert_eq!(fs::read(&other.path).unwrap(), before);
-    assert_eq!(restore(backing(), 0, u64::MAX, &backup, &key_file(1), true).unwrap().header().sequence, 5);
+    assert_eq!(restored(Site::whole(backing()), &backup, true, 1).unwrap().unwrap().header().sequence, 5);
     assert!(opened(&other.path).unwrap().unlock_key(&key_file(1)).is_ok());
 }
 

@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 /// xts, pmem} -> {secret, memory}).
 const LAYERS: &[(&str, &[&str])] = &[
     ("memory", &[]),
+    ("sync", &[]),
     ("secret", &[]),
     ("xts", &["memory", "secret"]),
     ("pmem", &["memory"]),
     ("namespace", &["pmem", "secret", "memory"]),
-    ("volume", &["namespace", "xts", "pmem", "secret", "memory"]),
+    ("volume", &["namespace", "xts", "pmem", "secret", "memory", "sync"]),
     ("dax", &["volume", "secret", "memory"]),
     ("nbd_server", &["volume", "pmem"]),
     ("cli", &["nbd_server", "volume", "namespace", "xts", "pmem", "secret", "memory"]),
@@ -118,6 +119,18 @@ fn every_file_says_what_it_is_for_and_is_one_idea() {
         let code = text.find("#[cfg(test)]\nmod tests {").map_or(text.as_str(), |tests| &text[..tests]);
         let lines = code.lines().count();
         assert!(is_test || lines <= LINES_MAX, "{} has {lines} lines without tests", path.display());
+    }
+}
+
+#[test]
+fn nothing_panics_when_nobody_reads_what_is_printed() {
+    for (path, text) in sources() {
+        let code = text.find("#[cfg(test)]\nmod tests {").map_or(text.as_str(), |tests| &text[..tests]);
+        for mark in ["println!(", "print!("] {
+            let found =
+                code.lines().find(|line| line.trim_start().starts_with(mark) || line.contains(&format!(" {mark}")));
+            assert!(found.is_none(), "{}: {mark} instead of cli::output", path.display());
+        }
     }
 }
 

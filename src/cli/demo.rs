@@ -13,6 +13,7 @@ use nbd::client::{NbdClient, handshake};
 
 use super::error::Error;
 use super::info::cipher_name;
+use super::output::outln;
 use super::size::ByteSize;
 use crate::namespace::{self, Credential, DataUnit, FormatOptions, KEY_FILE_BYTES_MIN, LockedNamespace};
 use crate::nbd_server::{ExportInfo, Exports, Limits, Listener, Options, Server};
@@ -36,14 +37,14 @@ pub(crate) fn run() -> Result<(), Error> {
     let credential = Credential::KeyFile(key);
 
     let volume = Arc::new(format_and_unlock(&path, &credential)?);
-    println!(
+    outln!(
         "1. formatted {} and unlocked it: {} with {}, {} backend",
         path.display(),
         ByteSize(volume.size()),
         cipher_name(volume.header()),
         volume.xts_backend()
-    );
-    println!("   durability: {}", volume.backing().granularity_reason());
+    )?;
+    outln!("   durability: {}", volume.backing().granularity_reason())?;
 
     let socket = dir.path().join("demo.sock");
     let mut exports = Exports::new();
@@ -51,7 +52,7 @@ pub(crate) fn run() -> Result<(), Error> {
     exports.add(info, Arc::<Volume>::clone(&volume)).map_err(|source| Error::Export { path: path.clone(), source })?;
     let server = Server::new(exports, Limits::default(), Options::default())?.listen(Listener::unix(&socket)?);
     let handle = server.handle();
-    println!("2. serving it over NBD at nbd+unix:///demo?socket={}", socket.display());
+    outln!("2. serving it over NBD at nbd+unix:///demo?socket={}", socket.display())?;
     let served = thread::spawn(move || server.run());
     let shown = show(&socket, &volume, &path);
     handle.stop();
@@ -63,7 +64,7 @@ pub(crate) fn run() -> Result<(), Error> {
 
     reopen(&path, &credential)?;
     dir.close().map_err(|source| Error::Io { doing: "cannot remove the temporary folder", source })?;
-    println!("6. cleaned up: the folder and the key are gone");
+    outln!("6. cleaned up: the folder and the key are gone")?;
     Ok(())
 }
 
@@ -84,7 +85,12 @@ fn format_and_unlock(path: &Path, credential: &Credential) -> Result<Volume, Err
 fn show(socket: &Path, volume: &Volume, path: &Path) -> Result<(), Error> {
     let failed = |source| Error::Io { doing: "the NBD client failed", source };
     let mut client = connect(socket).map_err(failed)?;
-    measure(&mut client).map_err(failed)?;
+    let [write_rate, read_rate] = measure(&mut client).map_err(failed)?;
+    outln!(
+        "3. wrote and read back {} through the nbd crate's client, one request at a time: {write_rate:.0} and \
+         {read_rate:.0} MiB/s",
+        ByteSize(SIZE_BYTES)
+    )?;
 
     write_at(&mut client, TEXT_OFFSET, TEXT).map_err(failed)?;
     let mut read = [0; TEXT.len()];
@@ -93,8 +99,8 @@ fn show(socket: &Path, volume: &Volume, path: &Path) -> Result<(), Error> {
         return Err(Error::Demo("what was read is not what was written"));
     }
     let on_media = ciphertext(volume, path, TEXT_OFFSET)?;
-    println!("4. through NBD   {}  {}", hex(&read), printable(&read));
-    println!("   in the file   {}  {}", hex(&on_media), printable(&on_media));
+    outln!("4. through NBD   {}  {}", hex(&read), printable(&read))?;
+    outln!("   in the file   {}  {}", hex(&on_media), printable(&on_media))?;
     if on_media == *TEXT {
         return Err(Error::Demo("the file holds plaintext"));
     }
@@ -102,11 +108,8 @@ fn show(socket: &Path, volume: &Volume, path: &Path) -> Result<(), Error> {
     let moved_to = TEXT_OFFSET + 16 * UNIT_BYTES as u64;
     move_unit(volume, TEXT_OFFSET, moved_to)?;
     read_at(&mut client, moved_to, &mut read).map_err(failed)?;
-    println!(
-        "5. the same ciphertext, moved by {} units, reads as noise:",
-        (moved_to - TEXT_OFFSET) / UNIT_BYTES as u64
-    );
-    println!("   through NBD   {}  {}", hex(&read), printable(&read));
+    outln!("5. the same ciphertext, moved by {} units, reads as noise:", (moved_to - TEXT_OFFSET) / UNIT_BYTES as u64)?;
+    outln!("   through NBD   {}  {}", hex(&read), printable(&read))?;
     if read == *TEXT {
         return Err(Error::Demo("moved ciphertext can still be read"));
     }
@@ -119,8 +122,8 @@ fn connect(socket: &Path) -> std::io::Result<Client> {
     Ok(NbdClient::new(stream, &export))
 }
 
-/// Writes and reads a pattern over the whole volume and compares every byte.
-fn measure(client: &mut Client) -> std::io::Result<()> {
+/// Writes and reads a pattern over the whole volume, compares every byte, and gives both rates in MiB/s.
+fn measure(client: &mut Client) -> std::io::Result<[f64; 2]> {
     const CHUNK_BYTES: usize = 1 << 20;
     let pattern: Vec<u8> = (0..=250).cycle().take(CHUNK_BYTES).collect();
     let mut found = vec![0; CHUNK_BYTES];
@@ -138,13 +141,7 @@ fn measure(client: &mut Client) -> std::io::Result<()> {
     }
     let read = started.elapsed();
     let rate = |elapsed: std::time::Duration| SIZE_BYTES as f64 / elapsed.as_secs_f64() / f64::from(1 << 20);
-    println!(
-        "3. wrote and read back {} through the nbd crate's client, one request at a time: {:.0} and {:.0} MiB/s",
-        ByteSize(SIZE_BYTES),
-        rate(written),
-        rate(read)
-    );
-    Ok(())
+    Ok([written, read].map(rate))
 }
 
 /// Unlocks the namespace again, as after a restart, and reads the text directly.
@@ -160,7 +157,7 @@ fn reopen(path: &Path, credential: &Credential) -> Result<(), Error> {
     if read != *TEXT {
         return Err(Error::Demo("the text did not survive reopening"));
     }
-    println!("   stopped the server, unlocked the file again: the text is still there");
+    outln!("   stopped the server, unlocked the file again: the text is still there")?;
     Ok(())
 }
 

@@ -1,7 +1,6 @@
 //! `daxcrypt dmtable`: the same bytes, for the kernel's dm-crypt.
 
 use std::fmt::Write;
-use std::path::PathBuf;
 
 use clap::Args;
 use zeroize::Zeroizing;
@@ -9,6 +8,8 @@ use zeroize::Zeroizing;
 use super::credentials::KeyArgs;
 use super::error::Error;
 use super::open;
+use super::output::{self, warning};
+use super::place::PlaceArgs;
 use crate::namespace::Namespace;
 use crate::pmem::Access;
 
@@ -17,8 +18,8 @@ const SECTOR_BYTES: u64 = 512;
 
 #[derive(Args, Debug)]
 pub(crate) struct DmtableArgs {
-    /// File or device with a namespace
-    path: PathBuf,
+    #[command(flatten)]
+    place: PlaceArgs,
     #[command(flatten)]
     key: KeyArgs,
     /// Print the volume key: whoever sees the line can decrypt everything
@@ -27,25 +28,25 @@ pub(crate) struct DmtableArgs {
 }
 
 pub(crate) fn run(args: &DmtableArgs) -> Result<(), Error> {
-    let namespace = open::namespace(&args.path, Access::ReadOnly, &args.key)?;
+    let namespace = open::namespace(&args.place, Access::ReadOnly, &args.key)?;
     if namespace.header().rekeying {
         let what = "a re-key is under way: no single table line has the bytes; `daxcrypt rekey --resume` ends it";
         return Err(Error::Usage(what.into()));
     }
-    if args.path.is_file() {
-        eprintln!(
-            "daxcrypt: note: dm-crypt needs a device: losetup -f --show {0}, then put its name for {0}",
-            args.path.display()
-        );
+    let path = &args.place.path;
+    if path.is_file() {
+        let path = path.display();
+        output::complain(format_args!(
+            "note: dm-crypt needs a device: losetup -f --show {path}, then put its name for {path}"
+        ));
     }
     if namespace.header().discards {
-        eprintln!(
-            "daxcrypt: warning: discards are allowed here: holes read as zeroes through daxcrypt, but as noise through \
+        warning!(
+            "discards are allowed here: holes read as zeroes through daxcrypt, but as noise through \
              dm-crypt, and a filesystem may rely on the zeroes"
         );
     }
-    println!("{}", *table(&namespace, &args.path.display().to_string(), args.show_key));
-    Ok(())
+    output::secret(table(&namespace, &path.display().to_string(), args.show_key).as_bytes())
 }
 
 /// `0 N crypt aes-xts-plain64 KEY IV_OFFSET DEVICE OFFSET 1 sector_size:UNIT`, see the kernel's dm-crypt document. The
@@ -65,6 +66,6 @@ fn table(namespace: &Namespace, device: &str, show_key: bool) -> Zeroizing<Strin
     } else {
         line.push_str("KEY");
     }
-    let _ = write!(line, " {iv_offset} {device} {start} 1 sector_size:{}", geometry.unit_bytes());
+    let _ = writeln!(line, " {iv_offset} {device} {start} 1 sector_size:{}", geometry.unit_bytes());
     line
 }

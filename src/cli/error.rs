@@ -4,13 +4,16 @@ use std::error::Error as StdError;
 use std::io;
 use std::path::PathBuf;
 
+use linux_keyutils::KeyError;
+
 use super::size::ByteSize;
 use crate::namespace::{
-    self, AdoptError, CredentialError, FormatError, Signature, TransformError, UnlockError, UpdateError, WriteError,
+    self, AdoptError, CredentialError, FormatError, KeySpecError, RestoreError, Signature, TransformError, UnlockError,
+    UpdateError, WriteError,
 };
 use crate::nbd_server::{ListenError, RegistryError, ServerError, TlsError};
 use crate::pmem::{MediaError, OpenError};
-use crate::secret::KeyError;
+use crate::secret::KeyError as VolumeKeyError;
 use crate::volume::VolumeError;
 use crate::xts::BackendError;
 use crate::xts::bench::BenchError;
@@ -40,6 +43,14 @@ pub(crate) enum Error {
     EmptyPassphrase,
     #[error("the two passphrases differ")]
     PassphrasesDiffer,
+    #[error("cannot read the key {description}: {}", why_no_key(source))]
+    Keyring { description: String, source: KeyError },
+    #[error("the key {description} is of type logon, which the kernel uses but never shows to a program")]
+    LogonKey { description: String },
+    #[error("there is no credential {name}: systemd did not set CREDENTIALS_DIRECTORY")]
+    NoCredentials { name: String },
+    #[error("the passphrase command {program} failed")]
+    PassphraseCommand { program: String, source: io::Error },
     #[error("cannot ask for a passphrase")]
     Prompt(#[source] io::Error),
     #[error("cannot open {path}", path = path.display())]
@@ -74,6 +85,20 @@ pub(crate) enum Error {
     OtherSlots { slots: String },
     #[error("cannot erase {path}: key material may be left", path = path.display())]
     Erase { path: PathBuf, source: WriteError },
+    #[error("cannot use the escrow file {path}", path = path.display())]
+    EscrowFile { path: PathBuf, source: VolumeKeyError },
+    #[error("cannot use the key specification {path}", path = path.display())]
+    KeySpec { path: PathBuf, source: KeySpecError },
+    #[error("{path} is ephemeral: its key is made at each opening, so there is none to keep", path = path.display())]
+    NothingToDump { path: PathBuf },
+    #[error("{path} is formatted, but its data area is not filled with noise", path = path.display())]
+    Fill { path: PathBuf, source: VolumeError },
+    #[error("cannot write the {what} {path}", path = path.display())]
+    WriteFile { what: &'static str, path: PathBuf, source: io::Error },
+    #[error("cannot read the {what} {path}", path = path.display())]
+    ReadFile { what: &'static str, path: PathBuf, source: io::Error },
+    #[error("{path}", path = path.display())]
+    Restore { path: PathBuf, source: RestoreError },
     #[error("that is not the {what}: nothing was erased")]
     NotConfirmed { what: &'static str },
     #[error("{path}", path = path.display())]
@@ -85,7 +110,7 @@ pub(crate) enum Error {
     #[error("cannot measure AES-XTS")]
     Bench(#[from] BenchError),
     #[error("cannot make a key")]
-    Key(#[from] KeyError),
+    Key(#[from] VolumeKeyError),
     #[error("cannot serve {path}", path = path.display())]
     Export { path: PathBuf, source: RegistryError },
     #[error("{path}: cannot record that discards are allowed", path = path.display())]
@@ -116,11 +141,18 @@ impl Error {
                 Exit::Usage
             }
             Self::KeyFileLength { .. } | Self::Backend(_) | Self::Export { .. } => Exit::Usage,
-            Self::SecretFile { .. } | Self::Prompt(_) => Exit::Usage,
+            Self::SecretFile { .. } | Self::Prompt(_) | Self::PassphraseCommand { .. } => Exit::Usage,
+            Self::Keyring { .. } | Self::LogonKey { .. } | Self::NoCredentials { .. } => Exit::Usage,
             Self::Open {
                 source: OpenError::NotFound | OpenError::NotMappable | OpenError::TooLarge { .. }, ..
             } => Exit::Usage,
             Self::Config { .. } | Self::Tls(_) => Exit::Usage,
+            Self::EscrowFile { .. } | Self::KeySpec { .. } | Self::NothingToDump { .. } => Exit::Usage,
+            Self::ReadFile { .. } => Exit::Usage,
+            Self::WriteFile { source, .. } if source.kind() == io::ErrorKind::AlreadyExists => Exit::Usage,
+            Self::Restore { source: RestoreError::Write(_), .. } => Exit::Io,
+            Self::Restore { source: RestoreError::OtherNamespace { .. }, .. } => Exit::Usage,
+            Self::Restore { .. } => Exit::Damaged,
             Self::Open { source: OpenError::Busy, .. } | Self::Listen(ListenError::Busy { .. }) => Exit::Busy,
             Self::Open { source: OpenError::Empty, .. } => Exit::Damaged,
             Self::Namespace { source: namespace::OpenError::Media(_), .. } => Exit::Io,
@@ -138,7 +170,10 @@ impl Error {
             }
             Self::Update { .. } => Exit::Usage,
             Self::Unlock { source: UnlockError::Credential(CredentialError::Memory { .. }), .. } => Exit::Io,
-            Self::Unlock { source: UnlockError::EmptySlot { .. } | UnlockError::NotEphemeral, .. } => Exit::Usage,
+            Self::Unlock {
+                source: UnlockError::EmptySlot { .. } | UnlockError::NotEphemeral | UnlockError::Ephemeral,
+                ..
+            } => Exit::Usage,
             Self::Unlock {
                 source: UnlockError::Forged | UnlockError::Erased | UnlockError::Key(_) | UnlockError::Transform(_),
                 ..
@@ -161,6 +196,16 @@ impl Error {
                 Some(format!("make a key with: (umask 077; head -c 64 /dev/urandom > {})", path.display()))
             }
             Self::Prompt(_) => Some("give --key-file FILE or --passphrase-file FILE where there is no terminal".into()),
+            Self::Keyring { source: KeyError::KeyDoesNotExist, description } => Some(format!(
+                "`keyctl padd {} @u < FILE` adds it, `keyctl show @u` and `keyctl show @s` show what there is",
+                description.replacen(':', " ", 1)
+            )),
+            Self::LogonKey { .. } => {
+                Some("add it as a key of type user: keyctl padd user DESCRIPTION @u < FILE".into())
+            }
+            Self::NoCredentials { name } => Some(format!(
+                "in the unit: LoadCredential={name}:/path or LoadCredentialEncrypted=; by hand: systemd-run -p"
+            )),
             Self::Open { source: OpenError::Busy, .. } => Some(
                 "stop the process that serves it first (fuser -v shows which), or open it with --read-only there"
                     .into(),
@@ -190,6 +235,12 @@ impl Error {
                 Some(format!("`daxcrypt rekey --resume {}` goes on with it", path.display()))
             }
             Self::OwnSlot { .. } => Some("give the key of another slot, which proves that it works, or --force".into()),
+            Self::Restore { source: RestoreError::OtherNamespace { .. }, .. } => {
+                Some("--force restores it all the same, and the namespace that is there is then lost".into())
+            }
+            Self::Namespace { source: namespace::OpenError::Detached, .. } => {
+                Some("give the backing as PATH and this file with --header".into())
+            }
             Self::Unlock { .. } if self.exit() == Exit::WrongKey => {
                 Some("try another passphrase or key file; `daxcrypt info` shows which slots there are".into())
             }
@@ -199,18 +250,36 @@ impl Error {
 
     /// The message and its causes, each said once.
     pub(crate) fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = self.source();
-        while let Some(error) = cause {
-            let message = error.to_string();
-            let message = message.trim_end();
-            if !text.ends_with(message) {
-                text.push_str(": ");
-                text.push_str(message);
-            }
-            cause = error.source();
+        chain(self)
+    }
+}
+
+/// An error's message and its causes, each said once.
+pub(crate) fn chain(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let message = error.to_string();
+        let message = message.trim_end();
+        if !text.ends_with(message) {
+            text.push_str(": ");
+            text.push_str(message);
         }
-        text
+        cause = error.source();
+    }
+    text
+}
+
+/// The keyring's errno in words.
+fn why_no_key(error: &KeyError) -> &'static str {
+    match error {
+        KeyError::KeyDoesNotExist => "there is no such key in the session, user or user-session keyring",
+        KeyError::KeyExpired => "it has expired",
+        KeyError::KeyRevoked => "it has been revoked",
+        KeyError::KeyRejected => "it was rejected",
+        KeyError::AccessDenied | KeyError::PermissionDenied => "it may not be read by this user",
+        KeyError::InvalidDescription => "its description cannot be one",
+        _ => "the kernel's key service failed",
     }
 }
 

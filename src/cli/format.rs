@@ -1,6 +1,6 @@
 //! `daxcrypt format`: make a namespace.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
@@ -9,20 +9,39 @@ use super::credentials::{KdfArgs, KeyArgs, Prompt};
 use super::error::Error;
 use super::info::cipher_name;
 use super::open;
+use super::output::{outln, warning};
+use super::place::PlaceArgs;
+use super::progress::{Progress, ProgressArgs};
+use super::recovery;
+use super::secrets;
 use super::serve::stem;
 use super::size::ByteSize;
-use crate::namespace::{self, Cipher, DataUnit, FormatOptions, HEADER_AREA_BYTES};
-use crate::pmem::{Access, Allocation, Backing};
+use crate::namespace::{self, Cipher, DataUnit, FormatOptions, HEADER_AREA_BYTES, Namespace};
+use crate::pmem::{Access, Allocation, Backing, OpenOptions};
+use crate::secret::VolumeKey;
+use crate::volume::Volume;
+use crate::xts::Backend;
 
 #[derive(Args, Debug)]
 pub(crate) struct FormatArgs {
-    /// File or device to format; a file is made when it does not exist
-    path: PathBuf,
-    /// Decrypted size, such as 4G (the file is 2 MiB larger); without it, an existing file or device is used whole
+    #[command(flatten)]
+    place: PlaceArgs,
+    /// Decrypted size, such as 4G (the file is 2 MiB larger, unless the header is detached); without it, an existing file or
+    /// device is used whole
     #[arg(long)]
     size: Option<ByteSize>,
     #[command(flatten)]
     key: KeyArgs,
+    /// Also make up a recovery phrase with a key slot of its own, and print it once
+    #[arg(long)]
+    recovery_key: bool,
+    /// Take the volume key from a file such as "type=user algorithm=aes-xts-256 key=HEX tweak=HEX", or
+    /// "type=cpu algorithm=aes-xts-128" for a random one with optional entropy
+    #[arg(long, value_name = "FILE", conflicts_with = "cipher")]
+    key_spec: Option<PathBuf>,
+    /// Never store the volume key: each opening has a new one, and new content (for swap and scratch)
+    #[arg(long, conflicts_with_all = ["KeyArgs", "recovery_key", "key_spec", "kdf_memory", "kdf_time"])]
+    ephemeral: bool,
     /// Name of the namespace and of its export (the file's stem when not given)
     #[arg(long)]
     label: Option<String>,
@@ -42,6 +61,11 @@ pub(crate) struct FormatArgs {
     /// persistent memory too, so that the ciphertext is noise in any other module or slot
     #[arg(long, value_parser = ["offset", "address"], default_value = "offset")]
     bind: String,
+    /// Fill the data area with noise, so that media does not show what is in use
+    #[arg(long, conflicts_with = "sparse")]
+    wipe: bool,
+    #[command(flatten)]
+    progress: ProgressArgs,
     #[command(flatten)]
     kdf: KdfArgs,
     /// Overwrite whatever is there
@@ -66,39 +90,98 @@ impl From<CipherArg> for Cipher {
     }
 }
 
+/// What is written to: the backings, and the files that did not exist before.
+struct Prepared {
+    data: Arc<Backing>,
+    header: Option<Arc<Backing>>,
+    made: Vec<PathBuf>,
+}
+
+impl Prepared {
+    /// Files that were made for a namespace that could not be made are of no use to anybody.
+    fn remove_made(made: &[PathBuf]) {
+        for path in made {
+            let _ = std::fs::remove_file(path); // the first error is the one to report
+        }
+    }
+}
+
 pub(crate) fn run(args: &FormatArgs) -> Result<(), Error> {
     let options = args.options()?;
+    let path = &args.place.path;
+    let backend = Backend::from_env()?;
     // The key comes before the file: a typing error must not leave a file behind.
-    let credential = args.key.read(Prompt::Twice, &args.path.display().to_string())?;
-    let is_new = !args.path.exists();
-    let backing = if is_new { Arc::new(args.create()?) } else { args.open()? };
-    let formatted = namespace::format(backing, options, &credential);
-    let namespace = formatted.map_err(|source| {
-        if is_new {
-            // A file that was made for a namespace that could not be made is of no use to anybody.
-            let _ = std::fs::remove_file(&args.path);
-        }
-        Error::Format { path: args.path.clone(), source }
+    let credential = match args.ephemeral {
+        true => None,
+        false => Some(args.key.read(Prompt::Twice, &path.display().to_string())?),
+    };
+    let Prepared { data, header, made } = args.prepare()?;
+    let options = FormatOptions { header, ..options };
+    let formatted = match &credential {
+        Some(credential) => namespace::format(data, options, credential),
+        None => namespace::format_ephemeral(data, options),
+    };
+    let mut namespace = formatted.map_err(|source| {
+        Prepared::remove_made(&made);
+        Error::Format { path: path.clone(), source }
     })?;
     for warning in open::warnings(&namespace.header()) {
-        eprintln!("daxcrypt: warning: {warning}");
+        warning!("{warning}");
     }
-    println!(
-        "{path}: namespace {uuid}, {size}, {cipher}, {unit}-byte units",
-        path = args.path.display(),
+    if args.wipe {
+        fill_with_noise(&namespace, backend, args.progress)
+            .map_err(|source| Error::Fill { path: path.clone(), source })?;
+    }
+    outln!(
+        "{path}: {kind} {uuid}, {size}, {cipher}, {unit}-byte units",
+        path = path.display(),
+        kind = if args.ephemeral { "ephemeral namespace" } else { "namespace" },
         uuid = namespace.header().uuid,
         size = ByteSize(namespace.geometry().size_bytes()),
         cipher = cipher_name(&namespace.header()),
         unit = namespace.geometry().unit_bytes(),
-    );
+    )?;
+    if args.recovery_key {
+        recovery::add_slot(&mut namespace, None, "", |source| Error::Update { path: path.clone(), source })?;
+    }
     Ok(())
+}
+
+/// Writes what looks like the ciphertext of random data, which is the ciphertext of anything under a key that is thrown
+/// away: XTS gives every block of every unit a permutation of its own.
+fn fill_with_noise(
+    namespace: &Namespace,
+    backend: Backend,
+    progress: ProgressArgs,
+) -> Result<(), crate::volume::VolumeError> {
+    const CHUNK_BYTES: u64 = 4 << 20;
+    let thrown_away = VolumeKey::generate(namespace.cipher().key_bytes()).expect("the length is a cipher's");
+    let data = Arc::clone(namespace.backing());
+    let volume = Volume::from_parts(data, *namespace.geometry(), namespace.header(), &thrown_away, backend);
+    let mut progress = Progress::new(0, volume.size(), progress.json, None);
+    for start in (0..volume.size()).step_by(4 << 20) {
+        let len_bytes = CHUNK_BYTES.min(volume.size() - start);
+        volume.write_zeroes(start, len_bytes)?;
+        volume.persist(start..start + len_bytes)?;
+        progress.reach(start + len_bytes);
+    }
+    progress.end("done", volume.size());
+    volume.flush()
 }
 
 impl FormatArgs {
     fn options(&self) -> Result<FormatOptions, Error> {
+        let (cipher, volume_key) = match &self.key_spec {
+            Some(path) => {
+                let (cipher, key) = secrets::key_spec(path)?;
+                (cipher, Some(key))
+            }
+            None => (self.cipher.into(), None),
+        };
         Ok(FormatOptions {
-            label: self.label.clone().unwrap_or_else(|| stem(&self.path)),
-            cipher: self.cipher.into(),
+            label: self.label.clone().unwrap_or_else(|| stem(&self.place.path)),
+            cipher,
+            volume_key,
             unit: if self.unit == "512" { DataUnit::Bytes512 } else { DataUnit::Bytes4096 },
             size_bytes: self.size.map(|ByteSize(bytes)| bytes),
             kdf_cost: self.kdf.cost()?,
@@ -108,24 +191,56 @@ impl FormatArgs {
         })
     }
 
-    fn create(&self) -> Result<Backing, Error> {
-        let Some(ByteSize(size)) = self.size else {
-            let what = format!("{} does not exist: say how large it is to be, such as --size 4G", self.path.display());
-            return Err(Error::Usage(what));
+    /// Opens what is there and makes what is not; on an error nothing new is left.
+    fn prepare(&self) -> Result<Prepared, Error> {
+        let path = &self.place.path;
+        let mut made = Vec::new();
+        let mut prepare = || -> Result<Prepared, Error> {
+            let data = if path.exists() {
+                self.open(path)?
+            } else {
+                let created = self.create(path, self.file_bytes()?, self.allocation())?;
+                made.push(path.clone());
+                created
+            };
+            let header = match &self.place.header {
+                None => None,
+                Some(path) if path.exists() => Some(self.open(path)?),
+                Some(path) => {
+                    let created = self.create(path, HEADER_AREA_BYTES, Allocation::Full)?;
+                    made.push(path.clone());
+                    Some(created)
+                }
+            };
+            Ok(Prepared { data, header, made: made.clone() })
         };
-        let total = size.checked_add(HEADER_AREA_BYTES).ok_or_else(|| Error::Usage("--size is too large".into()))?;
-        Backing::create(&self.path, total, self.allocation())
-            .map_err(|source| Error::Open { path: self.path.clone(), source })
+        prepare().inspect_err(|_| Prepared::remove_made(&made))
+    }
+
+    /// Bytes of a new file for the data.
+    fn file_bytes(&self) -> Result<u64, Error> {
+        let Some(ByteSize(size)) = self.size else {
+            let path = self.place.path.display();
+            return Err(Error::Usage(format!("{path} does not exist: say how large it is to be, such as --size 4G")));
+        };
+        let header_bytes = if self.place.header.is_some() { 0 } else { HEADER_AREA_BYTES };
+        size.checked_add(header_bytes).ok_or_else(|| Error::Usage("--size is too large".into()))
+    }
+
+    fn create(&self, path: &Path, len_bytes: u64, allocation: Allocation) -> Result<Arc<Backing>, Error> {
+        let created = Backing::create(path, len_bytes, allocation);
+        created.map(Arc::new).map_err(|source| Error::Open { path: path.into(), source })
     }
 
     /// Opens what is there, and refuses it when it holds something.
-    fn open(&self) -> Result<Arc<Backing>, Error> {
-        let failed = |source| Error::Media { path: self.path.clone(), source };
-        let backing = open::backing(&self.path, Access::ReadWrite)?;
+    fn open(&self, path: &Path) -> Result<Arc<Backing>, Error> {
+        let failed = |source| Error::Media { path: path.into(), source };
+        let opened = OpenOptions::new(Access::ReadWrite).open(path);
+        let backing = opened.map(Arc::new).map_err(|source| Error::Open { path: path.into(), source })?;
         if !self.force
             && let Some(signature) = namespace::signature_found(&backing, 0).map_err(failed)?
         {
-            return Err(Error::WouldOverwrite { path: self.path.clone(), signature });
+            return Err(Error::WouldOverwrite { path: path.into(), signature });
         }
         if self.allocation() == Allocation::Full {
             backing.allocate(0..backing.len_bytes()).map_err(failed)?;

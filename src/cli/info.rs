@@ -1,23 +1,22 @@
-//! `daxcrypt info`: everything that can be told without the key.
+//! `daxcrypt info`: everything that can be told without the key. `json.md` documents `--json`.
 
-use std::fmt::Display;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 
 use clap::Args;
 use serde::Serialize;
 
 use super::error::Error;
 use super::open;
+use super::output::{self, out};
+use super::place::PlaceArgs;
 use super::size::ByteSize;
-use crate::namespace::{Cipher, CopyState, Header, Kdf, LockedNamespace, SlotInfo};
-use crate::pmem::{Access, OpenOptions};
+use crate::namespace::{Cipher, CopyState, Header, Kdf, SIZE_BYTES_MAX, SIZE_BYTES_WARN, SlotInfo};
 use crate::xts::Backend;
 
 #[derive(Args, Debug)]
 pub(crate) struct InfoArgs {
-    /// File or device with a namespace
-    path: PathBuf,
+    #[command(flatten)]
+    place: PlaceArgs,
     /// One JSON object, for scripts
     #[arg(long)]
     json: bool,
@@ -27,38 +26,36 @@ pub(crate) struct InfoArgs {
 #[derive(Serialize)]
 struct Info<'a> {
     path: &'a Path,
+    header_path: Option<&'a Path>,
     #[serde(flatten)]
     header: &'a Header,
+    data_start: u64,
+    size_bytes_max: u64,
+    size_bytes_warn: u64,
     granularity: String,
     granularity_reason: String,
     xts_backend: &'static str,
+    warnings: Vec<String>,
 }
 
 pub(crate) fn run(args: &InfoArgs) -> Result<(), Error> {
     let backend = Backend::from_env()?;
-    // Without a lock, so that a namespace can be looked at while it is served.
-    let backing = OpenOptions::new(Access::ReadOnly)
-        .lock_range(0..0)
-        .open(&args.path)
-        .map_err(|source| Error::Open { path: args.path.clone(), source })?;
-    let backing = Arc::new(backing);
-    let locked = LockedNamespace::open(Arc::clone(&backing))
-        .map_err(|source| Error::Namespace { path: args.path.clone(), source })?;
+    let site = args.place.peek()?;
+    let locked = args.place.locked(site.clone())?;
+    let header = locked.header();
     let info = Info {
-        path: &args.path,
-        header: locked.header(),
-        granularity: backing.granularity().to_string(),
-        granularity_reason: backing.granularity_reason().to_string(),
+        path: &args.place.path,
+        header_path: args.place.header.as_deref(),
+        header,
+        data_start: locked.geometry().data_start(),
+        size_bytes_max: SIZE_BYTES_MAX,
+        size_bytes_warn: SIZE_BYTES_WARN,
+        granularity: site.data().granularity().to_string(),
+        granularity_reason: site.data().granularity_reason().to_string(),
         xts_backend: backend.name(),
+        warnings: open::warnings(header),
     };
-    if args.json {
-        let json = serde_json::to_string_pretty(&info)
-            .map_err(|error| Error::Io { doing: "cannot print JSON", source: error.into() })?;
-        println!("{json}");
-    } else {
-        print(&info);
-    }
-    Ok(())
+    if args.json { output::json(&info) } else { print(&info) }
 }
 
 /// `aes-256-xts` for a key of 512 bits.
@@ -69,39 +66,54 @@ pub(crate) const fn cipher_name(header: &Header) -> &'static str {
     }
 }
 
-fn print(info: &Info<'_>) {
+fn print(info: &Info<'_>) -> Result<(), Error> {
     let header = info.header;
-    let line = |name: &str, value: &dyn Display| println!("{name:<14} {value}");
-    line("namespace", &info.path.display());
-    line("label", &header.label);
-    line("uuid", &header.uuid);
-    line("size", &format_args!("{} ({} bytes)", ByteSize(header.size_bytes), header.size_bytes));
-    line("cipher", &cipher_name(header));
-    line("data unit", &format_args!("{} bytes", header.unit_bytes));
-    line("base", &header.base);
-    line("data offset", &header.data_offset);
-    if let Some(address) = header.bound_address {
-        line("bound to", &format_args!("physical address {address:#x}"));
-    }
-    line("discards", &if header.discards { "allowed: media shows which units are unused" } else { "off" });
-    if header.rekeying {
-        line("re-key", &"under way; `daxcrypt rekey --status` with its key says how far it has come");
-    }
-    for slot in &header.slots {
-        line(&format!("key slot {}", slot.id), &slot_line(slot));
-    }
+    let mut lines = vec![("namespace".to_owned(), info.path.display().to_string())];
+    lines.extend(info.header_path.map(|path| ("header in".to_owned(), path.display().to_string())));
+    lines.extend(header_lines(header));
     for (name, state) in ["A", "B"].into_iter().zip(&header.copies) {
         let state = match state {
             CopyState::Good { sequence } => format!("good, sequence {sequence}"),
             CopyState::Bad { reason } => format!("not usable: {reason}"),
         };
-        line(&format!("header copy {name}"), &state);
+        lines.push((format!("header copy {name}"), state));
     }
-    line("granularity", &info.granularity_reason);
-    line("AES-XTS", &info.xts_backend);
-    for warning in open::warnings(header) {
-        line("warning", &warning);
+    lines.push(("granularity".into(), info.granularity_reason.clone()));
+    lines.push(("AES-XTS".into(), info.xts_backend.into()));
+    lines.extend(info.warnings.iter().map(|warning| ("warning".to_owned(), warning.clone())));
+    lines.iter().try_for_each(|(name, value)| out!("{name:<14} {value}\n"))
+}
+
+/// What a header says, as pairs of a name and a value.
+pub(crate) fn header_lines(header: &Header) -> Vec<(String, String)> {
+    let mut lines = Vec::new();
+    let mut line = |name: &str, value: String| lines.push((name.to_owned(), value));
+    line("label", header.label.clone());
+    line("uuid", header.uuid.to_string());
+    line("size", format!("{} ({} bytes)", ByteSize(header.size_bytes), header.size_bytes));
+    line("cipher", cipher_name(header).into());
+    line("data unit", format!("{} bytes", header.unit_bytes));
+    let share = format!("at most {}, better below {}", ByteSize(SIZE_BYTES_MAX), ByteSize(SIZE_BYTES_WARN));
+    line("one key for", share);
+    line("base", header.base.to_string());
+    line("data offset", header.data_offset.to_string());
+    line(
+        "bound to",
+        header.bound_address.map_or_else(|| "no address".into(), |address| format!("physical address {address:#x}")),
+    );
+    line("header", if header.detached { "detached" } else { "in front of the data" }.into());
+    line("discards", if header.discards { "allowed: media shows which units are unused" } else { "off" }.into());
+    line("closed", if header.unclean { "not in order, or in use now" } else { "in order" }.into());
+    if header.ephemeral {
+        line("key", "ephemeral: a new one, and new content, at each opening".into());
     }
+    if header.rekeying {
+        line("re-key", "under way; `daxcrypt rekey --status` with its key says how far it has come".into());
+    }
+    for slot in &header.slots {
+        line(&format!("key slot {}", slot.id), slot_line(slot));
+    }
+    lines
 }
 
 pub(crate) fn slot_line(slot: &SlotInfo) -> String {

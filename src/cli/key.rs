@@ -2,17 +2,20 @@
 //!
 //! The volume key itself never changes here: a slot that was removed opens again from an old copy of the header.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
 use super::credentials::{KdfArgs, KeyArgs, NewKeyArgs, Prompt};
+use super::dump;
 use super::error::Error;
 use super::info::slot_line;
 use super::open;
-use crate::namespace::{LockedNamespace, Namespace, UpdateError};
-use crate::pmem::{Access, OpenOptions};
+use super::output::{self, outln, warning};
+use super::place::PlaceArgs;
+use super::recovery;
+use crate::namespace::{Credential, KdfCost, Namespace, UpdateError};
+use crate::pmem::Access;
 
 #[derive(Args, Debug)]
 pub(crate) struct KeyCommandArgs {
@@ -32,27 +35,46 @@ enum KeyCommand {
     Change(ChangeArgs),
     /// Tell whether a passphrase or key file unlocks, and which slot
     Test(TestArgs),
+    /// Write the volume key itself to a file, for escrow
+    Dump(DumpArgs),
 }
 
 #[derive(Args, Debug)]
 struct ListArgs {
-    /// File or device with a namespace
-    path: PathBuf,
+    #[command(flatten)]
+    place: PlaceArgs,
     /// One JSON array, for scripts
     #[arg(long)]
     json: bool,
 }
 
+/// What every command that changes slots needs.
 #[derive(Args, Debug)]
-struct AddArgs {
-    /// File or device with a namespace
-    path: PathBuf,
+struct SlotArgs {
+    #[command(flatten)]
+    place: PlaceArgs,
     #[command(flatten)]
     key: KeyArgs,
+}
+
+/// What a slot is to open with.
+#[derive(Args, Debug)]
+struct WithArgs {
     #[command(flatten)]
     new: NewKeyArgs,
     #[command(flatten)]
     kdf: KdfArgs,
+}
+
+#[derive(Args, Debug)]
+struct AddArgs {
+    #[command(flatten)]
+    common: SlotArgs,
+    #[command(flatten)]
+    with: WithArgs,
+    /// Make up a recovery phrase instead of asking for a key, and print it once
+    #[arg(long, conflicts_with_all = ["NewKeyArgs", "kdf_memory", "kdf_time"])]
+    recovery_key: bool,
     /// Number of the new slot, 0 to 31 (the lowest free one when not given)
     #[arg(long, value_name = "NUMBER")]
     slot: Option<u32>,
@@ -63,10 +85,8 @@ struct AddArgs {
 
 #[derive(Args, Debug)]
 struct RemoveArgs {
-    /// File or device with a namespace
-    path: PathBuf,
     #[command(flatten)]
-    key: KeyArgs,
+    common: SlotArgs,
     /// Number of the slot to remove
     #[arg(long, value_name = "NUMBER")]
     slot: u32,
@@ -77,14 +97,10 @@ struct RemoveArgs {
 
 #[derive(Args, Debug)]
 struct ChangeArgs {
-    /// File or device with a namespace
-    path: PathBuf,
     #[command(flatten)]
-    key: KeyArgs,
+    common: SlotArgs,
     #[command(flatten)]
-    new: NewKeyArgs,
-    #[command(flatten)]
-    kdf: KdfArgs,
+    with: WithArgs,
     /// Number of the slot to change (the one that the present key opens when not given)
     #[arg(long, value_name = "NUMBER")]
     slot: Option<u32>,
@@ -92,13 +108,20 @@ struct ChangeArgs {
 
 #[derive(Args, Debug)]
 struct TestArgs {
-    /// File or device with a namespace
-    path: PathBuf,
     #[command(flatten)]
-    key: KeyArgs,
+    common: SlotArgs,
     /// Try this slot only
-    #[arg(long, value_name = "NUMBER")]
+    #[arg(long, value_name = "NUMBER", conflicts_with = "escrow_file")]
     slot: Option<u32>,
+}
+
+#[derive(Args, Debug)]
+struct DumpArgs {
+    #[command(flatten)]
+    common: SlotArgs,
+    /// New file for the volume key, made with mode 0600: 32 bytes (AES-128-XTS) or 64 bytes (AES-256-XTS)
+    #[arg(long, value_name = "FILE")]
+    volume_key_file: PathBuf,
 }
 
 pub(crate) fn run(args: &KeyCommandArgs) -> Result<(), Error> {
@@ -108,78 +131,98 @@ pub(crate) fn run(args: &KeyCommandArgs) -> Result<(), Error> {
         KeyCommand::Remove(args) => remove(args),
         KeyCommand::Change(args) => change(args),
         KeyCommand::Test(args) => test(args),
+        KeyCommand::Dump(args) => dump_volume_key(args),
     }
 }
 
 fn list(args: &ListArgs) -> Result<(), Error> {
-    let locked = locked_without_lock(&args.path)?;
+    let locked = args.place.locked(args.place.peek()?)?;
     let slots = &locked.header().slots;
     if args.json {
-        let json = serde_json::to_string_pretty(slots)
-            .map_err(|error| Error::Io { doing: "cannot print JSON", source: error.into() })?;
-        println!("{json}");
-    } else {
-        for slot in slots {
-            println!("{:>2}  {}", slot.id, slot_line(slot));
-        }
+        return output::json(slots);
     }
-    Ok(())
+    slots.iter().try_for_each(|slot| outln!("{:>2}  {}", slot.id, slot_line(slot)))
 }
 
 fn add(args: &AddArgs) -> Result<(), Error> {
-    args.new.check_stdin(&args.key)?;
-    let cost = args.kdf.cost()?;
-    let mut namespace = open::namespace(&args.path, Access::ReadWrite, &args.key)?;
-    let credential = args.new.read(&args.path)?;
+    if args.recovery_key {
+        let mut namespace = args.common.unlocked(Access::ReadWrite)?;
+        return recovery::add_slot(&mut namespace, args.slot, &args.label, |source| args.common.update_failed(source));
+    }
+    let (mut namespace, credential, cost) = args.with.unlocked(&args.common)?;
     let added = namespace.add_slot(args.slot, &args.label, &credential, cost);
-    let id = added.map_err(|source| update_failed(&args.path, source))?;
-    println!("added key slot {id}");
-    Ok(())
+    let id = added.map_err(|source| args.common.update_failed(source))?;
+    outln!("added key slot {id}")
 }
 
 fn remove(args: &RemoveArgs) -> Result<(), Error> {
-    let mut namespace = open::namespace(&args.path, Access::ReadWrite, &args.key)?;
+    let mut namespace = args.common.unlocked(Access::ReadWrite)?;
     let is_last = namespace.header().slots.len() == 1;
-    if args.slot == namespace.slot_id() && !is_last && !args.force {
+    if namespace.slot_id() == Some(args.slot) && !is_last && !args.force {
         return Err(Error::OwnSlot { slot: args.slot });
     }
-    namespace.remove_slot(args.slot, args.force).map_err(|source| update_failed(&args.path, source))?;
-    println!("removed key slot {}; a backup of the header that was made before still holds it", args.slot);
-    Ok(())
+    namespace.remove_slot(args.slot, args.force).map_err(|source| args.common.update_failed(source))?;
+    outln!("removed key slot {}; a backup of the header that was made before still holds it", args.slot)
 }
 
 fn change(args: &ChangeArgs) -> Result<(), Error> {
-    args.new.check_stdin(&args.key)?;
-    let cost = args.kdf.cost()?;
-    let mut namespace = open::namespace(&args.path, Access::ReadWrite, &args.key)?;
-    let slot = args.slot.unwrap_or_else(|| namespace.slot_id());
-    let credential = args.new.read(&args.path)?;
-    namespace.change_slot(slot, &credential, cost).map_err(|source| update_failed(&args.path, source))?;
-    println!("changed key slot {slot}; a backup of the header that was made before still opens with the old key");
-    Ok(())
+    let (mut namespace, credential, cost) = args.with.unlocked(&args.common)?;
+    let Some(slot) = args.slot.or_else(|| namespace.slot_id()) else {
+        return Err(Error::Usage("say which slot to change: --slot NUMBER".into()));
+    };
+    namespace.change_slot(slot, &credential, cost).map_err(|source| args.common.update_failed(source))?;
+    outln!("changed key slot {slot}; a backup of the header that was made before still opens with the old key")
 }
 
 fn test(args: &TestArgs) -> Result<(), Error> {
-    let locked = locked_without_lock(&args.path)?;
-    let credential = args.key.read(Prompt::Once, &args.path.display().to_string())?;
-    let unlocked = match args.slot {
-        Some(slot) => locked.unlock_slot(&credential, slot),
-        None => locked.unlock_key(&credential),
+    let SlotArgs { place, key } = &args.common;
+    let locked = place.locked(place.peek()?)?;
+    let namespace = match args.slot {
+        Some(slot) if !locked.header().ephemeral => {
+            let credential = key.read(Prompt::Once, &place.path.display().to_string())?;
+            let unlocked = locked.unlock_slot(&credential, slot);
+            unlocked.map_err(|source| Error::Unlock { path: place.path.clone(), source })?
+        }
+        _ => open::unlock(locked, key, &place.path)?,
     };
-    let namespace: Namespace = unlocked.map_err(|source| Error::Unlock { path: args.path.clone(), source })?;
-    println!("key slot {} opens with it", namespace.slot_id());
-    Ok(())
+    match namespace.slot_id() {
+        Some(slot) => outln!("key slot {slot} opens with it"),
+        None if namespace.header().ephemeral => outln!("it is ephemeral and opens without a key"),
+        None => outln!("the volume key is that of the namespace"),
+    }
 }
 
-fn update_failed(path: &Path, source: UpdateError) -> Error {
-    Error::Update { path: path.into(), source }
+fn dump_volume_key(args: &DumpArgs) -> Result<(), Error> {
+    let namespace = args.common.unlocked(Access::ReadOnly)?;
+    if namespace.header().ephemeral {
+        return Err(Error::NothingToDump { path: args.common.place.path.clone() });
+    }
+    dump::write_new("volume key file", &args.volume_key_file, namespace.volume_key().bytes())?;
+    warning!(
+        "{} decrypts everything, now and later, whatever becomes of the key slots: keep it where no thief comes, and \
+         give it back with --escrow-file",
+        args.volume_key_file.display()
+    );
+    outln!("{}: volume key of namespace {}", args.volume_key_file.display(), namespace.header().uuid)
 }
 
-/// Without a lock, so that slots can be looked at while the namespace is served. Nothing is written through it.
-pub(crate) fn locked_without_lock(path: &Path) -> Result<LockedNamespace, Error> {
-    let backing = OpenOptions::new(Access::ReadOnly)
-        .lock_range(0..0)
-        .open(path)
-        .map_err(|source| Error::Open { path: path.into(), source })?;
-    LockedNamespace::open(Arc::new(backing)).map_err(|source| Error::Namespace { path: path.into(), source })
+impl SlotArgs {
+    fn unlocked(&self, access: Access) -> Result<Namespace, Error> {
+        open::namespace(&self.place, access, &self.key)
+    }
+
+    fn update_failed(&self, source: UpdateError) -> Error {
+        Error::Update { path: self.place.path.clone(), source }
+    }
+}
+
+impl WithArgs {
+    /// The namespace, and what a slot of it is to open with: the present key is asked for first.
+    fn unlocked(&self, common: &SlotArgs) -> Result<(Namespace, Credential, KdfCost), Error> {
+        self.new.check_stdin(&common.key)?;
+        let cost = self.kdf.cost()?;
+        let namespace = common.unlocked(Access::ReadWrite)?;
+        let credential = self.new.read(&common.place.path)?;
+        Ok((namespace, credential, cost))
+    }
 }

@@ -7,17 +7,23 @@ mod control;
 mod credentials;
 mod demo;
 mod dmtable;
+mod dump;
 mod erase;
 mod error;
 mod format;
+mod header;
 mod info;
 mod key;
 mod log;
 mod open;
+mod output;
+mod place;
 mod plain;
 mod progress;
+mod recovery;
 mod rekey;
 mod relocate;
+mod secrets;
 mod serve;
 mod size;
 mod status;
@@ -100,7 +106,9 @@ Examples:
   daxcrypt key list vault.img --json
   daxcrypt key add vault.img --key-file vault.key --label desk     # asks for the new passphrase, twice
   daxcrypt key change vault.img --slot 1 --new-key-file new.key    # asks for a present passphrase
-  daxcrypt key remove vault.img --key-file vault.key --slot 1")]
+  daxcrypt key add vault.img --key-file vault.key --recovery-key   # prints a phrase, once
+  daxcrypt key remove vault.img --key-file vault.key --slot 1
+  daxcrypt key dump vault.img --key-file vault.key --volume-key-file vault.escrow")]
     Key(key::KeyCommandArgs),
     /// Give a namespace a new volume key, in place: safe at every instant, and it can be interrupted
     #[command(after_help = "\
@@ -129,11 +137,18 @@ Examples:
   daxcrypt export vault.img disk.img --key-file vault.key
   daxcrypt export vault.img - --key-file vault.key | zstd > disk.zst")]
     Export(plain::ExportArgs),
+    /// Back the header up, put a backup back, and look at one
+    #[command(after_help = "\
+Examples:
+  daxcrypt header backup vault.img vault.header
+  daxcrypt header inspect vault.header
+  daxcrypt header restore vault.img vault.header --key-file vault.key")]
+    Header(header::HeaderCommandArgs),
     /// Destroy all key slots and both header copies: the data is then lost
     #[command(after_help = "\
 Examples:
   daxcrypt erase vault.img          # asks for the label
-  daxcrypt erase vault.img --yes")]
+  daxcrypt erase vault.img --yes --wipe-data")]
     Erase(erase::EraseArgs),
     /// Measure AES-XTS on this machine: every backend, in cache and in memory, beside memcpy (about 10 seconds)
     Bench(bench::BenchArgs),
@@ -155,9 +170,9 @@ pub fn main() -> ExitCode {
     match run(&cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("daxcrypt: {}", error.chain());
+            output::complain(format_args!("{}", error.chain()));
             if let Some(hint) = error.hint() {
-                eprintln!("  try: {hint}");
+                output::ask(format_args!("  try: {hint}\n"));
             }
             ExitCode::from(error.exit() as u8)
         }
@@ -176,6 +191,7 @@ fn run(command: &Command) -> Result<(), Error> {
         Command::Relocate(args) => relocate::run(args),
         Command::Import(args) => plain::import(args),
         Command::Export(args) => plain::export(args),
+        Command::Header(args) => header::run(args),
         Command::Erase(args) => erase::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Demo => demo::run(),

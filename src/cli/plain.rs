@@ -13,6 +13,8 @@ use rustix::io::Errno;
 use super::credentials::KeyArgs;
 use super::error::Error;
 use super::open;
+use super::output::outln;
+use super::place::PlaceArgs;
 use super::rekey::PaceArgs;
 use super::size::ByteSize;
 use super::transfer::Transfer;
@@ -27,8 +29,8 @@ const HOLE_BYTES: usize = 4096;
 pub(crate) struct ImportArgs {
     /// Disk image or device to read; "-" is standard input, for `nbdcopy URI - | daxcrypt import - ...`
     plain: PathBuf,
-    /// File or device with a namespace that is at least as large
-    path: PathBuf,
+    #[command(flatten)]
+    place: PlaceArgs,
     #[command(flatten)]
     key: KeyArgs,
     #[command(flatten)]
@@ -37,8 +39,8 @@ pub(crate) struct ImportArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct ExportArgs {
-    /// File or device with a namespace
-    path: PathBuf,
+    #[command(flatten)]
+    place: PlaceArgs,
     /// File to make, with mode 0600; "-" is standard output
     plain: PathBuf,
     #[command(flatten)]
@@ -54,15 +56,15 @@ pub(crate) fn import(args: &ImportArgs) -> Result<(), Error> {
     }
     let failed = |source| Error::Plain { path: args.plain.clone(), source };
     let mut image = Image::open(&args.plain).map_err(failed)?;
-    let namespace = open::namespace(&args.path, Access::ReadWrite, &args.key)?;
+    let namespace = open::namespace(&args.place, Access::ReadWrite, &args.key)?;
     let volume = Volume::new(namespace, Backend::from_env()?);
     let size = volume.size();
     let len_bytes = image.len_bytes.unwrap_or(size);
     if len_bytes > size {
-        let (plain, path) = (args.plain.display(), args.path.display());
+        let (plain, path) = (args.plain.display(), args.place.path.display());
         return Err(Error::Usage(format!("{plain} has {len_bytes} bytes, but {path} has room for {size}")));
     }
-    let transfer = Transfer::new(&args.path, &args.pace)?;
+    let transfer = Transfer::new(&args.place.path, &args.pace)?;
     let imported = transfer.run("copied", len_bytes, |offset, piece| {
         let (len, hole) = image.read(offset, piece).map_err(failed)?;
         if hole {
@@ -80,16 +82,16 @@ pub(crate) fn import(args: &ImportArgs) -> Result<(), Error> {
     if !args.pace.json {
         let rest = if imported.bytes < size { "; the rest of the namespace is as it was" } else { "" };
         let (bytes, rate) = (ByteSize(imported.bytes), ByteSize(imported.bytes_per_second));
-        println!("{}: {bytes} imported ({rate}/s) and verified{rest}", args.path.display());
+        outln!("{}: {bytes} imported ({rate}/s) and verified{rest}", args.place.path.display())?;
     }
     Ok(())
 }
 
 pub(crate) fn export(args: &ExportArgs) -> Result<(), Error> {
     let failed = |source| Error::Plain { path: args.plain.clone(), source };
-    let namespace = open::namespace(&args.path, Access::ReadOnly, &args.key)?;
+    let namespace = open::namespace(&args.place, Access::ReadOnly, &args.key)?;
     let volume = Volume::new(namespace, Backend::from_env()?);
-    let transfer = Transfer::new(&args.path, &args.pace)?;
+    let transfer = Transfer::new(&args.place.path, &args.pace)?;
     if args.plain == Path::new("-") {
         let mut out = io::stdout().lock();
         transfer.run("done", volume.size(), |offset, piece| {
@@ -108,7 +110,7 @@ pub(crate) fn export(args: &ExportArgs) -> Result<(), Error> {
     let rate = result?;
     if !args.pace.json {
         let size = ByteSize(volume.size());
-        println!("{}: {size} exported ({}/s) and verified", args.plain.display(), ByteSize(rate));
+        outln!("{}: {size} exported ({}/s) and verified", args.plain.display(), ByteSize(rate))?;
     }
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::io::{self, IsTerminal, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use clap::Args;
 use serde::Serialize;
 
 use super::size::ByteSize;
@@ -11,6 +12,14 @@ use super::size::ByteSize;
 /// The bar is drawn again, and a JSON line printed, at most so often.
 const INTERVAL: Duration = Duration::from_millis(200);
 const BAR_CELLS: u64 = 24;
+
+/// The option of commands that may take long.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub(crate) struct ProgressArgs {
+    /// Print progress as lines of JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
 
 /// How progress is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

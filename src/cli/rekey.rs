@@ -16,8 +16,9 @@ use super::credentials::{KeyArgs, Prompt};
 use super::error::Error;
 use super::format::CipherArg;
 use super::info::slot_line;
-use super::key::locked_without_lock;
 use super::open;
+use super::output::outln;
+use super::place::PlaceArgs;
 use super::progress::Progress;
 use super::size::ByteSize;
 use crate::namespace::{
@@ -35,8 +36,8 @@ const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
 
 #[derive(Args, Debug)]
 pub(crate) struct RekeyArgs {
-    /// File or device with a namespace
-    path: PathBuf,
+    #[command(flatten)]
+    place: PlaceArgs,
     #[command(flatten)]
     key: KeyArgs,
     /// Cipher from now on (the present one when not given)
@@ -90,10 +91,10 @@ pub(crate) fn run(args: &RekeyArgs) -> Result<(), Error> {
         return status(args);
     }
     let access = if args.dry_run { Access::ReadOnly } else { Access::ReadWrite };
-    let (mut namespace, credential) = open::namespace_and_credential(&args.path, access, &args.key)?;
+    let (mut namespace, credential) = open::namespace_and_credential(&args.place, access, &args.key)?;
     if args.pause {
         namespace.set_transform_paused(true).map_err(|source| args.failed(source))?;
-        println!("{}: paused; `daxcrypt rekey --resume` goes on", args.path.display());
+        outln!("{}: paused; `daxcrypt rekey --resume` goes on", args.place.path.display())?;
         return Ok(());
     }
     match (args.resume, namespace.pending_transform().is_some()) {
@@ -110,9 +111,9 @@ pub(crate) fn run(args: &RekeyArgs) -> Result<(), Error> {
     }
     drop(credential);
     let volume = Volume::new(namespace, Backend::from_env()?);
-    let progress = finish(&volume, &args.pace).map_err(|error| error.at(&args.path))?;
+    let progress = finish(&volume, &args.pace).map_err(|error| error.at(&args.place.path))?;
     if !args.pace.json {
-        println!("{}: every byte is under the new volume key ({}/s)", args.path.display(), ByteSize(progress));
+        outln!("{}: every byte is under the new volume key ({}/s)", args.place.path.display(), ByteSize(progress))?;
     }
     Ok(())
 }
@@ -167,7 +168,7 @@ pub(crate) fn finish(volume: &Volume, pace: &PaceArgs) -> Result<u64, Stopped> {
 /// Asks the server to do it, and follows the progress of what it began.
 fn online(args: &RekeyArgs, socket: &Path) -> Result<(), Error> {
     let failed = |source| Error::Control { path: socket.into(), source };
-    let locked = locked_without_lock(&args.path)?;
+    let locked = args.place.locked(args.place.peek()?)?;
     let rekey = match (args.status, args.pause, args.resume) {
         (true, ..) => Action::Status,
         (_, true, _) => Action::Pause,
@@ -175,7 +176,7 @@ fn online(args: &RekeyArgs, socket: &Path) -> Result<(), Error> {
         _ => Action::Begin,
     };
     let credential = match rekey {
-        Action::Begin => Some(args.key.read(Prompt::Once, &args.path.display().to_string())?),
+        Action::Begin => Some(args.key.read(Prompt::Once, &args.place.path.display().to_string())?),
         _ => None,
     };
     let mut request = Request {
@@ -196,11 +197,11 @@ fn online(args: &RekeyArgs, socket: &Path) -> Result<(), Error> {
             follow(args, socket, &request, done_bytes, total_bytes)
         }
         (_, None) => {
-            println!("{}: no re-key is under way", args.path.display());
+            outln!("{}: no re-key is under way", args.place.path.display())?;
             Ok(())
         }
         (_, Some((done_bytes, total_bytes))) => {
-            println!("{}: {} of {} done", args.path.display(), ByteSize(done_bytes), ByteSize(total_bytes));
+            outln!("{}: {} of {} done", args.place.path.display(), ByteSize(done_bytes), ByteSize(total_bytes))?;
             Ok(())
         }
     }
@@ -223,7 +224,7 @@ fn follow(
             None => {
                 progress.end("done", total_bytes);
                 if !args.pace.json {
-                    println!("{}: every byte is under the new volume key", args.path.display());
+                    outln!("{}: every byte is under the new volume key", args.place.path.display())?;
                 }
                 return Ok(());
             }
@@ -232,7 +233,7 @@ fn follow(
         std::thread::sleep(FOLLOW_INTERVAL);
     }
     progress.end("left", done_bytes);
-    eprintln!("daxcrypt: {}: the server goes on with it", args.path.display());
+    eprintln!("daxcrypt: {}: the server goes on with it", args.place.path.display());
     Ok(())
 }
 
@@ -267,9 +268,13 @@ fn begin(
     }
     namespace.begin_rekey(credential, options).map_err(|source| args.failed(source))?;
     if !args.pace.json {
-        println!("key slot {} is new and opens with the key given here", namespace.slot_id());
+        if let Some(slot) = namespace.slot_id() {
+            outln!("key slot {slot} is new and opens with the key given here")?;
+        }
         let what = if args.keep_slots { "kept" } else { "dropped" };
-        others.iter().for_each(|slot| println!("{what}: key slot {slot}"));
+        for slot in others.iter() {
+            outln!("{what}: key slot {slot}")?;
+        }
     }
     Ok(())
 }
@@ -285,15 +290,17 @@ fn dry_run(args: &RekeyArgs, namespace: Namespace, options: &RekeyOptions) -> Re
     Geometry::new(&placement, u64::MAX).map_err(|source| args.failed(source.into()))?;
     let others = other_slots(&namespace);
     let volume = Volume::new(namespace, Backend::from_env()?);
-    let rate = decryption_rate(&volume).map_err(|source| Error::Volume { path: args.path.clone(), source })?;
-    println!("{}: {} ({} bytes) to re-key", args.path.display(), ByteSize(volume.size()), volume.size());
-    others.iter().for_each(|slot| println!("besides the key given here, these slots open it: {slot}"));
+    let rate = decryption_rate(&volume).map_err(|source| Error::Volume { path: args.place.path.clone(), source })?;
+    outln!("{}: {} ({} bytes) to re-key", args.place.path.display(), ByteSize(volume.size()), volume.size())?;
+    for slot in others.iter() {
+        outln!("besides the key given here, these slots open it: {slot}")?;
+    }
     let limit = args.pace.max_rate.map_or(u64::MAX, |rate| rate.0.max(1));
     let seconds = volume.size().div_ceil(rate.min(limit).max(1));
-    println!(
+    outln!(
         "at least {seconds} s: it reads and decrypts {}/s here; encryption, and writing everything twice, come on top",
         ByteSize(rate)
-    );
+    )?;
     Ok(())
 }
 
@@ -311,30 +318,30 @@ fn decryption_rate(volume: &Volume) -> Result<u64, crate::volume::VolumeError> {
 }
 
 fn status(args: &RekeyArgs) -> Result<(), Error> {
-    let path = args.path.display();
-    let locked = locked_without_lock(&args.path)?;
+    let path = args.place.path.display();
+    let locked = args.place.locked(args.place.peek()?)?;
     if !locked.header().rekeying {
-        println!("{path}: no re-key is under way");
+        outln!("{path}: no re-key is under way")?;
         return Ok(());
     }
     if args.key.key_file.is_none() && args.key.passphrase_file.is_none() {
-        println!("{path}: a re-key is under way; with its key --status says how far it has come");
+        outln!("{path}: a re-key is under way; with its key --status says how far it has come")?;
         return Ok(());
     }
     let credential = args.key.read(Prompt::Once, &path.to_string())?;
     let namespace =
-        locked.unlock_key(&credential).map_err(|source| Error::Unlock { path: args.path.clone(), source })?;
+        locked.unlock_key(&credential).map_err(|source| Error::Unlock { path: args.place.path.clone(), source })?;
     if let Some(pending) = namespace.pending_transform() {
         let (done_bytes, total_bytes) = (pending.record().done_bytes, pending.source().size_bytes());
         if args.pace.json {
             let paused = namespace.transform_paused();
-            println!(
+            outln!(
                 "{}",
                 serde_json::json!({ "done_bytes": done_bytes, "total_bytes": total_bytes, "paused": paused })
-            );
+            )?;
         } else {
             let state = if namespace.transform_paused() { "paused" } else { "under way" };
-            println!("{path}: a re-key is {state}: {} of {} done", ByteSize(done_bytes), ByteSize(total_bytes));
+            outln!("{path}: a re-key is {state}: {} of {} done", ByteSize(done_bytes), ByteSize(total_bytes))?;
         }
     }
     Ok(())
@@ -342,7 +349,7 @@ fn status(args: &RekeyArgs) -> Result<(), Error> {
 
 impl RekeyArgs {
     fn failed(&self, source: TransformError) -> Error {
-        Error::Rekey { path: self.path.clone(), source: source.into() }
+        Error::Rekey { path: self.place.path.clone(), source: source.into() }
     }
 
     fn unit(&self) -> Option<DataUnit> {

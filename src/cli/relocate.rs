@@ -12,6 +12,8 @@ use clap::Args;
 use super::credentials::{KeyArgs, Prompt};
 use super::error::Error;
 use super::open;
+use super::output::outln;
+use super::place::PlaceArgs;
 use super::rekey::{PaceArgs, finish, other_slots};
 use super::size::ByteSize;
 use super::transfer::{Holes, Moved, Transfer};
@@ -61,7 +63,7 @@ pub(crate) fn run(args: &RelocateArgs) -> Result<(), Error> {
 /// To another file or device.
 fn relocate(args: &RelocateArgs, destination: &Path) -> Result<(), Error> {
     let access = if args.keep_source { Access::ReadOnly } else { Access::ReadWrite };
-    let (source, credential) = open::namespace_and_credential(&args.source, access, &args.key)?;
+    let (source, credential) = open::namespace_and_credential(&place_of(&args.source), access, &args.key)?;
     let others = other_slots(&source);
     if !others.is_empty() && !args.drop_slots && !args.keep_source {
         return Err(Error::OtherSlots { slots: others.join("; ") });
@@ -83,7 +85,7 @@ fn relocate(args: &RelocateArgs, destination: &Path) -> Result<(), Error> {
     if !args.pace.json {
         let (from, to, rate) = (args.source.display(), destination.display(), ByteSize(moved.bytes_per_second));
         let fate = if args.keep_source { "the source stays as it is" } else { "the source is erased" };
-        println!("{to}: {} moved from {from} ({rate}/s) and verified; {fate}", ByteSize(moved.bytes));
+        outln!("{to}: {} moved from {from} ({rate}/s) and verified; {fate}", ByteSize(moved.bytes))?;
     }
     Ok(())
 }
@@ -96,7 +98,7 @@ fn make_target(
     credential: &Credential,
 ) -> Result<(Namespace, bool), Error> {
     let header = source.header();
-    let slot = header.slots.iter().find(|slot| slot.id == source.slot_id());
+    let slot = header.slots.iter().find(|slot| Some(slot.id) == source.slot_id());
     let kdf_cost = match slot.map(|slot| slot.kdf) {
         Some(Kdf::Argon2id(cost)) => cost,
         _ => KdfCost::default(),
@@ -118,7 +120,7 @@ fn make_target(
         let created = Backing::create(destination, HEADER_AREA_BYTES + size_bytes, allocation);
         Arc::new(created.map_err(|source| Error::Open { path: destination.into(), source })?)
     } else {
-        let backing = open::backing(destination, Access::ReadWrite)?;
+        let backing = Arc::clone(place_of(destination).open(Access::ReadWrite)?.data());
         let found = namespace::signature_found(&backing, 0);
         let found = found.map_err(|source| Error::Media { path: destination.into(), source })?;
         if let (false, Some(signature)) = (args.force, found) {
@@ -160,16 +162,20 @@ fn copy(
     })?;
     target.flush().map_err(|error| to.failed(error))?;
     to.verify(&target, &moved)?;
-    let unlocked = "nobody has locked it";
-    let mut target = target.into_namespace().expect(unlocked);
+    let mut target = target.into_namespace().expect("nobody has locked it");
     target.publish().map_err(|error| Error::Update { path: destination.into(), source: error })?;
-    Ok((source.into_namespace().expect(unlocked), moved))
+    Ok((source.into_namespace().expect("nobody has locked it"), moved))
+}
+
+/// A namespace with its header in front of its data.
+fn place_of(path: &Path) -> PlaceArgs {
+    PlaceArgs { path: path.into(), header: None }
 }
 
 /// Where it lies.
 fn adopt(args: &RelocateArgs) -> Result<(), Error> {
     let failed = |source: AdoptError| Error::Adopt { path: args.source.clone(), source: source.into() };
-    let backing = open::backing(&args.source, Access::ReadWrite)?;
+    let backing = Arc::clone(place_of(&args.source).open(Access::ReadWrite)?.data());
     let available_bytes = backing.len_bytes();
     let moved = MovedNamespace::open_at(&backing, 0, available_bytes).map_err(failed)?;
     if moved.header().slots.len() > 1 && !args.drop_slots {
@@ -185,11 +191,11 @@ fn adopt(args: &RelocateArgs) -> Result<(), Error> {
     let volume = Volume::new(namespace, Backend::from_env()?);
     let rate = finish(&volume, &args.pace).map_err(|error| error.at(&args.source))?;
     if !args.pace.json {
-        println!(
+        outln!(
             "{}: written for byte {old_base}, now at home at byte {base} under a new volume key ({}/s)",
             args.source.display(),
             ByteSize(rate)
-        );
+        )?;
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ use clap::Args;
 use serde::Deserialize;
 
 use super::error::Error;
+use super::output::{out, outln};
 use super::size::ByteSize;
 
 /// How long the server may take.
@@ -71,12 +72,10 @@ pub(crate) fn run(args: &StatusArgs) -> Result<(), Error> {
     let failed = |source| Error::Control { path: args.control.clone(), source };
     let answer = ask(&args.control).map_err(failed)?;
     if args.json {
-        println!("{}", answer.trim_end());
-        return Ok(());
+        return outln!("{}", answer.trim_end());
     }
     let status: Status = serde_json::from_str(&answer).map_err(|error| failed(error.into()))?;
-    print!("{}", table(&status));
-    Ok(())
+    out!("{}", table(&status))
 }
 
 fn ask(path: &Path) -> io::Result<String> {

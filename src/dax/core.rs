@@ -38,6 +38,9 @@ pub(super) struct Core {
     dirt: Dirt,
     /// For everybody but the fault thread, which has its own.
     scratch: Mutex<Option<SecretBytes>>,
+    /// Held for a whole sync: whoever finds that another one has taken the marks must not return before it has written
+    /// what they stand for.
+    syncing: Mutex<()>,
     _claim: ClaimGuard,
 }
 
@@ -106,7 +109,17 @@ impl Core {
             None => (None, Dirt::Unknown),
         };
         let volume = Arc::clone(volume);
-        let core = Self { volume, window, view, writable, faults, dirt, scratch: Mutex::default(), _claim: claim };
+        let core = Self {
+            volume,
+            window,
+            view,
+            writable,
+            faults,
+            dirt,
+            scratch: Mutex::default(),
+            syncing: Mutex::default(),
+            _claim: claim,
+        };
         let ready = match &core.faults {
             Some(faults) => faults.register(&core.addresses(core.view.range()), writable).map_err(DaxError::Os),
             None => core.bring(core.view.range()),
@@ -204,6 +217,7 @@ impl Core {
         if self.volume.locked() {
             return Err(VolumeError::Locked.into());
         }
+        let _syncing = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut result = Ok(());
         let mut write_back = |pages: Range<u64>, how| {
             let written = self.volume.write_back(&self.window, &pages, how);

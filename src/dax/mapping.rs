@@ -36,7 +36,7 @@ impl DaxMapping {
     /// The map of `range`, whose pages `core` has mapped.
     pub(super) fn new(core: Core, range: Range<u64>, options: &MapOptions) -> Result<Self, DaxError> {
         let core = Arc::new(core);
-        let memory_locked = core.view.lock_on_fault();
+        let memory_locked = core.view.lock_memory();
         let mut map = Self { core: Some(core), faults: None, write_back: None, range, memory_locked };
         if map.mode() == MapMode::Lazy {
             map.faults = Some(FaultThread::start(Arc::clone(map.core())).map_err(DaxError::Os)?);
@@ -169,7 +169,17 @@ impl DaxMapping {
     /// be brought in, with the bytes before that page stored.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), DaxError> {
         let range = self.logical_writable(offset, data.len() as u64)?;
-        Ok(self.core().volume.store(&self.core().window, data, range.start)?)
+        let core = self.core();
+        let (mut at, mut rest) = (range.start, data);
+        loop {
+            let stored = core.volume.store_resident(&core.window, rest, at)?;
+            rest = &rest[stored..];
+            at += stored as u64;
+            if rest.is_empty() {
+                return Ok(());
+            }
+            core.bring(&whole_pages(&(at..at + 1)))?;
+        }
     }
 
     /// Stores zeroes.

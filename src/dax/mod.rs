@@ -4,6 +4,24 @@
 //! safe copies) and says [`DaxMapping::persist`] when a store must be on media. All maps of one volume, and everybody who
 //! reads and writes it (NBD clients of the same process too), see each other's bytes at once.
 //!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use daxcrypt::dax::MapOptions;
+//! use daxcrypt::volume::Volume;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let volume = Arc::new(Volume::ephemeral(1 << 20)?); // any unlocked volume
+//! let map = volume.map(0..volume.size(), &MapOptions::new().writable().resident_max(256 << 10))?;
+//! map.write(4096, b"hello")?;
+//! map.persist(4096..4101)?;
+//! // SAFETY: nobody else uses this volume.
+//! assert_eq!(unsafe { map.as_slice(4096..4101) }, b"hello");
+//! map.close()?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! What a program must know, compared with a map of unencrypted persistent memory:
 //!
 //! - **A store reaches media only by persist, sync, eviction or the background write-back.** With real DAX an unflushed

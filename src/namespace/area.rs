@@ -65,7 +65,7 @@ impl HeaderArea {
         self.base
     }
 
-    pub(super) fn backing(&self) -> &Arc<Backing> {
+    pub(super) const fn backing(&self) -> &Arc<Backing> {
         &self.backing
     }
 

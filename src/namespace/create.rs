@@ -4,20 +4,23 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::area::{CopyName, CopyState, HeaderArea};
+use super::area::{CopyName, CopyState};
 use super::error::FormatError;
 use super::geometry::{
-    DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, Placement, data_offset_for, size_that_fits,
+    DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, Placement, data_offset_for, detached_data_offset_for,
+    size_that_fits,
 };
 use super::header::{self, MacKey};
 use super::kdf::{Credential, Kdf, KdfCost};
 use super::metadata::{Cipher, CipherName, Metadata, check_label};
+use super::site::Site;
 use super::slot::Slot;
 use super::unlocked::Namespace;
 use crate::pmem::Backing;
 use crate::secret::VolumeKey;
 
 const FIRST_SEQUENCE: u64 = 1;
+const FIRST_SLOT: u32 = 0;
 
 /// What a new namespace is to be.
 #[derive(Debug)]
@@ -42,6 +45,9 @@ pub struct FormatOptions {
     pub allow_discards: bool,
     /// The volume key to use; without it, a random one.
     pub volume_key: Option<VolumeKey>,
+    /// Where the header goes when it is detached: the data then takes the namespace from its first byte, or from its
+    /// first 2 MiB boundary of the backing.
+    pub header: Option<Arc<Backing>>,
 }
 
 impl Default for FormatOptions {
@@ -58,6 +64,7 @@ impl Default for FormatOptions {
             bind_address: false,
             allow_discards: false,
             volume_key: None,
+            header: None,
         }
     }
 }
@@ -95,17 +102,17 @@ fn create(
 ) -> Result<Namespace, FormatError> {
     check_label(&options.label).map_err(FormatError::Label)?;
     options.kdf_cost.check()?;
-    let rest_bytes = backing.len_bytes().saturating_sub(options.base);
-    let available_bytes = options.available_bytes.map_or(rest_bytes, |bytes| bytes.min(rest_bytes));
-    let geometry = place(&backing, &options, available_bytes)?;
-    let no_room = GeometryError::NoRoom { available_bytes, header_bytes: HEADER_AREA_BYTES };
-    let area = HeaderArea::new(backing, options.base).ok_or(no_room)?;
+    let site = Site::part(backing, options.base, options.available_bytes.unwrap_or(u64::MAX));
+    let site = site.with_header(options.header.clone());
+    let geometry = place(&site, &options)?;
+    let available_bytes = site.header_available_bytes();
+    let area = site.area().ok_or(GeometryError::NoRoom { available_bytes, header_bytes: HEADER_AREA_BYTES })?;
     let mut metadata = empty_metadata(&geometry, options.cipher, options.label, options.allow_discards);
     let volume_key = volume_key(options.cipher, options.volume_key)?;
     metadata.ephemeral = credential.is_none();
     if let Some(credential) = credential {
         let kdf = Kdf::for_credential(credential, options.kdf_cost);
-        metadata.slots.push(Slot::create(0, "", kdf, credential, &metadata.purpose(), &volume_key)?);
+        metadata.slots.push(Slot::create(FIRST_SLOT, "", kdf, credential, &metadata.purpose(), &volume_key)?);
     }
     let mac_key = MacKey::new(&volume_key, metadata.uuid);
     let image = header::encode(FIRST_SEQUENCE, &metadata, &mac_key)?;
@@ -114,33 +121,33 @@ fn create(
         area.write_copy(name, &image)?;
     }
     Ok(Namespace {
+        site,
         area,
         geometry,
         metadata,
         sequence: FIRST_SEQUENCE,
         newest: CopyName::A,
         copies: [const { CopyState::Good { sequence: FIRST_SEQUENCE } }; 2],
-        available_bytes,
         volume_key,
         mac_key,
-        slot_id: 0,
+        slot_id: credential.map(|_| FIRST_SLOT),
         pending: None,
     })
 }
 
-fn place(backing: &Backing, options: &FormatOptions, available_bytes: u64) -> Result<Geometry, FormatError> {
-    let data_offset = data_offset_for(options.base)?;
+fn place(site: &Site, options: &FormatOptions) -> Result<Geometry, FormatError> {
+    let (base, available_bytes, detached) = (site.base(), site.available_bytes(), site.is_detached());
+    let data_offset = if detached { detached_data_offset_for(base)? } else { data_offset_for(base)? };
     let size_bytes = match options.size_bytes {
         Some(size_bytes) => size_bytes,
         None => size_that_fits(data_offset, available_bytes, options.unit)?,
     };
-    let bound_address = match (options.bind_address, backing.physical_address()) {
+    let bound_address = match (options.bind_address, site.data().physical_address()) {
         (false, _) => None,
         (true, None) => return Err(FormatError::NoPhysicalAddress),
         (true, address) => address,
     };
-    let (base, unit) = (options.base, options.unit);
-    let placement = Placement { base, data_offset, size_bytes, unit, bound_address, detached: false };
+    let placement = Placement { base, data_offset, size_bytes, unit: options.unit, bound_address, detached };
     Ok(Geometry::new(&placement, available_bytes)?)
 }
 
@@ -165,7 +172,7 @@ fn empty_metadata(geometry: &Geometry, cipher: Cipher, label: String, allow_disc
         data_offset: geometry.data_offset(),
         size_bytes: geometry.size_bytes(),
         bound_address: geometry.bound_address(),
-        detached: false,
+        detached: geometry.placement().detached,
         ephemeral: false,
         unclean: false,
         discards: allow_discards,

@@ -164,6 +164,9 @@ pub enum UnlockError {
     /// An ephemeral opening of a namespace that keeps its key.
     #[error("the namespace is not ephemeral: it needs its key")]
     NotEphemeral,
+    /// A volume key that was given as such is not the one that wrote the header.
+    #[error("that is not the volume key of this namespace, or its header is forged or damaged")]
+    OtherVolumeKey,
     /// The credential cannot be used.
     #[error(transparent)]
     Credential(#[from] CredentialError),

@@ -351,6 +351,18 @@ pub fn data_offset_for(base: u64) -> Result<u64, GeometryError> {
     Ok(data_start - base)
 }
 
+/// The offset of the data from `base` for a namespace whose header is detached: at the next 2 MiB boundary of the backing,
+/// which is the base itself in most cases.
+///
+/// # Errors
+///
+/// [`GeometryError::Overflow`] when there is no such boundary below 2^64.
+pub fn detached_data_offset_for(base: u64) -> Result<u64, GeometryError> {
+    let data_start = base.checked_next_multiple_of(DATA_ALIGNMENT_BYTES);
+    let data_start = data_start.ok_or(GeometryError::Overflow { base, data_offset: 0, size_bytes: 0, address: 0 })?;
+    Ok(data_start - base)
+}
+
 /// The largest data area that fits behind `data_offset` into `available_bytes`.
 ///
 /// # Errors

@@ -20,19 +20,21 @@ mod metadata;
 mod moved;
 mod open;
 mod signature;
+mod site;
 mod slot;
 mod transform;
 #[doc = include_str!("format.md")]
 pub mod specification {}
 mod unlocked;
+mod wipe;
 
 pub use area::{CopyName, CopyState, WriteError};
-pub use backup::{RestoreError, restore};
+pub use backup::{BACKUP_BYTES, RestoreError, inspect, inspect_backup, open_backup, restore_unchecked};
 pub use create::{FormatOptions, format, format_ephemeral};
 pub use error::{FormatError, OpenError, UnlockError, UpdateError};
 pub use geometry::{
     DATA_ALIGNMENT_BYTES, DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, Layout, OutOfRange, Placement,
-    SIZE_BYTES_MAX, SIZE_BYTES_WARN, TweakValue, data_offset_for, size_that_fits,
+    SIZE_BYTES_MAX, SIZE_BYTES_WARN, TweakValue, data_offset_for, detached_data_offset_for, size_that_fits,
 };
 pub use header::{CopyFault, FORMAT_VERSION, TooLong};
 pub use info::{Header, SlotInfo};
@@ -43,11 +45,13 @@ pub use kdf::{
 pub use key_spec::{KEY_SPEC_BYTES_MAX, KeySpecError, volume_key_from_spec};
 pub use metadata::{Cipher, LABEL_BYTES_MAX, MetadataError, SLOT_COUNT_MAX};
 pub use moved::{AdoptError, MovedNamespace};
-pub use open::LockedNamespace;
+pub use open::{LockedNamespace, erase};
 pub use signature::{Signature, signature_found};
+pub use site::Site;
 pub use slot::SlotError;
 pub use transform::{OtherSlots, Pending, RekeyOptions, TransformError};
 pub use unlocked::Namespace;
+pub use wipe::overwrite_with_zeros;
 
 #[cfg(test)]
 mod crash_tests;

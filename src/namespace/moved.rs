@@ -11,6 +11,7 @@ use super::geometry::{Geometry, GeometryError, HEADER_AREA_BYTES, Layout, Placem
 use super::info::Header;
 use super::kdf::Credential;
 use super::open::LockedNamespace;
+use super::site::Site;
 use super::transform::{RekeyOptions, TransformError};
 use super::unlocked::Namespace;
 use crate::pmem::Backing;
@@ -94,7 +95,8 @@ impl MovedNamespace {
         let placement = Placement { base, data_offset, bound_address, ..old };
         let geometry = Geometry::new(&placement, available_bytes)?;
         let rekeying = metadata.transform.is_some();
-        let locked = LockedNamespace::unchecked(area, geometry, chosen, available_bytes);
+        let locked =
+            LockedNamespace::unchecked(Site::part(Arc::clone(backing), base, available_bytes), area, geometry, chosen);
         Ok(Self { locked, source, placement, rekeying })
     }
 

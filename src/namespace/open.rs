@@ -9,6 +9,7 @@ use super::header::MacKey;
 use super::info::Header;
 use super::kdf::{self, Credential, Kdf};
 use super::signature::{Signature, known_format};
+use super::site::Site;
 use super::slot::Slot;
 use super::unlocked::Namespace;
 use crate::pmem::{Backing, MediaError};
@@ -17,11 +18,11 @@ use crate::secret::{SecretBytes, VolumeKey};
 /// A namespace whose header is well-formed, fits its backing and is where it was written.
 #[derive(Debug)]
 pub struct LockedNamespace {
+    site: Site,
     area: HeaderArea,
     geometry: Geometry,
     chosen: Chosen,
     header: Header,
-    available_bytes: u64,
 }
 
 impl LockedNamespace {
@@ -31,8 +32,7 @@ impl LockedNamespace {
     ///
     /// [`OpenError`]; nothing on media changes.
     pub fn open(backing: Arc<Backing>) -> Result<Self, OpenError> {
-        let available_bytes = backing.len_bytes();
-        Self::open_at(backing, 0, available_bytes)
+        Self::open_in(Site::whole(backing))
     }
 
     /// Opens the namespace in the `available_bytes` of the backing from `base` on: a partition.
@@ -41,42 +41,48 @@ impl LockedNamespace {
     ///
     /// [`OpenError`]; nothing on media changes.
     pub fn open_at(backing: Arc<Backing>, base: u64, available_bytes: u64) -> Result<Self, OpenError> {
-        let available_bytes = available_bytes.min(backing.len_bytes().saturating_sub(base));
-        let too_small = OpenError::TooSmall { available_bytes, header_bytes: HEADER_AREA_BYTES };
-        if available_bytes < HEADER_AREA_BYTES {
-            return Err(too_small);
-        }
-        let area = HeaderArea::new(backing, base).ok_or(too_small)?;
+        Self::open_in(Site::part(backing, base, available_bytes))
+    }
+
+    /// Opens the namespace at a site, whose header may be detached.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`]; nothing on media changes.
+    pub fn open_in(site: Site) -> Result<Self, OpenError> {
+        let area = site.area().ok_or_else(|| too_small(&site))?;
         let [a, b] = CopyName::BOTH.map(|name| area.read_copy(name));
         let chosen = match choose(a, b) {
             Err(OpenError::NotANamespace { .. }) => {
-                let found = known_format(area.backing(), base)?.map(Signature::Known);
+                let found = known_format(area.backing(), area.base())?.map(Signature::Known);
                 return Err(OpenError::NotANamespace { found });
             }
             other => other?,
         };
-        Self::check(area, chosen, available_bytes)
+        Self::check(site, area, chosen)
     }
 
     /// Checks a well-formed header against the place of its area.
-    pub(super) fn check(area: HeaderArea, chosen: Chosen, available_bytes: u64) -> Result<Self, OpenError> {
-        let (metadata, base) = (&chosen.copy.metadata, area.base());
-        if metadata.detached {
-            return Err(OpenError::Detached);
+    pub(super) fn check(site: Site, area: HeaderArea, chosen: Chosen) -> Result<Self, OpenError> {
+        let (metadata, base) = (&chosen.copy.metadata, site.base());
+        match (metadata.detached, site.is_detached()) {
+            (true, false) => return Err(OpenError::Detached),
+            (false, true) => return Err(OpenError::NotDetached),
+            _ => {}
         }
         if metadata.base != base {
             return Err(OpenError::Relocated { header_base: metadata.base, actual_base: base });
         }
-        let geometry = Geometry::new(&metadata.placement(), available_bytes)?;
-        check_address(&geometry, area.backing())?;
+        let geometry = Geometry::new(&metadata.placement(), site.available_bytes())?;
+        check_address(&geometry, site.data())?;
         let header = Header::of(metadata, chosen.copy.sequence, &chosen.states);
-        Ok(Self { area, geometry, chosen, header, available_bytes })
+        Ok(Self { site, area, geometry, chosen, header })
     }
 
     /// A namespace that is not where its header says, for [`MovedNamespace`](super::moved::MovedNamespace) alone.
-    pub(super) fn unchecked(area: HeaderArea, geometry: Geometry, chosen: Chosen, available_bytes: u64) -> Self {
+    pub(super) fn unchecked(site: Site, area: HeaderArea, geometry: Geometry, chosen: Chosen) -> Self {
         let header = Header::of(&chosen.copy.metadata, chosen.copy.sequence, &chosen.states);
-        Self { area, geometry, chosen, header, available_bytes }
+        Self { site, area, geometry, chosen, header }
     }
 
     /// What the header says.
@@ -129,7 +135,24 @@ impl LockedNamespace {
         }
         let volume_key = VolumeKey::generate(metadata.key_bits.key_bytes())?;
         let mac_key = MacKey::new(&volume_key, metadata.uuid);
-        Ok(self.into_namespace(volume_key, mac_key, 0))
+        Ok(self.into_namespace(volume_key, mac_key, None))
+    }
+
+    /// Unlocks with the volume key itself, as it was put in escrow, and authenticates the header.
+    ///
+    /// # Errors
+    ///
+    /// [`UnlockError::OtherVolumeKey`] when the header was not written by the holder of that key.
+    pub fn unlock_volume_key(self, volume_key: VolumeKey) -> Result<Namespace, UnlockError> {
+        if self.chosen.copy.metadata.ephemeral {
+            return Err(UnlockError::Ephemeral);
+        }
+        let is_of_size = volume_key.bytes().len() == self.chosen.copy.metadata.key_bits.key_bytes();
+        let mac_key = MacKey::new(&volume_key, self.chosen.copy.metadata.uuid);
+        if !is_of_size || !self.chosen.copy.is_genuine(&mac_key) {
+            return Err(UnlockError::OtherVolumeKey);
+        }
+        Ok(self.into_namespace(volume_key, mac_key, None))
     }
 
     /// The header copy in use, to be kept somewhere else: 65536 bytes. Whoever has it and a credential of one of its slots
@@ -187,26 +210,44 @@ impl LockedNamespace {
         if !self.chosen.copy.is_genuine(&mac_key) {
             return Err(UnlockError::Forged);
         }
-        let mut namespace = self.into_namespace(volume_key, mac_key, slot_id);
+        let mut namespace = self.into_namespace(volume_key, mac_key, Some(slot_id));
         namespace.load_transform()?;
         Ok(namespace)
     }
 
-    fn into_namespace(self, volume_key: VolumeKey, mac_key: MacKey, slot_id: u32) -> Namespace {
+    fn into_namespace(self, volume_key: VolumeKey, mac_key: MacKey, slot_id: Option<u32>) -> Namespace {
         Namespace {
+            site: self.site,
             area: self.area,
             geometry: self.geometry,
             metadata: self.chosen.copy.metadata,
             sequence: self.chosen.copy.sequence,
             newest: self.chosen.name,
             copies: self.chosen.states,
-            available_bytes: self.available_bytes,
             volume_key,
             mac_key,
             slot_id,
             pending: None,
         }
     }
+}
+
+/// Overwrites the header area at `site` with zeros: durable and read back. Nothing needs to be readable there; whatever
+/// it was, it is lost.
+///
+/// # Errors
+///
+/// [`WriteError`], [`MediaError::OutOfRange`] in it when the site is smaller than a header area; key material may then
+/// be left.
+pub fn erase(site: &Site) -> Result<(), WriteError> {
+    let (backing, base) = site.header_place();
+    let (end, len_bytes) = (base.saturating_add(HEADER_AREA_BYTES), backing.len_bytes());
+    site.area().ok_or(MediaError::OutOfRange { start: base, end, len_bytes })?.clear()
+}
+
+/// There is no room for a header at the site.
+pub(super) fn too_small(site: &Site) -> OpenError {
+    OpenError::TooSmall { available_bytes: site.header_available_bytes(), header_bytes: HEADER_AREA_BYTES }
 }
 
 fn count(slots: &[&Slot]) -> u32 {

@@ -182,6 +182,9 @@ pub enum TransformError {
         /// The checksum of the bytes.
         computed: u32,
     },
+    /// It was unlocked by its volume key, and so there is no slot to make anew.
+    #[error("it was unlocked by its volume key: unlock it with the key of a slot to re-key it")]
+    NoSlot,
     /// The media failed.
     #[error(transparent)]
     Media(#[from] MediaError),
@@ -255,7 +258,7 @@ impl Namespace {
         for slot in self.metadata.slots.iter().filter(|slot| slot.kdf.suits(credential)) {
             let opened = slot.open(credential, &purpose).map_err(SlotError::from)?;
             if opened.is_some_and(|key| bool::from(key.ct_eq(self.volume_key.bytes()))) {
-                self.slot_id = slot.id;
+                self.slot_id = Some(slot.id);
                 return Ok(());
             }
         }
@@ -266,7 +269,7 @@ impl Namespace {
     #[must_use]
     pub fn other_slots(&self) -> Vec<SlotInfo> {
         let slots = self.header().slots.into_iter();
-        slots.filter(|slot| slot.id != self.slot_id).collect()
+        slots.filter(|slot| Some(slot.id) != self.slot_id).collect()
     }
 
     /// Begins to give the namespace a new volume key: the header has it when this returns, with a fresh slot for
@@ -311,7 +314,7 @@ impl Namespace {
         if self.metadata.ephemeral {
             return Err(TransformError::Ephemeral);
         }
-        let geometry = Geometry::new(placement, self.available_bytes)?;
+        let geometry = Geometry::new(placement, self.site.available_bytes())?;
         let cipher = options.cipher.unwrap_or(self.metadata.key_bits);
         let new_key = VolumeKey::generate(cipher.key_bytes())?;
         let transform = Transform::create(&source, &self.volume_key, &new_key, self.metadata.uuid)?;
@@ -353,11 +356,12 @@ impl Namespace {
         credential: &Credential,
         other_slots: OtherSlots,
     ) -> Result<Vec<Slot>, TransformError> {
+        let own = self.slot_id.ok_or(TransformError::NoSlot)?;
         let (old_purpose, new_purpose) = (self.metadata.purpose(), metadata.purpose());
         let mut slots = Vec::new();
         for slot in &self.metadata.slots {
             let id = slot.id;
-            if id == self.slot_id {
+            if id == own {
                 slots.push(Slot::create(id, &slot.label, slot.kdf, credential, &new_purpose, new_key)?);
             } else if other_slots == OtherSlots::Keep {
                 let kept = slot.rewrapped(&self.volume_key, &old_purpose, new_key, &new_purpose)?;
@@ -425,7 +429,7 @@ impl Namespace {
         let (uuid, size_bytes) = (self.metadata.uuid, self.metadata.size_bytes);
         let source = Layout::new(transform.data_start, transform.first_address, size_bytes, transform.unit_bytes)?;
         let end = source.data_start() + size_bytes;
-        let available_bytes = self.backing().len_bytes();
+        let available_bytes = self.site.data().len_bytes();
         if end > available_bytes {
             return Err(GeometryError::DoesNotFit { needed_bytes: end, available_bytes }.into());
         }

@@ -11,6 +11,7 @@ use super::header::{self, MacKey};
 use super::info::Header;
 use super::kdf::{Credential, Kdf, KdfCost};
 use super::metadata::{Cipher, Metadata, SLOT_COUNT_MAX, check_label};
+use super::site::Site;
 use super::slot::Slot;
 use super::transform::Pending;
 use crate::pmem::Backing;
@@ -19,6 +20,7 @@ use crate::secret::VolumeKey;
 /// A namespace whose key is known and whose header is authenticated.
 #[derive(Debug)]
 pub struct Namespace {
+    pub(super) site: Site,
     pub(super) area: HeaderArea,
     pub(super) geometry: Geometry,
     pub(super) metadata: Metadata,
@@ -26,17 +28,22 @@ pub struct Namespace {
     /// The copy that the next update must not overwrite first.
     pub(super) newest: CopyName,
     pub(super) copies: [CopyState; 2],
-    pub(super) available_bytes: u64,
     pub(super) volume_key: VolumeKey,
     pub(super) mac_key: MacKey,
-    pub(super) slot_id: u32,
+    pub(super) slot_id: Option<u32>,
     pub(super) pending: Option<Pending>,
 }
 
 impl Namespace {
-    /// The backing.
+    /// The backing of the data.
     #[must_use]
-    pub fn backing(&self) -> &Arc<Backing> {
+    pub const fn backing(&self) -> &Arc<Backing> {
+        self.site.data()
+    }
+
+    /// The backing of the header: that of the data, unless the header is detached.
+    #[must_use]
+    pub const fn header_backing(&self) -> &Arc<Backing> {
         self.area.backing()
     }
 
@@ -58,9 +65,9 @@ impl Namespace {
         &self.volume_key
     }
 
-    /// The slot that it was unlocked with; 0 for an ephemeral namespace.
+    /// The slot that it was unlocked with; none for an ephemeral namespace, and when the volume key itself unlocked it.
     #[must_use]
-    pub const fn slot_id(&self) -> u32 {
+    pub const fn slot_id(&self) -> Option<u32> {
         self.slot_id
     }
 
@@ -74,7 +81,16 @@ impl Namespace {
     #[must_use]
     pub fn into_parts(self) -> (Arc<Backing>, Geometry, Header, VolumeKey) {
         let header = self.header();
-        (Arc::clone(self.area.backing()), self.geometry, header, self.volume_key)
+        (Arc::clone(self.site.data()), self.geometry, header, self.volume_key)
+    }
+
+    /// Writes the header again, to both copies: this is how a backup that was unlocked is restored.
+    ///
+    /// # Errors
+    ///
+    /// [`UpdateError`] when the header cannot be written.
+    pub fn write_header(&mut self) -> Result<(), UpdateError> {
+        self.update(self.metadata.clone())
     }
 
     /// Records that the namespace is in use (`true`) or closed in order (`false`). An ephemeral one has nothing to record:
@@ -154,6 +170,12 @@ impl Namespace {
         self.update(metadata)
     }
 
+    /// Takes note that the namespace may use `available_bytes` from its base on, because its backing or partition has
+    /// another size now. What the backing does not have does not count.
+    pub fn set_available_bytes(&mut self, available_bytes: u64) {
+        self.site.set_available_bytes(available_bytes);
+    }
+
     /// Gives the data area another size, at most what its place has room for; smaller only with `even_smaller`. The
     /// data that stays is not touched.
     ///
@@ -169,7 +191,7 @@ impl Namespace {
             return Err(UpdateError::Transforming);
         }
         let mut metadata = Metadata { size_bytes, ..self.metadata.clone() };
-        let geometry = Geometry::new(&metadata.placement(), self.available_bytes)?;
+        let geometry = Geometry::new(&metadata.placement(), self.site.available_bytes())?;
         let (old, new) = (self.metadata.purpose(), metadata.purpose());
         for slot in &mut metadata.slots {
             let id = slot.id;

@@ -7,7 +7,8 @@
 //! Every access is cut at the boundary. It holds its range in `moving` meanwhile, and the window that moves is held there
 //! exclusively: so the boundary never passes through an access, and an access waits for no more than the window that it
 //! touches. Without a transform `moving` is not asked; an access then holds `sides` instead, and a transform begins when
-//! all of those have ended. Both are taken last and given back before anything else is asked for.
+//! all of those have ended. Both are taken last and given back before anything else is asked for. A locked volume has no
+//! sides, and so no keys.
 //!
 //! With discards, a block whose ciphertext is all zero bytes stands for a hole and reads as zeroes. Real data looks so
 //! with a probability of 2^-128 a block, and no other place can forget which units are holes.
@@ -46,8 +47,7 @@ pub(crate) struct DataArea {
     backend: Backend,
     /// Whether all-zero ciphertext blocks are holes.
     holes: bool,
-    /// `None` when the volume is locked. Who locks it holds all of the volume's range lock, and everybody else holds some
-    /// range of it.
+    /// `None` when the volume is locked.
     sides: RwLock<Option<Sides>>,
     /// Over logical offsets; asked only while there is a former side.
     moving: RangeLock,
@@ -100,8 +100,8 @@ impl DataArea {
         self.backend
     }
 
-    /// Wipes the keys. Everything that needs one fails from now on.
-    pub(crate) fn forget_key(&self) {
+    /// Wipes the keys, once every access has ended. All that come later fail.
+    pub(crate) fn forget_keys(&self) {
         self.sides_mut().take();
     }
 
@@ -118,15 +118,12 @@ impl DataArea {
     pub(crate) fn read(&self, offset: u64, out: Target<'_>) -> Result<(), VolumeError> {
         let mut out = out;
         let len_bytes = out.len();
-        let range = offset..offset + len_bytes as u64;
-        let read = self.on_sides(range, |side, part| {
+        let result = self.on_sides(offset..offset + len_bytes as u64, |side, part| {
             let out = out.reborrow().slice(relative(&part, offset));
             side.read(&self.backing, self.holes, part.start, out)
         });
-        if scrubs(len_bytes) {
-            secret::scrub_stack();
-        }
-        read
+        scrub_after(len_bytes);
+        result
     }
 
     /// Encrypts `plaintext` over the blocks at logical `offset`; both are multiples of 16 bytes, checked to be in range.
@@ -136,8 +133,7 @@ impl DataArea {
     /// What the medium says, and [`VolumeError::Locked`]; the blocks then hold old or new ciphertext, each.
     pub(crate) fn write(&self, offset: u64, plaintext: Source<'_>) -> Result<(), VolumeError> {
         let len_bytes = plaintext.len();
-        let range = offset..offset + len_bytes as u64;
-        let written = self.on_sides(range, |side, part| {
+        let result = self.on_sides(offset..offset + len_bytes as u64, |side, part| {
             let plaintext = plaintext.slice(relative(&part, offset));
             match self.backing.granularity() {
                 Granularity::Page => side.store(&self.backing, part.start, plaintext),
@@ -146,10 +142,15 @@ impl DataArea {
                 Granularity::CacheLine => side.store_through(&self.backing, part.start, plaintext),
             }
         });
-        if scrubs(len_bytes) {
-            secret::scrub_stack();
+        scrub_after(len_bytes);
+        result
+    }
+
+    /// Says that a short write to logical `range` comes soon.
+    pub(crate) fn expect_write(&self, range: &Range<u64>) {
+        if let Some(Sides { current, former: None }) = &*self.sides() {
+            self.backing.expect_store(&current.physical(range.clone()));
         }
-        written
     }
 
     /// Encrypts zeroes over the blocks of logical `range`.
@@ -172,7 +173,7 @@ impl DataArea {
     ///
     /// # Errors
     ///
-    /// What the medium says, [`MediaError::Unsupported`] included.
+    /// What the medium says, [`MediaError::Unsupported`] included, and [`VolumeError::Locked`].
     pub(crate) fn punch(&self, range: Range<u64>) -> Result<(), VolumeError> {
         debug_assert!(self.holes, "without the flag a hole would read as noise");
         self.on_sides(range, |side, part| self.backing.punch_hole(side.physical(part)))
@@ -182,7 +183,7 @@ impl DataArea {
     ///
     /// # Errors
     ///
-    /// What the medium says.
+    /// What the medium says, and [`VolumeError::Locked`].
     pub(crate) fn extents(&self, range: Range<u64>) -> Result<Vec<BackingExtent>, VolumeError> {
         let mut extents = Vec::new();
         self.on_sides(range, |side, part| {
@@ -196,7 +197,7 @@ impl DataArea {
     ///
     /// # Errors
     ///
-    /// What the medium says; the backing is then poisoned until it is reopened.
+    /// What the medium says, after which the backing is poisoned until it is reopened, and [`VolumeError::Locked`].
     pub(crate) fn persist(&self, range: Range<u64>) -> Result<(), VolumeError> {
         match self.backing.granularity() {
             // Writes are durable already; holes that were punched are metadata, which only a sync makes so.
@@ -209,7 +210,7 @@ impl DataArea {
     ///
     /// # Errors
     ///
-    /// As [`Self::persist`].
+    /// What the medium says, after which the backing is poisoned until it is reopened.
     pub(crate) fn sync(&self) -> Result<(), MediaError> {
         self.backing.sync_all()
     }
@@ -220,11 +221,12 @@ impl DataArea {
         range: Range<u64>,
         mut access: impl FnMut(&Side, Range<u64>) -> Result<(), MediaError>,
     ) -> Result<(), VolumeError> {
-        let sides = self.sides();
-        match &*sides {
-            None => return Err(VolumeError::Locked),
-            Some(Sides { current, former: None }) => return Ok(access(current, range)?),
-            Some(_) => drop(sides),
+        {
+            let sides = self.sides();
+            let sides = sides.as_ref().ok_or(VolumeError::Locked)?;
+            if sides.former.is_none() {
+                return Ok(access(&sides.current, range)?);
+            }
         }
         let _held = self.moving.shared(range.clone());
         for (side, part) in self.parts(range)?.into_iter().flatten() {
@@ -256,11 +258,11 @@ impl DataArea {
     }
 }
 
-/// What the engine of a transform does to the area.
+/// What the engine of a transform does to the area. A locked volume has no engine, so there are sides.
 impl DataArea {
     /// The present side becomes the former one, nothing of which has moved to `side` yet. Waits for all accesses.
     pub(crate) fn begin_transform(&self, side: Side, backward: bool) {
-        if let Some(sides) = &mut *self.sides_mut() {
+        if let Some(sides) = self.sides_mut().as_mut() {
             let former = std::mem::replace(&mut sides.current, Arc::new(side));
             sides.former = Some(Former { side: former, backward, done_bytes: 0, blocked: None });
         }
@@ -268,7 +270,7 @@ impl DataArea {
 
     /// Goes on with a transform: the area was made with its new side. Before anybody else has the area.
     pub(crate) fn resume_transform(&self, former: Side, backward: bool, done_bytes: u64) {
-        if let Some(sides) = &mut *self.sides_mut() {
+        if let Some(sides) = self.sides_mut().as_mut() {
             sides.former = Some(Former { side: Arc::new(former), backward, done_bytes, blocked: None });
         }
     }
@@ -284,22 +286,26 @@ impl DataArea {
 
     /// Fails every access to `window` from now on, until the boundary has passed it.
     pub(crate) fn block(&self, window: Range<u64>) {
-        if let Some(Sides { former: Some(former), .. }) = &mut *self.sides_mut() {
-            former.blocked = Some(window);
-        }
+        self.change_former(|former| former.blocked = Some(window));
     }
 
     /// Moves the boundary over the window that is held.
     pub(crate) fn advance(&self, done_bytes: u64) {
-        if let Some(Sides { former: Some(former), .. }) = &mut *self.sides_mut() {
+        self.change_former(|former| {
             former.done_bytes = done_bytes;
             former.blocked = None;
+        });
+    }
+
+    fn change_former(&self, change: impl FnOnce(&mut Former)) {
+        if let Some(former) = self.sides_mut().as_mut().and_then(|sides| sides.former.as_mut()) {
+            change(former);
         }
     }
 
     /// Everything has arrived: the former side and its key are wiped as soon as the last access has dropped them.
     pub(crate) fn end_transform(&self) {
-        if let Some(sides) = &mut *self.sides_mut() {
+        if let Some(sides) = self.sides_mut().as_mut() {
             sides.former = None;
         }
     }
@@ -344,15 +350,17 @@ impl DataArea {
 
     fn both_sides(&self) -> (Arc<Side>, Arc<Side>) {
         let sides = self.sides();
-        let sides = sides.as_ref().expect("a volume is locked only when its engine is gone");
-        let former = sides.former.as_ref().expect("the engine moves windows only while there is a former side");
-        (Arc::clone(&former.side), Arc::clone(&sides.current))
+        let both = sides.as_ref().and_then(|sides| Some((sides.former.as_ref()?, &sides.current)));
+        let (former, current) = both.expect("the engine moves windows only while there is a former side");
+        (Arc::clone(&former.side), Arc::clone(current))
     }
 }
 
-/// Whether a kernel for so many bytes has a stack frame that is worth overwriting: a cache line stays in registers.
-const fn scrubs(len_bytes: usize) -> bool {
-    len_bytes > LINE_BYTES
+/// Overwrites what a kernel for so many bytes may have left in its stack frame: a cache line stays in registers.
+fn scrub_after(len_bytes: usize) {
+    if len_bytes > LINE_BYTES {
+        secret::scrub_stack();
+    }
 }
 
 /// Where `part` lies in a buffer that begins at `offset`.

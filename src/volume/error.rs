@@ -24,9 +24,6 @@ pub enum VolumeError {
     /// The medium failed.
     #[error("the backing failed")]
     Media(#[from] MediaError),
-    /// A re-key failed.
-    #[error("the re-key failed")]
-    Transform(#[source] Box<TransformError>),
     /// The memory of the plaintext window could not be had or given back.
     #[error("the plaintext window failed")]
     Window(#[source] std::io::Error),
@@ -47,6 +44,9 @@ pub enum VolumeError {
         /// End, exclusive.
         end: u64,
     },
+    /// A re-key failed.
+    #[error("the re-key failed")]
+    Transform(#[source] Box<TransformError>),
     /// The chosen AES-XTS backend is not to be had.
     #[error("no AES-XTS backend")]
     Backend(#[from] BackendError),

@@ -38,6 +38,7 @@ use crate::namespace::{
     self, Credential, FormatOptions, Geometry, HEADER_AREA_BYTES, Header, LockedNamespace, Namespace, UnlockError,
 };
 use crate::pmem::{Access, Backing, Granularity, MediaError};
+use crate::secret::VolumeKey;
 use crate::xts::{BLOCK_BYTES as BLOCK_LEN, Backend};
 
 /// An unlocked namespace: plaintext by logical offset.
@@ -50,7 +51,8 @@ pub struct Volume {
     window: OnceLock<Arc<Window>>,
     claims: Claims,
     locked: AtomicBool,
-    /// Asked before anything of `area`, never while something of it is held. `None` when the volume is locked.
+    /// Owns the header and its keys; `None` when the volume is locked, or not a namespace of ours. Asked before anything of `area` and before `blocks`,
+    /// never while something of them is held.
     engine: Mutex<Option<Engine>>,
 }
 
@@ -93,10 +95,24 @@ impl Volume {
     /// written, and [`Self::transform_step`] goes on.
     #[must_use]
     pub fn new(namespace: Namespace, backend: Backend) -> Self {
-        let (geometry, header) = (*namespace.geometry(), namespace.header());
-        let side = Side::new(geometry.layout(), namespace.volume_key(), backend);
-        let area = DataArea::new(Arc::clone(namespace.backing()), geometry, side, header.discards);
-        let engine = Mutex::new(Some(Engine::new(namespace, &area)));
+        let (backing, geometry, header) = (Arc::clone(namespace.backing()), *namespace.geometry(), namespace.header());
+        let mut volume = Self::from_parts(backing, geometry, header, namespace.volume_key(), backend);
+        volume.engine = Mutex::new(Some(Engine::new(namespace, &volume.area)));
+        volume
+    }
+
+    /// The decrypted view of `geometry` in `backing` under `key`, whatever says so: a format of somebody else, or a key
+    /// that is no namespace's. `header` is what [`Self::header`] gives.
+    #[must_use]
+    pub fn from_parts(
+        backing: Arc<Backing>,
+        geometry: Geometry,
+        header: Header,
+        key: &VolumeKey,
+        backend: Backend,
+    ) -> Self {
+        let side = Side::new(geometry.layout(), key, backend);
+        let area = DataArea::new(backing, geometry, side, header.discards);
         Self {
             area,
             header,
@@ -104,14 +120,16 @@ impl Volume {
             window: OnceLock::new(),
             claims: Claims::default(),
             locked: AtomicBool::new(false),
-            engine,
+            engine: Mutex::new(None),
         }
     }
 
-    /// Gives the namespace back, which may then change the header; `None` when the volume was locked.
+    /// Gives the namespace back, which may then change the header; nothing if the volume is locked or was not
+    /// made from a namespace.
     #[must_use]
     pub fn into_namespace(self) -> Option<Namespace> {
-        self.engine.into_inner().unwrap_or_else(PoisonError::into_inner).map(Engine::into_namespace)
+        let engine = self.engine.into_inner().unwrap_or_else(PoisonError::into_inner);
+        engine.map(Engine::into_namespace)
     }
 
     /// A volume of `size` bytes (a multiple of 4096) in anonymous memory, encrypted under a random key that nobody has and

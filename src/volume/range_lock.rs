@@ -7,8 +7,8 @@
 //! The table is a short list under one mutex: it holds an entry per thread that is inside or waiting, and a lock and
 //! unlock without conflict cost two uncontended mutex operations.
 
+use crate::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::ops::Range;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {

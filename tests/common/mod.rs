@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -56,6 +57,20 @@ impl Bench {
         self.run(&args).succeeds();
     }
 
+    /// Writes a file with mode 0600.
+    pub fn secret(&self, name: &str, content: &[u8]) {
+        fs::write(self.path(name), content).unwrap();
+        fs::set_permissions(self.path(name), fs::Permissions::from_mode(0o600)).unwrap();
+    }
+
+    /// Runs `args`, which must fail so and leave `vault.img` as it is.
+    #[track_caller]
+    pub fn refused(&self, args: &[&str], code: i32, words: &[&str]) {
+        let before = fs::read(self.path("vault.img")).unwrap();
+        self.run(args).fails(code, words);
+        assert!(fs::read(self.path("vault.img")).unwrap() == before, "{args:?} changed the namespace");
+    }
+
     /// `daxcrypt serve NAME --key-file vault.key --socket NAME.sock MORE`, ready to be connected to.
     pub fn serve(&self, name: &str, more: &[&str]) -> Server {
         let socket = self.path(&format!("{name}.sock"));
@@ -79,6 +94,15 @@ impl Run {
         let Output { status, stdout, stderr } = command.output().unwrap_or_else(|error| panic!("{what}: {error}"));
         let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
         Self { status, stdout: text(&stdout), stderr: text(&stderr), what }
+    }
+
+    /// As [`Run::of`], with `input` on standard input.
+    pub fn with_input(mut command: Command, input: &[u8]) -> Self {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        command.stdin(reader);
+        writer.write_all(input).unwrap();
+        drop(writer);
+        Self::of(command)
     }
 
     #[track_caller]

@@ -56,6 +56,4 @@ mount -t ext4 /dev/nbd1 /mnt/raw
 rm -f /mnt/file/* /mnt/raw/* 2>/dev/null || true
 sync
 for place in file raw; do write_for_ever $place & done
-sleep 0.1
-echo "POWER WRITING"
 wait

@@ -44,6 +44,10 @@ struct NamespaceTable {
     description: String,
     key_file: Option<PathBuf>,
     passphrase_file: Option<PathBuf>,
+    header: Option<PathBuf>,
+    keyring: Option<String>,
+    credential: Option<String>,
+    passphrase_command: Option<String>,
     #[serde(default)]
     read_only: bool,
     #[serde(default)]
@@ -123,8 +127,16 @@ impl File {
 impl NamespaceTable {
     fn into_source(self, folder: &Path) -> Result<Source, String> {
         let path = self.path;
-        if self.key_file.is_some() && self.passphrase_file.is_some() {
-            return Err(format!("{} has both key_file and passphrase_file", path.display()));
+        let sources = [
+            ("key_file", self.key_file.is_some()),
+            ("passphrase_file", self.passphrase_file.is_some()),
+            ("keyring", self.keyring.is_some()),
+            ("credential", self.credential.is_some()),
+            ("passphrase_command", self.passphrase_command.is_some()),
+        ];
+        let given: Vec<_> = sources.iter().filter(|(_, given)| *given).map(|(name, _)| *name).collect();
+        if given.len() > 1 {
+            return Err(format!("{} has both {}", path.display(), given.join(" and ")));
         }
         if self.read_only && self.allow_discards {
             return Err(format!("{} has both read_only and allow_discards", path.display()));
@@ -134,7 +146,15 @@ impl NamespaceTable {
         let passphrase_file = passphrase.map(|file| if file == Path::new("-") { file } else { folder.join(file) });
         Ok(Source {
             path: folder.join(path),
-            key: KeyArgs { key_file: self.key_file.map(|file| folder.join(file)), passphrase_file },
+            key: KeyArgs {
+                key_file: self.key_file.map(|file| folder.join(file)),
+                passphrase_file,
+                keyring: self.keyring,
+                credential: self.credential,
+                passphrase_command: self.passphrase_command,
+                escrow_file: None,
+            },
+            header: self.header.map(|file| folder.join(file)),
             name: self.name,
             description: self.description,
             read_only: self.read_only,

@@ -10,6 +10,8 @@ use super::stem;
 use crate::cli::credentials::KeyArgs;
 use crate::cli::error::Error;
 use crate::cli::open;
+use crate::cli::output::warning;
+use crate::cli::place::PlaceArgs;
 use crate::nbd_server::{Allowed, ExportInfo, Exports};
 use crate::pmem::Access;
 use crate::volume::Volume;
@@ -19,6 +21,8 @@ use crate::xts::Backend;
 #[derive(Debug)]
 pub(super) struct Source {
     pub(super) path: PathBuf,
+    /// The file of a detached header.
+    pub(super) header: Option<PathBuf>,
     pub(super) key: KeyArgs,
     /// Instead of the label or the file's stem.
     pub(super) name: Option<String>,
@@ -38,7 +42,7 @@ pub(super) fn open_all(sources: &[Source], keep_going: bool, rekeys: &Rekeys) ->
         match add(&mut exports, source, backend, rekeys) {
             Ok(()) => {}
             Err(error) if keep_going => {
-                eprintln!("daxcrypt: warning: not served: {}", error.chain());
+                warning!("not served: {}", error.chain());
                 first_error.get_or_insert(error);
             }
             Err(error) => return Err(error),
@@ -53,7 +57,8 @@ pub(super) fn open_all(sources: &[Source], keep_going: bool, rekeys: &Rekeys) ->
 fn add(exports: &mut Exports, source: &Source, backend: Backend, rekeys: &Rekeys) -> Result<(), Error> {
     let path = &source.path;
     let access = if source.read_only { Access::ReadOnly } else { Access::ReadWrite };
-    let mut namespace = open::namespace(path, access, &source.key)?;
+    let place = PlaceArgs { path: path.clone(), header: source.header.clone() };
+    let mut namespace = open::namespace(&place, access, &source.key)?;
     if source.allow_discards {
         namespace.allow_discards().map_err(|source| Error::AllowDiscards { path: path.clone(), source })?;
     }
@@ -61,7 +66,7 @@ fn add(exports: &mut Exports, source: &Source, backend: Backend, rekeys: &Rekeys
     let name = source.name.clone().unwrap_or_else(|| if label.is_empty() { stem(path) } else { label });
     let volume = Volume::new(namespace, backend);
     if volume.discards() {
-        eprintln!("daxcrypt: warning: {}: discards are allowed, so media shows which units are unused", path.display());
+        warning!("{}: discards are allowed, so media shows which units are unused", path.display());
     }
     read_one_unit(&volume).map_err(|source| Error::Volume { path: path.clone(), source })?;
     let info = ExportInfo {

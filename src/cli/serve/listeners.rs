@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use super::tls::TlsMode;
 use crate::cli::error::Error;
+use crate::cli::output::{outln, warning};
 use crate::cli::size::ByteSize;
 use crate::nbd_server::{Listener, inherited_listeners};
 
@@ -75,25 +76,31 @@ pub(super) fn resolve(text: &str) -> Result<Vec<SocketAddr>, Error> {
 }
 
 /// One line for each way in, so that it can be copied.
-pub(super) fn announce(address: &Address, listener: &Listener, names: &[(String, u64)], tls: TlsMode) {
+pub(super) fn announce(
+    address: &Address,
+    listener: &Listener,
+    names: &[(String, u64)],
+    tls: TlsMode,
+) -> Result<(), Error> {
     let scheme = if tls == TlsMode::Require { "nbds" } else { "nbd" };
     let tcp = listener.tcp_address();
     for (name, size) in names {
         let size = ByteSize(*size);
         match (address, tcp) {
             (Address::Unix(path), _) => {
-                println!("serving {name} ({size}) at {scheme}+unix:///{name}?socket={}", path.display());
+                outln!("serving {name} ({size}) at {scheme}+unix:///{name}?socket={}", path.display())?;
             }
             (Address::Vsock(port), _) => {
-                println!("serving {name} ({size}) at {scheme}+vsock://{HOST_CONTEXT}:{port}/{name}");
+                outln!("serving {name} ({size}) at {scheme}+vsock://{HOST_CONTEXT}:{port}/{name}")?;
             }
-            (_, Some(at)) => println!("serving {name} ({size}) at {scheme}://{at}/{name}"),
-            (_, None) => println!("serving {name} ({size}) on a socket of systemd's"),
+            (_, Some(at)) => outln!("serving {name} ({size}) at {scheme}://{at}/{name}")?,
+            (_, None) => outln!("serving {name} ({size}) on a socket of systemd's")?,
         }
     }
     if let Some(at) = tcp.filter(|at| tls != TlsMode::Require && !at.ip().is_loopback()) {
-        eprintln!("daxcrypt: warning: {at}: without TLS, everyone on the way reads and writes along (--tls require)");
+        warning!("{at}: without TLS, everyone on the way reads and writes along (--tls require)");
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -25,6 +25,7 @@ use self::tls::{TlsMode, TlsPlan};
 use super::credentials::KeyArgs;
 use super::error::Error;
 use super::log;
+use super::output::warning;
 use super::size::ByteSize;
 use crate::nbd_server::{self, Allowed, Commands, Handle, Limits, Listener, Options, Server};
 use crate::secret;
@@ -38,6 +39,9 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["paths", "KeyArgs", "read_only", "allow_discards", "tls",
         "tls_certificates", "tls_verify_client", "max_connections", "max_buffer"])]
     config: Option<PathBuf>,
+    /// File that holds the header of the one namespace, when it is detached
+    #[arg(long, value_name = "FILE", conflicts_with = "config")]
+    header: Option<PathBuf>,
     #[command(flatten)]
     key: KeyArgs,
     /// Listen on a Unix socket, made with mode 0600 (may be given several times); without any listener, on the sockets
@@ -117,6 +121,9 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
         let what = "standard input can be read for one namespace only: give --passphrase-file FILE, or --config FILE";
         return Err(Error::Usage(what.into()));
     }
+    if args.header.is_some() && args.paths.len() > 1 {
+        return Err(Error::Usage("--header is for one namespace; --config FILE takes one for each".into()));
+    }
     let plan = match &args.config {
         None => plan(args),
         Some(path) => with_file(config::read(path)?, args),
@@ -126,7 +133,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     let rekeys = Arc::new(Rekeys::new(args.rekey_max_rate));
     let exports = exports::open_all(&plan.namespaces, plan.keep_going, &rekeys)?;
     if secret::lock_refused() {
-        eprintln!("daxcrypt: warning: key memory could not be locked in RAM (ulimit -l), so it may reach swap");
+        warning!("key memory could not be locked in RAM (ulimit -l), so it may reach swap");
     }
     let names: Vec<_> = exports.iter().map(|served| (served.info.name.clone(), served.size_bytes())).collect();
     let mut options = Options { tls, ..Options::default() };
@@ -134,7 +141,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     options.threads = plan.threads.map_or(options.threads, usize::from);
     let mut server = Server::new(exports, plan.limits, options)?;
     for (address, listener) in listeners::open(plan.addresses)? {
-        listeners::announce(&address, &listener, &names, plan.tls.mode);
+        listeners::announce(&address, &listener, &names, plan.tls.mode)?;
         server = server.listen(listener);
     }
     if let Some(path) = &plan.control {
@@ -153,6 +160,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
 fn plan(args: &ServeArgs) -> Plan {
     let source = |path: &PathBuf| Source {
         path: path.clone(),
+        header: args.header.clone(),
         key: args.key.clone(),
         name: None,
         description: String::new(),

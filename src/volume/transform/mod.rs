@@ -204,7 +204,7 @@ impl Volume {
     /// How far the re-key has come that is under way.
     #[must_use]
     pub fn transform(&self) -> Option<TransformProgress> {
-        self.engine().as_ref()?.progress()
+        self.engine().as_ref().and_then(Engine::progress)
     }
 
     /// Whether the re-key that is under way is to rest until somebody asks for more.
@@ -228,12 +228,7 @@ impl Volume {
         self.engine().as_mut().ok_or(TransformError::Locked)?.step(&self.area, window_bytes)
     }
 
-    /// Wipes what the engine knows of keys; a window that is being moved is moved first.
-    pub(super) fn forget_engine(&self) {
-        self.engine().take();
-    }
-
-    fn engine(&self) -> MutexGuard<'_, Option<Engine>> {
+    pub(super) fn engine(&self) -> MutexGuard<'_, Option<Engine>> {
         self.engine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

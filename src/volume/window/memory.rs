@@ -90,10 +90,12 @@ impl View {
         self.mapped.start
     }
 
-    /// Asks the kernel to keep pages out of swap once they are here. Whether it agreed (see `ulimit -l`).
-    pub(crate) fn lock_on_fault(&self) -> bool {
-        // SAFETY: the range is this view's; locking changes no byte of it.
-        unsafe { mlock_with(self.mapped.start.cast::<c_void>(), self.mapped.len_bytes, MlockFlags::ONFAULT) }.is_ok()
+    /// Asks the kernel to keep pages out of swap: those that are here, or, for a view that is not pinned, each once it is
+    /// here. Whether it agreed (see `ulimit -l`).
+    pub(crate) fn lock_memory(&self) -> bool {
+        let flags = if self.pinned { MlockFlags::empty() } else { MlockFlags::ONFAULT };
+        // SAFETY: the range is this view's; locking changes no byte of it. All pages of a pinned view are here already.
+        unsafe { mlock_with(self.mapped.start.cast::<c_void>(), self.mapped.len_bytes, flags) }.is_ok()
     }
 
     /// Ends every access through this view for good, those that wait for a fault too once they are woken: the next touch

@@ -226,6 +226,7 @@ impl Volume {
     /// [`VolumeError::Media`] when something could not be made durable: it is lost, and the volume is locked all the
     /// same.
     pub fn lock(&self) -> Result<(), VolumeError> {
+        let mut engine = self.engine();
         let _all = self.blocks.exclusive(0..u64::MAX);
         if self.locked() {
             return Ok(());
@@ -250,35 +251,34 @@ impl Volume {
                 note(window.wipe_held(&batch).map(|_| ()).map_err(VolumeError::Window));
             });
         }
-        self.forget_engine();
-        self.area.forget_key();
+        self.area.forget_keys();
+        engine.take();
         self.locked.store(true, Ordering::SeqCst);
         result
     }
 
-    /// Stores `data` at `offset` in the window, filling pages that are absent. It is on media after a write-back.
+    /// Stores the beginning of `data` at `offset` in the window, up to the first page that is absent. How many bytes were
+    /// stored. They are on media after a write-back.
     ///
     /// # Errors
     ///
-    /// [`VolumeError::ReadOnly`], [`VolumeError::OutOfRange`], and as [`Self::fill`].
-    pub(crate) fn store(&self, window: &Window, data: &[u8], offset: u64) -> Result<(), VolumeError> {
-        let mut range = self.check_write(offset, data.len() as u64)?;
-        let mut rest = data;
-        while !rest.is_empty() {
-            let page = range.start / PAGE_BYTES;
-            let (part, after) = rest.split_at(len(&range).min(len(&(range.start..(page + 1) * PAGE_BYTES))));
-            let held = self.blocks.exclusive(page * PAGE_BYTES..(page + 1) * PAGE_BYTES);
-            if window.resident.contains(page) {
-                window.memory.target(&(range.start..range.start + part.len() as u64)).copy_from(part);
-                window.unsynced.insert(page);
-                range.start += part.len() as u64;
-                rest = after;
-                continue;
+    /// [`VolumeError::ReadOnly`], [`VolumeError::OutOfRange`].
+    pub(crate) fn store_resident(&self, window: &Window, data: &[u8], offset: u64) -> Result<usize, VolumeError> {
+        let range = self.check_write(offset, data.len() as u64)?;
+        let mut start = range.start;
+        while start < range.end {
+            let page = start / PAGE_BYTES;
+            let part = start..range.end.min((page + 1) * PAGE_BYTES);
+            let _held = self.blocks.exclusive(blocks_of(&part));
+            if !window.resident.contains(page) {
+                break;
             }
-            drop(held);
-            self.fill(window, &(page * PAGE_BYTES..(page + 1) * PAGE_BYTES), None)?;
+            let from = len(&(range.start..start));
+            window.memory.target(&part).copy_from(&data[from..from + len(&part)]);
+            window.unsynced.insert(page);
+            start = part.end;
         }
-        Ok(())
+        Ok(len(&(range.start..start)))
     }
 
     /// Reads `buf.len()` bytes at `offset` as a map of `window` shows them; nothing is brought in.

@@ -2,8 +2,8 @@
 //!
 //! Each call is atomic for its page; what a bit promises about a page is ruled by the volume's range lock, not here.
 
+use crate::sync::atomic::{AtomicU64, Ordering};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 const BITS: u64 = u64::BITS as u64;
 

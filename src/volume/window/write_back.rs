@@ -56,6 +56,7 @@ impl Volume {
     /// As [`Self::write_back`].
     pub(crate) fn persist_within_page(&self, window: &Window, range: &Range<u64>) -> Result<(), VolumeError> {
         let blocks = blocks_of(range);
+        self.area.expect_write(&blocks);
         {
             let _held = self.blocks.exclusive(blocks.clone());
             let page = blocks.start / PAGE_BYTES;

@@ -1,0 +1,87 @@
+//! Where a namespace is, or is to be: a part of a backing, and another backing for the header when that is detached.
+//!
+//! A site is bounded by its backing. What lies there is not looked at.
+
+use std::sync::Arc;
+
+use super::area::HeaderArea;
+use super::geometry::HEADER_AREA_BYTES;
+use crate::pmem::Backing;
+
+/// A part of a backing, and the backing of the header.
+#[derive(Clone, Debug)]
+pub struct Site {
+    data: Arc<Backing>,
+    base: u64,
+    available_bytes: u64,
+    header: Option<Arc<Backing>>,
+}
+
+impl Site {
+    /// All of a backing.
+    #[must_use]
+    pub fn whole(data: Arc<Backing>) -> Self {
+        Self::part(data, 0, u64::MAX)
+    }
+
+    /// The `available_bytes` from `base` on, or what the backing has of them: a partition.
+    #[must_use]
+    pub fn part(data: Arc<Backing>, base: u64, available_bytes: u64) -> Self {
+        let available_bytes = available_bytes.min(data.len_bytes().saturating_sub(base));
+        Self { data, base, available_bytes, header: None }
+    }
+
+    /// The same with the header at the start of `header`, if there is one: a detached header.
+    #[must_use]
+    pub fn with_header(self, header: Option<Arc<Backing>>) -> Self {
+        Self { header, ..self }
+    }
+
+    /// The backing of the data.
+    #[must_use]
+    pub const fn data(&self) -> &Arc<Backing> {
+        &self.data
+    }
+
+    /// Where in that backing the namespace begins.
+    #[must_use]
+    pub const fn base(&self) -> u64 {
+        self.base
+    }
+
+    /// How many bytes from the base on it may use.
+    #[must_use]
+    pub const fn available_bytes(&self) -> u64 {
+        self.available_bytes
+    }
+
+    /// Whether the header is in another backing.
+    #[must_use]
+    pub const fn is_detached(&self) -> bool {
+        self.header.is_some()
+    }
+
+    /// The backing that holds the header, and where in it the header area begins.
+    #[must_use]
+    pub fn header_place(&self) -> (&Arc<Backing>, u64) {
+        self.header.as_ref().map_or((&self.data, self.base), |header| (header, 0))
+    }
+
+    /// How many bytes there are where the header is.
+    #[must_use]
+    pub fn header_available_bytes(&self) -> u64 {
+        self.header.as_ref().map_or(self.available_bytes, |header| header.len_bytes())
+    }
+
+    /// The header area, when there is room for one.
+    pub(super) fn area(&self) -> Option<HeaderArea> {
+        let (backing, base) = self.header_place();
+        let has_room = self.header_available_bytes() >= HEADER_AREA_BYTES;
+        HeaderArea::new(Arc::clone(backing), base).filter(|_| has_room)
+    }
+
+    /// Takes note that more (or less) of the backing may be used.
+    pub(super) fn set_available_bytes(&mut self, available_bytes: u64) {
+        self.available_bytes = available_bytes.min(self.data.len_bytes().saturating_sub(self.base));
+    }
+}
