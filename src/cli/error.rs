@@ -2,7 +2,7 @@
 
 use std::error::Error as StdError;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use linux_keyutils::KeyError;
 
@@ -257,11 +257,6 @@ impl Error {
             Self::Update { source: UpdateError::SlotInUse { .. } | UpdateError::SlotEmpty { .. }, .. } => {
                 Some("`daxcrypt key list` shows which slots are in use".into())
             }
-            Self::Namespace { source: namespace::OpenError::Relocated { .. }, path }
-            | Self::Namespace { source: namespace::OpenError::AddressChanged { .. }, path } => Some(format!(
-                "`daxcrypt relocate --in-place {}` re-keys it for this place; or move it back",
-                path.display()
-            )),
             Self::OtherSlots { .. } => Some(
                 "--drop-slots goes on without them; `rekey --keep-slots` wraps the new volume key for them too".into(),
             ),
@@ -275,22 +270,7 @@ impl Error {
             Self::Restore { source: RestoreError::OtherNamespace { .. }, .. } => {
                 Some("--force restores it all the same, and the namespace that is there is then lost".into())
             }
-            Self::Namespace {
-                source: namespace::OpenError::NotANamespace { found: Some(Signature::Known(found)) },
-                ..
-            } if found.contains("LUKS2") || found.contains("LUKS volume") => {
-                Some("`serve --luks2` and `info --luks2` open LUKS2 volumes".into())
-            }
-            Self::Namespace {
-                source: namespace::OpenError::NotANamespace { found: Some(Signature::Known(found)) },
-                path,
-            } if found.contains("GPT") => Some(format!(
-                "{0}#NAME is the namespace NAME of a region; `daxcrypt region list {0}` shows which there are",
-                path.display()
-            )),
-            Self::Namespace { source: namespace::OpenError::Detached, .. } => {
-                Some("give the backing as PATH and this file with --header".into())
-            }
+            Self::Namespace { source, path } => namespace_hint(source, path),
             Self::Unlock { .. } if self.exit() == Exit::WrongKey => {
                 Some("try another passphrase or key file; `daxcrypt info` shows which slots there are".into())
             }
@@ -301,6 +281,29 @@ impl Error {
     /// The message and its causes, each said once.
     pub(crate) fn chain(&self) -> String {
         chain(self)
+    }
+}
+
+/// What to do about a header that does not open.
+fn namespace_hint(error: &namespace::OpenError, path: &Path) -> Option<String> {
+    match error {
+        namespace::OpenError::Relocated { .. } | namespace::OpenError::AddressChanged { .. } => Some(format!(
+            "`daxcrypt relocate --in-place {}` re-keys it for this place; or move it back",
+            path.display()
+        )),
+        namespace::OpenError::NotANamespace { found: Some(Signature::Known(found)) } => {
+            if found.contains("LUKS2") || found.contains("LUKS volume") {
+                return Some("`serve --luks2` and `info --luks2` open LUKS2 volumes".into());
+            }
+            found.contains("GPT").then(|| {
+                format!(
+                    "{0}#NAME is the namespace NAME of a region; `daxcrypt region list {0}` shows which there are",
+                    path.display()
+                )
+            })
+        }
+        namespace::OpenError::Detached => Some("give the backing as PATH and this file with --header".into()),
+        _ => None,
     }
 }
 
