@@ -389,6 +389,27 @@ fn rule_19_stopping_answers_with_eshutdown_and_disc_finishes_what_runs() {
 }
 
 #[test]
+fn a_server_that_hangs_up_answers_what_it_has_and_refuses_nothing() {
+    let export = MemoryExport::new(SIZE);
+    let mut exports = Exports::new();
+    exports.add(info("disk"), export.clone()).unwrap();
+    let mut server = serve_with(exports, Limits::default(), Options { hang_up: true, ..Options::default() });
+    let mut idle = Raw::in_transmission(&server.path, "simple");
+    let mut raw = Raw::in_transmission(&server.path, "simple");
+    export.slow.store(50, Ordering::Relaxed);
+    raw.request(READ, 0, 1, 0, 4);
+    std::thread::sleep(Duration::from_millis(20));
+    server.handle.stop();
+    // Comes after the stop, so it is for the next server.
+    raw.request(READ, 0, 2, 0, 4);
+    assert_eq!(raw.errno(), 0, "a running request is answered");
+    raw.take(4);
+    assert!(raw.is_closed() && idle.is_closed());
+    server.stop().unwrap();
+    assert_eq!(export.flushes.load(Ordering::Relaxed), 1);
+}
+
+#[test]
 fn info_then_other_options_in_every_order() {
     let server = disk();
     let asked: [(u32, Vec<u8>); 6] = [

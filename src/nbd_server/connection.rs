@@ -1,7 +1,7 @@
 //! One client from greeting to close: moves bytes between its socket and the two machines.
 //!
 //! Guards: the handshake ends by its deadline; replies that are due leave before the connection waits for more
-//! bytes; a stopping server still answers what it receives. What a request does is in `execute`.
+//! bytes; a stopping server still answers what it receives, or what it has received if it hangs up. What a request does is in `execute`.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -105,6 +105,9 @@ impl Session<'_> {
             self.answer(&header)?;
         }
         self.link.send_replies()?;
+        if self.link.hangs_up() {
+            return Err(End::Stopped);
+        }
         self.link.buffers.enlarge();
         self.link.receive_request(header_bytes)
     }
@@ -115,8 +118,18 @@ impl Link<'_> {
         self.client.socket.as_fd()
     }
 
-    pub(super) fn stopping(&self) -> bool {
+    fn stopping(&self) -> bool {
         self.shared.stop.is_set()
+    }
+
+    /// Whether the connection ends now, with whatever the client has not had answered.
+    fn hangs_up(&self) -> bool {
+        self.shared.options.hang_up && self.stopping()
+    }
+
+    /// Whether requests are refused because the server stops.
+    pub(super) fn refuses(&self) -> bool {
+        !self.shared.options.hang_up && self.stopping()
     }
 
     fn shake_hands(&mut self) -> Result<Negotiated, End> {
@@ -199,6 +212,9 @@ impl Link<'_> {
         self.buffers.rest();
         let asleep = Instant::now();
         loop {
+            if self.hangs_up() {
+                return Err(End::Stopped);
+            }
             let stopping = self.stopping();
             let deadline = if stopping { Some(asleep + STOP_GRACE) } else { self.deadline };
             let stop = (!stopping).then(|| self.shared.stop.as_fd());

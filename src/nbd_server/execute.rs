@@ -32,7 +32,7 @@ impl Session<'_> {
 
     fn answer_uncounted(&mut self, header: &RequestHeader) -> Result<(), End> {
         let replies = self.machine.replies(header);
-        match self.machine.validate_request(header, self.link.stopping()) {
+        match self.machine.validate_request(header, self.link.refuses()) {
             Verdict::Run(request) => self.run(request, replies),
             Verdict::Refuse { refusal, drain_bytes } => {
                 self.drain(drain_bytes)?;

@@ -45,11 +45,15 @@ pub struct Options {
     /// Threads that share the work of requests of 256 KiB and more, for all connections together; up to 1, each
     /// connection's own thread does it.
     pub threads: usize,
+    /// How a stopping server treats requests that come after the stop. `false`: it answers them with `ESHUTDOWN`, which
+    /// a client reports as an error. `true`: it answers what it has received and closes the connection, so that a
+    /// client which connects again (to the next server) repeats the others and sees no error.
+    pub hang_up: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { poll: Duration::from_micros(50), socket_buffer_bytes: 2 << 20, tls: None, threads: 1 }
+        Self { poll: Duration::from_micros(50), socket_buffer_bytes: 2 << 20, tls: None, threads: 1, hang_up: false }
     }
 }
 
@@ -87,8 +91,8 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Makes [`Server::run`] finish: no new clients, `ESHUTDOWN` for new requests, then flush and return. May be
-    /// called any number of times.
+    /// Makes [`Server::run`] finish: no new clients, `ESHUTDOWN` for new requests or no answer ([`Options::hang_up`]),
+    /// then flush and return. May be called any number of times.
     pub fn stop(&self) {
         self.shared.stop.set();
     }

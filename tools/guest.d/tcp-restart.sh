@@ -14,7 +14,7 @@ head -c $((pieces * 1048576)) /dev/urandom >/run/data.img
 # Port 10809 in state LISTEN.
 listening() { grep -q ':2A39 00000000:0000 0A' /proc/net/tcp; }
 start() {
-  serve /run/tcp.img --listen $listen --tls-certificates /etc/tls --tls-verify-client
+  serve /run/tcp.img --listen $listen --tls-certificates /etc/tls --tls-verify-client --hang-up
   wait_for listening
 }
 tls_client() {

@@ -26,6 +26,8 @@ struct File {
     metrics: Option<String>,
     poll_us: Option<u64>,
     threads: Option<u16>,
+    #[serde(default)]
+    hang_up: bool,
     namespace: Vec<NamespaceTable>,
     #[serde(default)]
     listen: Vec<Address>,
@@ -121,6 +123,7 @@ impl File {
             limits: self.limits.into_limits(),
             poll: self.poll_us.map(Duration::from_micros),
             threads: self.threads,
+            hang_up: self.hang_up,
             keep_going: self.keep_going,
         })
     }

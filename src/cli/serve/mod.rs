@@ -95,6 +95,10 @@ pub(crate) struct ServeArgs {
     /// client's own]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// When stopping, close connections instead of answering requests with an error, so that clients that connect again
+    /// repeat them on the next server
+    #[arg(long)]
+    hang_up: bool,
     /// What to log on standard error: off, error, warn, info, debug or trace [default: $DAXCRYPT_LOG, or warn]
     #[arg(long, value_name = "LEVEL")]
     log: Option<String>,
@@ -111,6 +115,7 @@ struct Plan {
     limits: Limits,
     poll: Option<Duration>,
     threads: Option<u16>,
+    hang_up: bool,
     keep_going: bool,
 }
 
@@ -142,6 +147,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     let mut options = Options { tls, ..Options::default() };
     options.poll = plan.poll.unwrap_or(options.poll);
     options.threads = plan.threads.map_or(options.threads, usize::from);
+    options.hang_up = plan.hang_up;
     let mut server = Server::new(exports, plan.limits, options)?;
     for (address, listener) in listeners::open(plan.addresses)? {
         listeners::announce(&address, &listener, &names, plan.tls.mode)?;
@@ -196,6 +202,7 @@ fn plan(args: &ServeArgs) -> Plan {
         limits,
         poll: None,
         threads: None,
+        hang_up: false,
         keep_going: false,
     };
     with_file(nothing, args)
@@ -209,6 +216,7 @@ fn with_file(mut plan: Plan, args: &ServeArgs) -> Plan {
     plan.metrics = args.metrics.clone().or(plan.metrics);
     plan.poll = args.poll_us.map(Duration::from_micros).or(plan.poll);
     plan.threads = args.threads.or(plan.threads);
+    plan.hang_up |= args.hang_up;
     plan.keep_going |= args.keep_going;
     plan
 }
