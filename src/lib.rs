@@ -1,8 +1,9 @@
 //! Encrypted persistent memory in user space: what dm-crypt is to disks, for pmem and DAX.
 //!
 //! A *namespace* (a file, a device, or a part of one) holds AES-XTS ciphertext under one key. Unlocked, it is a
-//! [`Volume`](volume::Volume): plaintext by logical offset, read and written from many threads, and served over NBD by
-//! [`nbd_server`]. The XTS tweak is the physical offset of the data, so ciphertext that was moved reads as noise.
+//! [`Volume`](volume::Volume): plaintext by logical offset, read and written from many threads, served over NBD by
+//! [`nbd_server`], and mapped into the program's own memory by [`dax`]. The XTS tweak is the physical offset of the data,
+//! so ciphertext that was moved reads as noise.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -41,9 +42,9 @@
 //! Imports point downwards only (`tests/tidy.rs`):
 //!
 //! ```text
-//! main -> cli -> nbd_server
-//!                  |
-//!                volume                       the decrypted view
+//! main -> cli -> nbd_server    dax            NBD; the direct map
+//!                  |            |
+//!                  +-> volume <-+             the decrypted view
 //!                  |
 //!       +----------+---------+
 //!   namespace     xts       pmem               (luks2, beside the volume's namespace, uses all three)
@@ -64,4 +65,6 @@ pub mod nbd_server;
 pub mod pmem;
 pub mod secret;
 pub mod volume;
+#[doc = include_str!("what_happens_when.md")]
+pub mod what_happens_when {}
 pub mod xts;

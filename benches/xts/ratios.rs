@@ -1,4 +1,5 @@
-//! The ratios that the backends are held to, every pair measured in turns in one run: medians of [`ROUNDS`] rounds.
+//! The ratios that the backends are held to, every pair measured in turns in one run: medians of the undisturbed slices of
+//! [`ROUNDS_MIN`] rounds or more.
 
 #![allow(clippy::unwrap_used)]
 
@@ -13,12 +14,15 @@ use daxcrypt::memory::{Source, Store, Target};
 use daxcrypt::xts::{Backend, DataUnit, Span, XtsKey};
 use xts_mode::Xts128;
 
-use super::subject::{Cold, HOT_BYTES, Subject, area, key, median, spans};
+use super::subject::{Calm, Cold, HOT_BYTES, Subject, area, key, spans};
 
-const ROUNDS: usize = 15;
-/// `openssl speed` measures for a second at a time, so it has fewer rounds.
-const OPENSSL_EVERY: usize = 3;
-const SLICE: Duration = Duration::from_millis(20);
+/// Rounds go on until every subject has this many slices in which nobody disturbed the CPU,
+const ROUNDS_MIN: usize = 15;
+/// or until there were so many.
+const ROUNDS_MAX: usize = 90;
+/// `openssl speed` measures for a second at a time, so it has fewer turns.
+const OPENSSL_EVERY: usize = 5;
+const SLICE: Duration = Duration::from_millis(10);
 const IN_CACHE_BYTES: usize = 256 << 10;
 const COLD_BYTES: usize = 1 << 30;
 const LINE_BYTES: usize = 64;
@@ -167,20 +171,25 @@ pub(crate) fn print() {
         }
         COLD_BYTES
     }));
-    let mut openssl_rates = Vec::new();
-    for round in 0..ROUNDS {
+    let mut openssl_subject = Subject::new("openssl", || 0);
+    let mut calm = Calm::new();
+    let enough = |subject: &Subject<'_>| subject.counts().0 >= ROUNDS_MIN;
+    for round in 0..ROUNDS_MAX {
         if round % OPENSSL_EVERY == 0 {
-            openssl_rates.extend(openssl());
+            openssl_subject.measure_outside(&mut calm, openssl);
         }
         for subject in &mut subjects {
-            subject.measure(SLICE);
+            subject.measure(SLICE, &mut calm);
+        }
+        if subjects.iter().all(enough) && openssl_subject.counts().0 > 2 {
+            break;
         }
     }
-    println!("backend {}, GB/s = 1e9 bytes per second, medians of {ROUNDS} rounds in turns", Backend::detect());
-    let rate = |name: &str| match name {
-        "openssl" => (!openssl_rates.is_empty()).then(|| median(&openssl_rates)),
-        _ => subjects.iter().find(|subject| subject.name == name).map(Subject::rate),
-    };
+    subjects.push(openssl_subject);
+    println!("backend {}, GB/s = 1e9 bytes per second, medians", Backend::detect());
+    print_counts(&subjects);
+    let find = |name: &str| subjects.iter().find(|subject| subject.name == name);
+    let rate = |name: &str| find(name).filter(|subject| subject.counts() != (0, 0)).map(Subject::rate);
     print_rows(&ROWS, rate);
 }
 
@@ -190,12 +199,24 @@ pub(crate) fn print_soft() {
     let (key, mut memory) = (key(256, portable), InCache::new());
     let mut subjects =
         [xts_mode_subject(), Subject::new("portable 256/4096", move || memory.encrypt(&key, DataUnit::Bytes4096))];
-    for _ in 0..ROUNDS {
+    let mut calm = Calm::new();
+    for _ in 0..ROUNDS_MIN {
         for subject in &mut subjects {
-            subject.measure(SLICE);
+            subject.measure(SLICE, &mut calm);
         }
     }
+    print_counts(&subjects);
     print_rows(&SOFT_ROWS, |name| subjects.iter().find(|subject| subject.name == name).map(Subject::rate));
+}
+
+/// Says how much of what was measured counts.
+fn print_counts(subjects: &[Subject<'_>]) {
+    let kept = subjects.iter().map(|subject| subject.counts().0).min().unwrap_or(0);
+    let disturbed: usize = subjects.iter().map(|subject| subject.counts().1).sum();
+    println!("at least {kept} undisturbed slices of each; {disturbed} in all were disturbed and do not count");
+    if kept == 0 {
+        println!("the CPU was never undisturbed for some of them: these medians are of disturbed slices");
+    }
 }
 
 fn print_rows(rows: &[Row], rate: impl Fn(&str) -> Option<f64>) {

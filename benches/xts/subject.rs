@@ -2,7 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::time::Duration;
+use std::hint::black_box;
+use std::time::{Duration, Instant};
 
 use daxcrypt::memory::{Source, Store, Target};
 use daxcrypt::secret::VolumeKey;
@@ -12,6 +13,9 @@ use rustix::time::{ClockId, clock_gettime};
 
 /// Bytes of the buffer that stays in the cache beside a cold area, and of one call.
 pub(crate) const HOT_BYTES: usize = 128 << 10;
+
+/// Bytes between two looks at the clock, which is a system call: 5 % of what a run in the cache takes.
+const CLOCK_EVERY_BYTES: usize = 4 << 20;
 
 /// A random key of `key_bits` (128 or 256) for `backend`.
 pub(crate) fn key(key_bits: usize, backend: Backend) -> XtsKey {
@@ -72,26 +76,50 @@ pub(crate) struct Subject<'a> {
     pub(crate) name: &'static str,
     run: Box<dyn FnMut() -> usize + 'a>,
     rates: Vec<f64>,
+    disturbed: Vec<f64>,
 }
 
 impl<'a> Subject<'a> {
     pub(crate) fn new(name: &'static str, run: impl FnMut() -> usize + 'a) -> Self {
-        Self { name, run: Box::new(run), rates: Vec::new() }
+        Self { name, run: Box::new(run), rates: Vec::new(), disturbed: Vec::new() }
     }
 
-    /// Runs for `slice` or a little longer and keeps the rate.
-    pub(crate) fn measure(&mut self, slice: Duration) {
+    /// Runs for `slice` or a little longer and keeps the rate, unless the CPU was disturbed meanwhile.
+    pub(crate) fn measure(&mut self, slice: Duration, calm: &mut Calm) {
+        let before = calm.now();
         let start = thread_time();
         let mut len_bytes = 0;
         while thread_time() - start < slice {
-            len_bytes += (self.run)();
+            let next_look = len_bytes + CLOCK_EVERY_BYTES;
+            while len_bytes < next_look {
+                len_bytes += (self.run)();
+            }
         }
-        self.rates.push(len_bytes as f64 / (thread_time() - start).as_secs_f64() / 1e9);
+        let rate = len_bytes as f64 / (thread_time() - start).as_secs_f64() / 1e9;
+        self.keep(rate, before && calm.now());
     }
 
-    /// The median rate in GB/s (1e9 bytes per second).
+    fn keep(&mut self, rate: f64, calm: bool) {
+        let rates = if calm { &mut self.rates } else { &mut self.disturbed };
+        rates.push(rate);
+    }
+
+    /// A subject that is measured by a program of its own: `rate` in GB/s.
+    pub(crate) fn measure_outside(&mut self, calm: &mut Calm, rate: impl FnOnce() -> Option<f64>) {
+        let before = calm.now();
+        if let Some(rate) = rate() {
+            self.keep(rate, before && calm.now());
+        }
+    }
+
+    /// How many slices were kept and how many were not.
+    pub(crate) fn counts(&self) -> (usize, usize) {
+        (self.rates.len(), self.disturbed.len())
+    }
+
+    /// The median rate in GB/s (1e9 bytes per second) of the slices that were kept, or of all if none was.
     pub(crate) fn rate(&self) -> f64 {
-        median(&self.rates)
+        median(if self.rates.is_empty() { &self.disturbed } else { &self.rates })
     }
 }
 
@@ -105,4 +133,41 @@ pub(crate) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted[sorted.len() / 2]
+}
+
+/// Tells whether this CPU has its core to itself: a virtual machine's CPU may be one of two hardware threads, the other
+/// of which belongs to a neighbour, who takes a third of everything without any clock showing it.
+///
+/// A fixed piece of arithmetic is timed beside every slice. It says nothing of the subjects, so it favours none.
+pub(crate) struct Calm {
+    best: Duration,
+}
+
+impl Calm {
+    /// The slowdown that is still calm.
+    const SLACK: f64 = 1.06;
+
+    pub(crate) fn new() -> Self {
+        let best = (0..2000).map(|_| yardstick()).min().unwrap();
+        Self { best }
+    }
+
+    pub(crate) fn now(&mut self) -> bool {
+        let took = yardstick().min(yardstick());
+        self.best = self.best.min(took);
+        took.as_secs_f64() <= self.best.as_secs_f64() * Self::SLACK
+    }
+}
+
+/// Eight chains of arithmetic that fill the integer units: about 20 microseconds.
+fn yardstick() -> Duration {
+    let start = Instant::now();
+    let mut sums = black_box([1_u64, 2, 3, 4, 5, 6, 7, 8]);
+    for i in 0..16_000_u64 {
+        for sum in &mut sums {
+            *sum = (sum.rotate_left(7) ^ i).wrapping_add(i);
+        }
+    }
+    black_box(sums);
+    start.elapsed()
 }

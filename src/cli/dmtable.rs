@@ -29,6 +29,10 @@ pub(crate) struct DmtableArgs {
 
 pub(crate) fn run(args: &DmtableArgs) -> Result<(), Error> {
     let namespace = open::namespace(&args.place, Access::ReadOnly, &args.key)?;
+    if namespace.header().rekeying {
+        let what = "a re-key is under way: no single table line has the bytes; `daxcrypt rekey --resume` ends it";
+        return Err(Error::Usage(what.into()));
+    }
     let path = &args.place.path;
     if path.is_file() {
         let path = path.display();

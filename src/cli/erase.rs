@@ -58,10 +58,11 @@ pub(crate) fn run(args: &EraseArgs) -> Result<(), Error> {
         None => outln!("{path}: erased the header area")?,
     }
     if args.wipe_data {
-        let mut progress = Progress::new("wiping", data.end - data.start, args.progress);
-        namespace::overwrite_with_zeros(site.data(), data, |done_bytes| progress.report(done_bytes))
+        let total_bytes = data.end - data.start;
+        let mut progress = Progress::new(0, total_bytes, args.progress.json, None);
+        namespace::overwrite_with_zeros(site.data(), data, |done_bytes| progress.reach(done_bytes))
             .map_err(|source| Error::Media { path: args.place.path.clone(), source })?;
-        progress.finish();
+        progress.end("done", total_bytes);
         outln!("{}: overwrote the data area", args.place.path.display())?;
     }
     outln!("Backups of the header, and snapshots or copies of the file, still open with their keys: destroy them too.")

@@ -6,10 +6,11 @@ use std::path::PathBuf;
 
 use linux_keyutils::KeyError;
 
+use super::size::ByteSize;
 use crate::luks2;
 use crate::namespace::{
-    self, CredentialError, FormatError, KeySpecError, RegionError, RestoreError, Signature, SlotError, UnlockError,
-    UpdateError, WriteError,
+    self, AdoptError, CredentialError, FormatError, KeySpecError, RegionError, RestoreError, Signature, SlotError,
+    TransformError, UnlockError, UpdateError, WriteError,
 };
 use crate::nbd_server::{ListenError, RegistryError, ServerError, TlsError};
 use crate::pmem::{MediaError, OpenError};
@@ -27,6 +28,7 @@ pub(crate) enum Exit {
     Damaged = 3,
     Io = 4,
     Busy = 5,
+    Stopped = 6,
 }
 
 /// Why a command failed.
@@ -74,6 +76,20 @@ pub(crate) enum Error {
     Update { path: PathBuf, source: UpdateError },
     #[error("key slot {slot} is the one that the key given here opens: removing it may lock you out")]
     OwnSlot { slot: u32 },
+    #[error("cannot re-key {path}", path = path.display())]
+    Rekey { path: PathBuf, source: Box<TransformError> },
+    #[error("{path}: stopped with {done} of {total} done", path = path.display())]
+    RekeyStopped { path: PathBuf, done: ByteSize, total: ByteSize },
+    #[error("cannot adopt {path}", path = path.display())]
+    Adopt { path: PathBuf, source: Box<AdoptError> },
+    #[error("{path}: stopped with {done} of {total} copied", path = path.display())]
+    TransferStopped { path: PathBuf, done: ByteSize, total: ByteSize },
+    #[error("{path} reads back other bytes than were written: CRC-32 {found:#010x}, not {written:#010x}", path = path.display())]
+    NotVerified { path: PathBuf, written: u32, found: u32 },
+    #[error("cannot read or write {path}", path = path.display())]
+    Plain { path: PathBuf, source: io::Error },
+    #[error("the namespace has other key slots: {slots}")]
+    OtherSlots { slots: String },
     #[error("cannot erase {path}: key material may be left", path = path.display())]
     Erase { path: PathBuf, source: WriteError },
     #[error("cannot use the escrow file {path}", path = path.display())]
@@ -171,6 +187,10 @@ impl Error {
             Self::Luks2Export { .. } => Exit::Usage,
             Self::Format { source: FormatError::Write(_), .. } => Exit::Io,
             Self::Format { .. } => Exit::Usage,
+            Self::RekeyStopped { .. } | Self::TransferStopped { .. } => Exit::Stopped,
+            Self::Adopt { source, .. } => adopt_exit(source),
+            Self::OtherSlots { .. } => Exit::Usage,
+            Self::Rekey { source, .. } => rekey_exit(source),
             Self::OwnSlot { .. } | Self::NotConfirmed { .. } => Exit::Usage,
             Self::Update { source: UpdateError::Slot(SlotError::Label(_) | SlotError::Cost(_)), .. } => Exit::Usage,
             Self::Update { source: UpdateError::Write(_) | UpdateError::Slot(_) | UpdateError::Key(_), .. } => Exit::Io,
@@ -183,9 +203,10 @@ impl Error {
                 source: UnlockError::EmptySlot { .. } | UnlockError::NotEphemeral | UnlockError::Ephemeral,
                 ..
             } => Exit::Usage,
-            Self::Unlock { source: UnlockError::Forged | UnlockError::Erased | UnlockError::Key(_), .. } => {
-                Exit::Damaged
-            }
+            Self::Unlock {
+                source: UnlockError::Forged | UnlockError::Erased | UnlockError::Key(_) | UnlockError::Transform(_),
+                ..
+            } => Exit::Damaged,
             Self::Unlock { .. } => Exit::WrongKey,
             _ => Exit::Io,
         }
@@ -193,6 +214,11 @@ impl Error {
 
     /// What the user can do about it.
     pub(crate) fn hint(&self) -> Option<String> {
+        self.key_hint().or_else(|| self.place_hint())
+    }
+
+    /// Where a key could not be had.
+    fn key_hint(&self) -> Option<String> {
         match self {
             Self::SecretFile { what: "key file", path, source } if source.kind() == io::ErrorKind::NotFound => {
                 Some(format!(
@@ -214,6 +240,13 @@ impl Error {
             Self::NoCredentials { name } => Some(format!(
                 "in the unit: LoadCredential={name}:/path or LoadCredentialEncrypted=; by hand: systemd-run -p"
             )),
+            _ => None,
+        }
+    }
+
+    /// Where something is in the way, or something else is there.
+    fn place_hint(&self) -> Option<String> {
+        match self {
             Self::Open { source: OpenError::Busy, .. } => Some(
                 "stop the process that serves it first (fuser -v shows which), or open it with --read-only there"
                     .into(),
@@ -233,6 +266,20 @@ impl Error {
             }
             Self::Update { source: UpdateError::SlotInUse { .. } | UpdateError::SlotEmpty { .. }, .. } => {
                 Some("`daxcrypt key list` shows which slots are in use".into())
+            }
+            Self::Namespace { source: namespace::OpenError::Relocated { .. }, path }
+            | Self::Namespace { source: namespace::OpenError::AddressChanged { .. }, path } => Some(format!(
+                "`daxcrypt relocate --in-place {}` re-keys it for this place; or move it back",
+                path.display()
+            )),
+            Self::OtherSlots { .. } => Some(
+                "--drop-slots goes on without them; `rekey --keep-slots` wraps the new volume key for them too".into(),
+            ),
+            Self::RekeyStopped { path, .. } => {
+                Some(format!("`daxcrypt rekey --resume {0}` goes on, and so does `daxcrypt serve {0}`", path.display()))
+            }
+            Self::Rekey { source, path } if matches!(**source, TransformError::UnderWay) => {
+                Some(format!("`daxcrypt rekey --resume {}` goes on with it", path.display()))
             }
             Self::OwnSlot { .. } => Some("give the key of another slot, which proves that it works, or --force".into()),
             Self::Restore { source: RestoreError::OtherNamespace { .. }, .. } => {
@@ -293,5 +340,25 @@ fn why_no_key(error: &KeyError) -> &'static str {
         KeyError::AccessDenied | KeyError::PermissionDenied => "it may not be read by this user",
         KeyError::InvalidDescription => "its description cannot be one",
         _ => "the kernel's key service failed",
+    }
+}
+
+/// What the command line or the namespace does not permit is usage; the rest is media or damage.
+const fn rekey_exit(error: &TransformError) -> Exit {
+    match error {
+        TransformError::UnderWay | TransformError::NotUnderWay | TransformError::Ephemeral => Exit::Usage,
+        TransformError::Geometry(_) | TransformError::Slot(_) => Exit::Usage,
+        TransformError::SourceKey | TransformError::JournalLost | TransformError::SavedWindow { .. } => Exit::Damaged,
+        _ => Exit::Io,
+    }
+}
+
+fn adopt_exit(error: &AdoptError) -> Exit {
+    match error {
+        AdoptError::NotMoved { .. } | AdoptError::Rekeying { .. } | AdoptError::Geometry(_) => Exit::Usage,
+        AdoptError::Open(namespace::OpenError::Media(_)) => Exit::Io,
+        AdoptError::Unlock(UnlockError::Forged | UnlockError::Transform(_)) | AdoptError::Open(_) => Exit::Damaged,
+        AdoptError::Unlock(_) => Exit::WrongKey,
+        AdoptError::Transform(error) => rekey_exit(error),
     }
 }

@@ -63,6 +63,10 @@ pub(crate) struct FormatArgs {
     wipe: bool,
     #[command(flatten)]
     progress: ProgressArgs,
+    /// What the tweaks are bound to: the offset in the file or device, or with `address` the physical address of
+    /// persistent memory too, so that the ciphertext is noise in any other module or slot
+    #[arg(long, value_parser = ["offset", "address"], default_value = "offset")]
+    bind: String,
     #[command(flatten)]
     kdf: KdfArgs,
     /// Overwrite whatever is there
@@ -71,7 +75,7 @@ pub(crate) struct FormatArgs {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum CipherArg {
+pub(crate) enum CipherArg {
     #[value(name = "aes-128-xts")]
     Aes128Xts,
     #[value(name = "aes-256-xts")]
@@ -161,14 +165,14 @@ fn fill_with_noise(
     const CHUNK_BYTES: u64 = 4 << 20;
     let thrown_away = VolumeKey::generate(namespace.cipher().key_bytes()).expect("the length is a cipher's");
     let volume = Volume::under_another_key(namespace, &thrown_away, backend);
-    let mut progress = Progress::new("filling", volume.size(), progress);
+    let mut progress = Progress::new(0, volume.size(), progress.json, None);
     for start in (0..volume.size()).step_by(4 << 20) {
         let len_bytes = CHUNK_BYTES.min(volume.size() - start);
         volume.write_zeroes(start, len_bytes)?;
         volume.persist(start..start + len_bytes)?;
-        progress.report(start + len_bytes);
+        progress.reach(start + len_bytes);
     }
-    progress.finish();
+    progress.end("done", volume.size());
     volume.flush()
 }
 
@@ -200,6 +204,7 @@ impl FormatArgs {
             size_bytes: self.size.map(|ByteSize(bytes)| bytes),
             kdf_cost: self.kdf.cost()?,
             allow_discards: self.allow_discards,
+            bind_address: self.bind == "address",
             ..FormatOptions::default()
         })
     }

@@ -20,14 +20,18 @@ mod log;
 mod open;
 mod output;
 mod place;
+mod plain;
 mod progress;
 mod recovery;
 mod region;
+mod rekey;
+mod relocate;
 mod resize;
 mod secrets;
 mod serve;
 mod size;
 mod status;
+mod transfer;
 
 use std::process::ExitCode;
 
@@ -44,6 +48,7 @@ Exit codes:
   3  not a namespace, or damaged
   4  I/O error
   5  busy: another process uses it
+  6  stopped by a signal before its end: it can go on
 
 Environment:
   DAXCRYPT_LOG                what `serve` logs, as --log does
@@ -116,6 +121,33 @@ Examples:
   daxcrypt header inspect vault.header
   daxcrypt header restore vault.img vault.header --key-file vault.key")]
     Header(header::HeaderCommandArgs),
+    /// Give a namespace a new volume key, in place: safe at every instant, and it can be interrupted
+    #[command(after_help = "\
+Examples:
+  daxcrypt rekey vault.img --key-file vault.key --dry-run
+  daxcrypt rekey vault.img --key-file vault.key --max-rate 200M     # Ctrl-C stops it between two steps
+  daxcrypt rekey vault.img --key-file vault.key --resume            # serve goes on with it too
+  daxcrypt rekey vault.img --key-file vault.key --cipher aes-128-xts --unit 512 --keep-slots")]
+    Rekey(rekey::RekeyArgs),
+    /// Move a namespace to another file or device, under a new volume key
+    #[command(after_help = "\
+Examples:
+  daxcrypt relocate vault.img /dev/pmem0 --key-file vault.key          # the source is erased when all is verified
+  daxcrypt relocate vault.img copy.img --key-file vault.key --keep-source
+  daxcrypt relocate --in-place /dev/pmem1 --key-file vault.key         # after dd or a partition editor has moved it")]
+    Relocate(relocate::RelocateArgs),
+    /// Encrypt a disk image into a namespace
+    #[command(after_help = "\
+Examples:
+  daxcrypt format vault.img --size 4G --key-file vault.key && daxcrypt import disk.img vault.img --key-file vault.key
+  nbdcopy nbd://localhost/disk - | daxcrypt import - vault.img --key-file vault.key")]
+    Import(plain::ImportArgs),
+    /// Decrypt a namespace to a disk image
+    #[command(after_help = "\
+Examples:
+  daxcrypt export vault.img disk.img --key-file vault.key
+  daxcrypt export vault.img - --key-file vault.key | zstd > disk.zst")]
+    Export(plain::ExportArgs),
     /// Destroy all key slots and both header copies: the data is then lost
     #[command(after_help = "\
 Examples:
@@ -192,6 +224,10 @@ fn run(command: &Command) -> Result<(), Error> {
         Command::Remove(args) => region::remove(args),
         Command::Completions(args) => generate::completions::<Cli>(args),
         Command::Man(args) => generate::man::<Cli>(args),
+        Command::Rekey(args) => rekey::run(args),
+        Command::Relocate(args) => relocate::run(args),
+        Command::Import(args) => plain::import(args),
+        Command::Export(args) => plain::export(args),
         Command::Erase(args) => erase::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Demo => demo::run(),

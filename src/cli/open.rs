@@ -1,6 +1,7 @@
 //! From a place to an unlocked namespace, as every command that needs the key does it.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::credentials::{KeyArgs, Prompt};
 use super::error::Error;
@@ -9,8 +10,8 @@ use super::place::PlaceArgs;
 use super::secrets;
 use super::size::ByteSize;
 use crate::luks2::Locked;
-use crate::namespace::{CopyState, Header, LockedNamespace, Namespace, SIZE_BYTES_WARN, Site};
-use crate::pmem::Access;
+use crate::namespace::{CopyState, Credential, Header, LockedNamespace, Namespace, SIZE_BYTES_WARN, Site};
+use crate::pmem::{Access, Backing};
 use crate::volume::Volume;
 use crate::xts::Backend;
 
@@ -59,6 +60,33 @@ pub(crate) fn unlock(locked: LockedNamespace, key: &KeyArgs, path: &Path) -> Res
         locked.unlock_key(&key.read(Prompt::Once, &path.display().to_string())?)
     };
     unlocked.map_err(|source| Error::Unlock { path: path.into(), source })
+}
+
+/// Opens and locks a file or device that is used whole.
+pub(crate) fn backing(path: &Path, access: Access) -> Result<Arc<Backing>, Error> {
+    Ok(Arc::clone(PlaceArgs::of(path).open(access)?.data()))
+}
+
+/// The namespace at `path`, without a lock, so that it can be looked at while it is served.
+pub(crate) fn locked_without_lock(path: &Path) -> Result<LockedNamespace, Error> {
+    let place = PlaceArgs::of(path);
+    place.locked(place.peek()?)
+}
+
+/// As [`namespace()`], for who needs the credential again.
+pub(crate) fn namespace_and_credential(
+    path: &Path,
+    access: Access,
+    key: &KeyArgs,
+) -> Result<(Namespace, Credential), Error> {
+    let place = PlaceArgs::of(path);
+    let locked = place.locked(place.open(access)?)?;
+    for warning in warnings(locked.header()) {
+        warning!("{}: {warning}", path.display());
+    }
+    let credential = key.read(Prompt::Once, &path.display().to_string())?;
+    let namespace = locked.unlock_key(&credential).map_err(|source| Error::Unlock { path: path.into(), source })?;
+    Ok((namespace, credential))
 }
 
 /// What is worth knowing before using a namespace, in sentences.

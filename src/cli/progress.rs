@@ -1,130 +1,142 @@
-//! How far a long command is: a bar on a terminal, lines of JSON for programs, nothing otherwise.
-//!
-//! The bar goes to standard error and is drawn over itself; the JSON goes to standard output, one object a line. Both come
-//! a few times a second, and once at the end.
+//! How far a long command has come: a bar on a terminal, JSON lines for programs; and the pace that it keeps to.
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde::Serialize;
 
-use super::output::{ask, outln};
+use super::output::ask;
 use super::size::ByteSize;
 
+/// The bar is drawn again, and a JSON line printed, at most so often.
 const INTERVAL: Duration = Duration::from_millis(200);
-const BAR_CHARACTERS: u64 = 30;
+const BAR_CELLS: u64 = 24;
 
-/// The option of every command that may take long.
+/// The option of a command that may take long.
 #[derive(Args, Clone, Copy, Debug, Default)]
 pub(crate) struct ProgressArgs {
-    /// Print progress as lines of JSON
+    /// Progress as JSON, one object a line
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
+/// How progress is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Style {
+    /// One line on standard error, drawn again and again.
     Bar,
-    Json,
-    Silent,
+    /// One object a line on standard output.
+    JsonLines,
+    /// Only the end.
+    Quiet,
 }
 
-/// The progress of one piece of work over a number of bytes.
+/// The progress of one command.
 #[derive(Debug)]
 pub(crate) struct Progress {
-    doing: &'static str,
+    style: Style,
     total_bytes: u64,
-    done_bytes: u64,
+    /// Bytes that were done before this command began.
+    first_bytes: u64,
     started: Instant,
     shown: Option<Instant>,
-    style: Style,
+    max_rate: Option<u64>,
 }
 
-/// A line of `--json`.
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Serialize)]
 struct Line {
-    doing: &'static str,
+    event: &'static str,
     done_bytes: u64,
     total_bytes: u64,
     bytes_per_second: u64,
-    /// Not known before the first bytes are done.
     seconds_left: Option<u64>,
 }
 
 impl Progress {
-    pub(crate) fn new(doing: &'static str, total_bytes: u64, args: ProgressArgs) -> Self {
-        let style = match args.json {
-            true => Style::Json,
-            false if io::stderr().is_terminal() => Style::Bar,
-            false => Style::Silent,
+    /// Progress from `first_bytes` to `total_bytes`, no faster than `max_rate` bytes a second.
+    pub(crate) fn new(first_bytes: u64, total_bytes: u64, json: bool, max_rate: Option<ByteSize>) -> Self {
+        let style = match (json, io::stderr().is_terminal()) {
+            (true, _) => Style::JsonLines,
+            (false, true) => Style::Bar,
+            (false, false) => Style::Quiet,
         };
-        Self { doing, total_bytes, done_bytes: 0, started: Instant::now(), shown: None, style }
+        let max_rate = max_rate.map(|rate| rate.0.max(1));
+        Self { style, total_bytes, first_bytes, started: Instant::now(), shown: None, max_rate }
     }
 
-    /// Takes note of how many bytes are done by now, and shows it when it is time.
-    pub(crate) fn report(&mut self, done_bytes: u64) {
-        self.done_bytes = done_bytes;
+    /// The same without a word: only the pace.
+    pub(crate) const fn quiet(mut self) -> Self {
+        self.style = Style::Quiet;
+        self
+    }
+
+    /// Takes note of `done_bytes` and waits as long as the rate demands, but not longer than a moment: the caller looks
+    /// for signals in between.
+    pub(crate) fn reach(&mut self, done_bytes: u64) {
         if self.shown.is_none_or(|shown| shown.elapsed() >= INTERVAL) {
-            self.show();
+            self.shown = Some(Instant::now());
+            self.tell("progress", done_bytes);
+        }
+        if let Some(ahead) = self.ahead(done_bytes) {
+            thread::sleep(ahead.min(INTERVAL));
         }
     }
 
-    /// Shows the end.
-    pub(crate) fn finish(mut self) {
-        self.done_bytes = self.total_bytes;
-        self.show();
+    /// Whether the rate demands to wait still.
+    pub(crate) fn must_wait(&self, done_bytes: u64) -> bool {
+        self.ahead(done_bytes).is_some()
+    }
+
+    /// How much earlier than the rate allows `done_bytes` were reached.
+    fn ahead(&self, done_bytes: u64) -> Option<Duration> {
+        let moved = done_bytes.saturating_sub(self.first_bytes);
+        let due = Duration::from_secs_f64(moved as f64 / self.max_rate? as f64);
+        due.checked_sub(self.started.elapsed()).filter(|ahead| !ahead.is_zero())
+    }
+
+    /// The last word: `event` is `done` or `stopped`.
+    pub(crate) fn end(&mut self, event: &'static str, done_bytes: u64) {
+        self.tell(event, done_bytes);
         if self.style == Style::Bar {
             ask(format_args!("\n"));
         }
     }
 
-    fn show(&mut self) {
-        self.shown = Some(Instant::now());
-        let line = line(self.doing, self.done_bytes, self.total_bytes, self.started.elapsed());
+    /// Bytes a second since the beginning.
+    pub(crate) fn rate(&self, done_bytes: u64) -> u64 {
+        let moved = done_bytes.saturating_sub(self.first_bytes);
+        let nanoseconds = self.started.elapsed().as_nanos().max(1);
+        u64::try_from(u128::from(moved) * 1_000_000_000 / nanoseconds).unwrap_or(u64::MAX)
+    }
+
+    fn tell(&self, event: &'static str, done_bytes: u64) {
+        let rate = self.rate(done_bytes);
+        let left_bytes = self.total_bytes.saturating_sub(done_bytes);
+        let seconds_left = (rate > 0).then(|| left_bytes.div_ceil(rate.max(1)));
         match self.style {
-            Style::Silent => {}
-            Style::Bar => ask(format_args!("\r{}\u{1b}[K", bar(&line))),
-            Style::Json => {
-                let text = serde_json::to_string(&line).unwrap_or_default();
-                let _ = outln!("{text}"); // work goes on without a reader
+            Style::Quiet => {}
+            Style::JsonLines => {
+                let total_bytes = self.total_bytes;
+                let line = Line { event, done_bytes, total_bytes, bytes_per_second: rate, seconds_left };
+                // A reader that went away is no reason to stop.
+                let _ = serde_json::to_string(&line).map(|line| writeln!(io::stdout(), "{line}"));
+            }
+            Style::Bar => {
+                let cells = (done_bytes * BAR_CELLS).checked_div(self.total_bytes).unwrap_or(BAR_CELLS);
+                let left = seconds_left.map_or_else(String::new, |seconds| format!(", {seconds} s left"));
+                let _ = write!(
+                    io::stderr(),
+                    "\r[{:.<width$}] {} of {}, {}/s{left}      ",
+                    "#".repeat(usize::try_from(cells.min(BAR_CELLS)).unwrap_or(0)),
+                    ByteSize(done_bytes),
+                    ByteSize(self.total_bytes),
+                    ByteSize(rate),
+                    width = usize::try_from(BAR_CELLS).unwrap_or(0),
+                );
             }
         }
-    }
-}
-
-fn line(doing: &'static str, done_bytes: u64, total_bytes: u64, elapsed: Duration) -> Line {
-    let milliseconds = elapsed.as_millis().max(1);
-    let per_second = u128::from(done_bytes) * 1000 / milliseconds;
-    let left = u128::from(total_bytes.saturating_sub(done_bytes));
-    let seconds_left = (left == 0 || per_second > 0).then(|| left.checked_div(per_second).unwrap_or(0));
-    let narrow = |number: u128| u64::try_from(number).unwrap_or(u64::MAX);
-    let (bytes_per_second, seconds_left) = (narrow(per_second), seconds_left.map(narrow));
-    Line { doing, done_bytes, total_bytes, bytes_per_second, seconds_left }
-}
-
-fn bar(line: &Line) -> String {
-    let parts = |of: u64| {
-        let part = u128::from(line.done_bytes) * u128::from(of) / u128::from(line.total_bytes.max(1));
-        usize::try_from(part).unwrap_or(0)
-    };
-    let width = usize::try_from(BAR_CHARACTERS).unwrap_or(0);
-    let (full, percent) = ("#".repeat(parts(BAR_CHARACTERS)), parts(100));
-    let left = line.seconds_left.map_or_else(String::new, |seconds| format!(", {} left", time(seconds)));
-    format!(
-        "{} [{full:<width$}] {percent} %  {} of {}, {}/s{left}",
-        line.doing,
-        ByteSize(line.done_bytes),
-        ByteSize(line.total_bytes),
-        ByteSize(line.bytes_per_second)
-    )
-}
-
-fn time(seconds: u64) -> String {
-    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
-        (0, 0, seconds) => format!("{seconds} s"),
-        (0, minutes, seconds) => format!("{minutes} min {seconds} s"),
-        (hours, minutes, _) => format!("{hours} h {minutes} min"),
     }
 }
 
@@ -133,20 +145,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_bar_shows_share_rate_and_rest() {
-        let half = line("wiping", 1 << 30, 2 << 30, Duration::from_secs(2));
-        assert_eq!((half.bytes_per_second, half.seconds_left), (1 << 29, Some(2)));
-        let text = bar(&half);
-        assert!(text.contains("[###############               ] 50 %"), "{text}");
-        assert!(text.ends_with("1 GiB of 2 GiB, 512 MiB/s, 2 s left"), "{text}");
-    }
-
-    #[test]
-    fn the_edges_divide_by_nothing() {
-        assert_eq!(line("wiping", 0, 100, Duration::ZERO).seconds_left, None);
-        assert_eq!(line("wiping", 0, 0, Duration::ZERO).seconds_left, Some(0));
-        assert_eq!(line("wiping", u64::MAX, u64::MAX, Duration::from_nanos(1)).seconds_left, Some(0));
-        assert!(bar(&line("wiping", 0, 0, Duration::ZERO)).contains(" 0 %"));
-        assert_eq!(time(3_661), "1 h 1 min");
+    fn a_rate_is_kept_and_what_was_done_before_does_not_count() {
+        let mut progress = Progress::new(1 << 20, 2 << 20, false, Some(ByteSize(1 << 20)));
+        progress.reach(1 << 20);
+        assert!(!progress.must_wait(1 << 20));
+        assert!(progress.must_wait(2 << 20), "a MiB a second, and no second has passed");
+        assert!(!Progress::new(0, 2 << 20, false, None).must_wait(2 << 20));
     }
 }

@@ -20,8 +20,9 @@ use crate::secret::SecretBytes;
 use crate::volume::window::{BATCH_PAGES, Install, PAGE_BYTES, PageSet, Through, View, Window, WriteBack};
 use crate::volume::{ClaimGuard, Volume, VolumeError};
 
-/// Resident pages are looked for in pieces of this many bytes, one page-map scan each: a page table's worth.
-const SCAN_BYTES: u64 = 2 << 20;
+/// Runs of resident pages that lie so near to each other are asked for their marks by one system call: as many page-table
+/// entries cost about as much as one call.
+const SCAN_GAP_BYTES: u64 = 32 * PAGE_BYTES;
 
 /// Plaintext on its way to a map: as much as the nearer caches hold.
 const SCRATCH_BYTES: usize = 64 << 10;
@@ -230,15 +231,17 @@ impl Core {
         range: &Range<u64>,
         mut found: impl FnMut(Range<u64>),
     ) -> Result<(), DaxError> {
+        let to_logical = |address: u64| address - self.start_address() + self.view.range().start;
         let mut rest = range.clone();
-        while let Some(run) = self.window.next_resident(&rest) {
-            let piece_end = (run.start / SCAN_BYTES + 1) * SCAN_BYTES;
-            let piece = run.start..run.end.max(piece_end).min(range.end);
-            let to_logical = |address: u64| address - self.start_address() + self.view.range().start;
+        while let Some(mut piece) = self.window.next_resident(&rest) {
+            let near = |end: u64| end..range.end.min(end + SCAN_GAP_BYTES);
+            while let Some(next) = self.window.next_resident(&near(piece.end)) {
+                piece.end = next.end;
+            }
+            rest.start = piece.end;
             let scanned = map
                 .take_written(&self.addresses(&piece), |pages| found(to_logical(pages.start)..to_logical(pages.end)));
             scanned.map_err(DaxError::Os)?;
-            rest.start = piece.end;
         }
         Ok(())
     }

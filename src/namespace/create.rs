@@ -133,6 +133,7 @@ fn create(
         volume_key,
         mac_key,
         slot_id: credential.map(|_| FIRST_SLOT),
+        pending: None,
     })
 }
 
@@ -178,5 +179,6 @@ fn empty_metadata(geometry: &Geometry, cipher: Cipher, label: String, allow_disc
         unclean: false,
         discards: allow_discards,
         slots: Vec::new(),
+        transform: None,
     }
 }

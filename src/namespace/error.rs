@@ -10,6 +10,7 @@ use super::kdf::CredentialError;
 use super::metadata::SLOT_COUNT_MAX;
 use super::signature::Signature;
 use super::slot::SlotError;
+use super::transform::TransformError;
 use crate::pmem::MediaError;
 use crate::secret::KeyError;
 
@@ -166,6 +167,9 @@ pub enum UnlockError {
     /// The key opened, but it did not write this header.
     #[error("the header is forged or damaged: it opens, but its MAC is not that of the key")]
     Forged,
+    /// The namespace was being re-keyed, and where that stands cannot be read.
+    #[error("the namespace was being re-keyed, and cannot be read")]
+    Transform(#[from] TransformError),
     /// What the slot holds is not a volume key, or no random key could be had.
     #[error("the volume key is not acceptable")]
     Key(#[from] KeyError),
@@ -230,6 +234,9 @@ pub enum UpdateError {
     /// The new size is not possible.
     #[error(transparent)]
     Geometry(#[from] GeometryError),
+    /// A re-key is under way.
+    #[error("a re-key is under way: the size can change when it has ended")]
+    Transforming,
     /// Shrinking loses data.
     #[error("{new_bytes} bytes are fewer than the present {old_bytes}: shrinking loses data")]
     Shrinks {

@@ -5,9 +5,13 @@
 //!
 //! It knows nothing about headers, keys or files.
 
+mod layout;
+
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
+
+pub use layout::Layout;
 
 /// Size of the header area at the start of a namespace, in bytes.
 pub const HEADER_AREA_BYTES: u64 = 2 << 20;

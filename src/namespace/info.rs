@@ -40,6 +40,8 @@ pub struct Header {
     pub discards: bool,
     /// Number of the update that wrote this header.
     pub sequence: u64,
+    /// Whether a re-key is under way.
+    pub rekeying: bool,
     /// The key slots.
     pub slots: Vec<SlotInfo>,
     /// State of header copies A and B.
@@ -83,6 +85,7 @@ impl Header {
             ephemeral: false,
             unclean: false,
             discards: false,
+            rekeying: false,
             sequence,
             slots: Vec::new(),
             copies,
@@ -106,6 +109,7 @@ impl Header {
             unclean: metadata.unclean,
             discards: metadata.discards,
             sequence,
+            rekeying: metadata.transform.is_some(),
             slots: slots.map(|slot| SlotInfo { id: slot.id, label: slot.label.clone(), kdf: slot.kdf }).collect(),
             copies: copies.clone(),
         }

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::geometry::{DataUnit, Placement};
 use super::kdf::{CostError, Kdf};
 use super::slot::{Purpose, Slot, TAG_BYTES};
+use super::transform::{self, Transform};
 
 /// Most key slots of a namespace.
 pub const SLOT_COUNT_MAX: u32 = 32;
@@ -144,6 +145,9 @@ pub enum MetadataError {
         #[source]
         cost: CostError,
     },
+    /// A re-key is under way exactly when the requirements say so.
+    #[error("its requirements and its re-key do not agree")]
+    TransformNotAnnounced,
     /// An ephemeral namespace has a key slot.
     #[error("it is ephemeral and yet has {slot_count} key slots")]
     EphemeralWithSlots {
@@ -179,6 +183,9 @@ pub(super) struct Metadata {
     /// Whether holes are punched, and read as zeroes: never taken back, because zeroes may be holes by then.
     pub(super) discards: bool,
     pub(super) slots: Vec<Slot>,
+    /// Where the data came from, while it is being re-keyed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) transform: Option<Transform>,
 }
 
 /// The part that is looked at before all else; other fields are ignored.
@@ -191,7 +198,7 @@ impl Metadata {
     /// Parses and checks every field by itself.
     pub(super) fn decode(json: &[u8]) -> Result<Self, MetadataError> {
         let Requirements { requirements } = serde_json::from_slice(json)?;
-        if let Some(name) = requirements.into_iter().next() {
+        if let Some(name) = requirements.into_iter().find(|name| name != transform::REQUIREMENT) {
             return Err(MetadataError::Requirement { name });
         }
         let metadata: Self = serde_json::from_slice(json)?;
@@ -206,6 +213,10 @@ impl Metadata {
 
     pub(super) fn check(&self) -> Result<(), MetadataError> {
         check_label(&self.label)?;
+        let announced = self.requirements.iter().filter(|name| *name == transform::REQUIREMENT).count();
+        if announced != usize::from(self.transform.is_some()) {
+            return Err(MetadataError::TransformNotAnnounced);
+        }
         let slot_count = self.slots.len();
         if slot_count > SLOT_COUNT_MAX as usize {
             return Err(MetadataError::SlotCount { slot_count, max_count: SLOT_COUNT_MAX });

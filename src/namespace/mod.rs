@@ -13,14 +13,17 @@ mod geometry;
 mod header;
 mod hex;
 mod info;
+mod journal;
 mod kdf;
 mod key_spec;
 mod metadata;
+mod moved;
 mod open;
 mod region;
 mod signature;
 mod site;
 mod slot;
+mod transform;
 #[doc = include_str!("format.md")]
 pub mod specification {}
 mod unlocked;
@@ -31,23 +34,28 @@ pub use backup::{BACKUP_BYTES, RestoreError, inspect, inspect_backup, open_backu
 pub use create::{FormatOptions, format, format_ephemeral};
 pub use error::{Chain, FormatError, OpenError, UnlockError, UpdateError};
 pub use geometry::{
-    DATA_ALIGNMENT_BYTES, DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, OutOfRange, Placement, SIZE_BYTES_MAX,
-    SIZE_BYTES_WARN, TweakValue, data_offset_for, detached_data_offset_for, size_that_fits,
+    DATA_ALIGNMENT_BYTES, DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, Layout, OutOfRange, Placement,
+    SIZE_BYTES_MAX, SIZE_BYTES_WARN, TweakValue, data_offset_for, detached_data_offset_for, size_that_fits,
 };
 pub use header::{CopyFault, FORMAT_VERSION, TooLong};
 pub use info::{Header, SlotInfo};
+pub use journal::{Journal, Record, WINDOW_BYTES_MAX};
 pub use kdf::{
     CostError, Credential, CredentialError, KEY_FILE_BYTES_MAX, KEY_FILE_BYTES_MIN, Kdf, KdfCost, PASSPHRASE_BYTES_MAX,
 };
 pub use key_spec::{KEY_SPEC_BYTES_MAX, KeySpecError, volume_key_from_spec};
 pub use metadata::{Cipher, LABEL_BYTES_MAX, MetadataError, SLOT_COUNT_MAX};
+pub use moved::{AdoptError, MovedNamespace};
 pub use open::{LockedNamespace, erase};
 pub use region::{REGION_ALIGNMENT_BYTES, REGION_PARTITION_TYPE, Region, RegionError, RegionPartition, TableFault};
 pub use signature::{Signature, signature_found};
 pub use site::Site;
 pub use slot::SlotError;
+pub use transform::{OtherSlots, Pending, RekeyOptions, TransformError};
 pub use unlocked::Namespace;
 pub use wipe::overwrite_with_zeros;
 
+#[cfg(test)]
+mod crash_tests;
 #[cfg(test)]
 mod tests;

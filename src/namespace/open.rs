@@ -79,6 +79,12 @@ impl LockedNamespace {
         Ok(Self { site, area, geometry, chosen, header })
     }
 
+    /// A namespace that is not where its header says, for [`MovedNamespace`](super::moved::MovedNamespace) alone.
+    pub(super) fn unchecked(site: Site, area: HeaderArea, geometry: Geometry, chosen: Chosen) -> Self {
+        let header = Header::of(&chosen.copy.metadata, chosen.copy.sequence, &chosen.states);
+        Self { site, area, geometry, chosen, header }
+    }
+
     /// What the header says.
     #[must_use]
     pub const fn header(&self) -> &Header {
@@ -204,7 +210,9 @@ impl LockedNamespace {
         if !self.chosen.copy.is_genuine(&mac_key) {
             return Err(UnlockError::Forged);
         }
-        Ok(self.into_namespace(volume_key, mac_key, Some(slot_id)))
+        let mut namespace = self.into_namespace(volume_key, mac_key, Some(slot_id));
+        namespace.load_transform()?;
+        Ok(namespace)
     }
 
     fn into_namespace(self, volume_key: VolumeKey, mac_key: MacKey, slot_id: Option<u32>) -> Namespace {
@@ -219,6 +227,7 @@ impl LockedNamespace {
             volume_key,
             mac_key,
             slot_id,
+            pending: None,
         }
     }
 }

@@ -22,7 +22,8 @@ use crate::secret::{KeyError, SecretBytes, VolumeKey};
 /// Bytes that the AEAD adds to what it wraps.
 pub(super) const TAG_BYTES: usize = 16;
 
-const NONCE_BYTES: usize = 12;
+/// Bytes of the AEAD's nonce.
+pub(super) const NONCE_BYTES: usize = 12;
 const WRAP_LABEL: &[u8; 16] = b"daxcrypt slot v1";
 const REWRAP_LABEL: &[u8; 16] = b"daxcrypt rwrp v1";
 
@@ -201,11 +202,11 @@ fn rewrap_key(volume_key: &VolumeKey, purpose: &Purpose) -> Key256 {
     kdf::derive_key(purpose.uuid.as_bytes(), volume_key.bytes(), b"daxcrypt v1 slot rewrap")
 }
 
-fn aead(key: &Key256) -> Aes256GcmSiv {
+pub(super) fn aead(key: &Key256) -> Aes256GcmSiv {
     Aes256GcmSiv::new(<&Key<Aes256GcmSiv>>::from(&**key))
 }
 
-fn random<const N: usize>() -> Result<[u8; N], KeyError> {
+pub(super) fn random<const N: usize>() -> Result<[u8; N], KeyError> {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).map_err(KeyError::Random)?;
     Ok(bytes)

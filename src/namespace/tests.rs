@@ -46,6 +46,7 @@ fn metadata() -> Metadata {
         unclean: false,
         discards: false,
         slots: Vec::new(),
+        transform: None,
     };
     let purpose = metadata.purpose();
     let kdf = Kdf::Argon2id(KdfCost::LEAST);

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::area::{CopyName, CopyState, HeaderArea};
+use super::area::{CopyName, CopyState, HeaderArea, WriteError};
 use super::error::UpdateError;
 use super::geometry::Geometry;
 use super::header::{self, MacKey};
@@ -13,6 +13,7 @@ use super::kdf::{Credential, Kdf, KdfCost};
 use super::metadata::{Cipher, Metadata, SLOT_COUNT_MAX, check_label};
 use super::site::Site;
 use super::slot::{Slot, SlotError};
+use super::transform::Pending;
 use crate::pmem::Backing;
 use crate::secret::VolumeKey;
 
@@ -30,6 +31,7 @@ pub struct Namespace {
     pub(super) volume_key: VolumeKey,
     pub(super) mac_key: MacKey,
     pub(super) slot_id: Option<u32>,
+    pub(super) pending: Option<Pending>,
 }
 
 impl Namespace {
@@ -191,6 +193,9 @@ impl Namespace {
         if size_bytes < old_bytes && !even_smaller {
             return Err(UpdateError::Shrinks { old_bytes, new_bytes: size_bytes });
         }
+        if self.pending.is_some() {
+            return Err(UpdateError::Transforming);
+        }
         let mut metadata = Metadata { size_bytes, ..self.metadata.clone() };
         let geometry = Geometry::new(&metadata.placement(), self.site.available_bytes())?;
         let (old, new) = (self.metadata.purpose(), metadata.purpose());
@@ -202,6 +207,35 @@ impl Namespace {
         self.update(metadata)?;
         self.geometry = geometry;
         Ok(())
+    }
+
+    /// Takes both copies of the header off the media, so that a namespace whose data is still being written is not taken
+    /// for a whole one. [`Self::publish`] puts them back.
+    ///
+    /// # Errors
+    ///
+    /// [`UpdateError::Write`].
+    pub fn withhold(&mut self) -> Result<(), UpdateError> {
+        Ok(self.area.clear()?)
+    }
+
+    /// Writes both copies of the header.
+    ///
+    /// # Errors
+    ///
+    /// [`UpdateError`].
+    pub fn publish(&mut self) -> Result<(), UpdateError> {
+        let metadata = self.metadata.clone();
+        self.update(metadata)
+    }
+
+    /// Destroys every key slot and both header copies: overwritten, durable and read back. The data is then lost.
+    ///
+    /// # Errors
+    ///
+    /// [`WriteError`]; key material may then be left.
+    pub fn erase(self) -> Result<(), WriteError> {
+        self.area.clear()
     }
 
     fn make_slot(&self, id: u32, label: &str, credential: &Credential, cost: KdfCost) -> Result<Slot, UpdateError> {

@@ -15,7 +15,7 @@ use super::medium::KernelMedium;
 use super::open::{OpenedFile, create_locked, map};
 use super::options::{Access, Allocation, OpenOptions};
 use super::persist::LINE_BYTES;
-use super::sim::{Event, Recorder, SimHandle, SimOptions};
+use super::sim::{Event, Recorder, SimHandle, SimOptions, Thread};
 use crate::memory::{Source, Target};
 
 /// The most extents that one call of [`Backing::extents`] returns.
@@ -260,7 +260,7 @@ impl Backing {
         self.check_faults(&span)?;
         let result = match &self.medium {
             Medium::Kernel(_) | Medium::Volatile => f(self.mapping.target(&span)),
-            Medium::Simulated(recorder) => recorder.record_store(&self.mapping, &span, f),
+            Medium::Simulated(recorder) => recorder.record_store(&self.mapping, &span, false, f),
         };
         self.check_faults(&span)?;
         Ok(result)
@@ -308,7 +308,7 @@ impl Backing {
             let line_bytes = LINE_BYTES as u64;
             if let Medium::Simulated(recorder) = &self.medium {
                 let whole = range.start.next_multiple_of(line_bytes)..range.end - range.end % line_bytes;
-                recorder.record(Event::Streamed(whole));
+                recorder.record(Event::Streamed(whole, Thread::current()));
             }
             if !range.start.is_multiple_of(line_bytes) {
                 self.flush(range.start..range.end.min(range.start.next_multiple_of(line_bytes)))?;
@@ -332,7 +332,7 @@ impl Backing {
         self.check_faults(&span)?;
         match &self.medium {
             Medium::Kernel(medium) => medium.flush(&self.mapping, &span, self.len_bytes())?,
-            Medium::Simulated(recorder) => recorder.record(Event::Flush(range)),
+            Medium::Simulated(recorder) => recorder.record(Event::Flush(range, Thread::current())),
             Medium::Volatile => {}
         }
         self.check_faults(&span)
@@ -348,7 +348,7 @@ impl Backing {
         match &self.medium {
             Medium::Kernel(medium) => medium.drain(),
             Medium::Simulated(recorder) => {
-                recorder.record(Event::Drain);
+                recorder.record(Event::Drain(Thread::current()));
                 Ok(())
             }
             Medium::Volatile => Ok(()),
@@ -378,7 +378,7 @@ impl Backing {
         match &self.medium {
             Medium::Kernel(medium) => medium.sync_all(self.len_bytes()),
             Medium::Simulated(recorder) => {
-                recorder.record(Event::Sync);
+                recorder.record(Event::Sync(Thread::current()));
                 Ok(())
             }
             Medium::Volatile => Ok(()),
@@ -411,7 +411,7 @@ impl Backing {
         match &self.medium {
             Medium::Kernel(medium) => medium.punch_hole(&range),
             Medium::Simulated(recorder) => {
-                recorder.record_store(&self.mapping, &span, |mut target| target.fill(0));
+                recorder.record_store(&self.mapping, &span, true, |mut target| target.fill(0));
                 Ok(())
             }
             Medium::Volatile => {

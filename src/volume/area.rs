@@ -1,68 +1,97 @@
-//! The data area under one key: whole 16-byte blocks between ciphertext on media and plaintext in memory.
+//! The data area: whole 16-byte blocks between ciphertext on media and plaintext in memory.
 //!
-//! Everything here is aligned to blocks and ordered by nobody: byte granularity and locking are the volume's part.
-//! Ciphertext is stored straight to media in pieces of at least 16 bytes, so that a torn store leaves every block old
-//! or new; under cache-line granularity it is also flushed there (write-through), so that [`DataArea::sync`] has little
-//! left to do.
+//! Everything here is aligned to blocks; byte granularity and the order of writers are the volume's part. Under cache-line
+//! granularity what is written is also flushed here (write-through), so that [`DataArea::sync`] has little left to do.
+//!
+//! While the volume is being re-keyed the area has two sides, and a boundary between them that moves window by window.
+//! Every access is cut at the boundary. It holds its range in `moving` meanwhile, and the window that moves is held there
+//! exclusively: so the boundary never passes through an access, and an access waits for no more than the window that it
+//! touches. Without a transform `moving` is not asked; an access then holds `sides` instead, and a transform begins when
+//! all of those have ended. Both are taken last and given back before anything else is asked for. A locked volume has no
+//! sides, and so no keys.
 //!
 //! With discards, a block whose ciphertext is all zero bytes stands for a hole and reads as zeroes. Real data looks so
 //! with a probability of 2^-128 a block, and no other place can forget which units are holes.
 
 use std::ops::Range;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use zeroize::Zeroizing;
 
 use super::error::VolumeError;
-use crate::memory::{Source, Store, Target};
+use super::range_lock::{RangeGuard, RangeLock};
+use super::side::{Side, zero_holes};
+use crate::memory::{Source, Target};
 use crate::namespace::Geometry;
 use crate::pmem::{Backing, BackingExtent, Granularity, MediaError};
 use crate::secret;
-use crate::xts::{BLOCK_BYTES as BLOCK_LEN, Backend, DataUnit, Span, XtsKey};
+use crate::xts::{BLOCK_BYTES as BLOCK_LEN, Backend};
 
 /// Bytes of an AES block as an offset: the smallest piece of ciphertext that can be rewritten alone.
 pub(crate) const BLOCK_BYTES: u64 = BLOCK_LEN as u64;
 
-/// Shorter stores than this stay in the cache: a line or two is cheaper to write back than to bypass.
-const NON_TEMPORAL_BYTES_MIN: usize = 1024;
-
 /// Bytes of a cache line, which have a kernel of their own.
 const LINE_BYTES: usize = 64;
-
-/// How much ciphertext is copied out at a time where holes may be: a data unit at most fits, and the stack bears it.
-const HOLE_PIECE_BYTES: usize = 4096;
 
 /// A pattern of zeroes to encrypt from; a multiple of both data units.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
-/// Ciphertext of one key on one backing.
+/// How much of a window is plaintext at a time while it moves: a multiple of both data units that stays in the cache.
+const MOVING_PIECE_BYTES: usize = 64 << 10;
+
+/// Ciphertext on one backing.
 #[derive(Debug)]
 pub(crate) struct DataArea {
     backing: Arc<Backing>,
     geometry: Geometry,
-    unit: DataUnit,
     backend: Backend,
-    /// `None` when the volume is locked. Whoever reads it holds some range of the volume's range lock, and whoever takes it
-    /// holds all of it, so that nobody ever waits here.
-    key: RwLock<Option<XtsKey>>,
     /// Whether all-zero ciphertext blocks are holes.
     holes: bool,
+    /// `None` when the volume is locked.
+    sides: RwLock<Option<Sides>>,
+    /// Over logical offsets; asked only while there is a former side.
+    moving: RangeLock,
 }
 
+#[derive(Debug)]
+struct Sides {
+    current: Arc<Side>,
+    former: Option<Former>,
+}
+
+/// The side that data is leaving.
+#[derive(Debug)]
+struct Former {
+    side: Arc<Side>,
+    /// Whether the last byte moved first.
+    backward: bool,
+    done_bytes: u64,
+    /// A window of which nobody knows what is old and what is new.
+    blocked: Option<Range<u64>>,
+}
+
+impl Former {
+    fn boundary(&self, size_bytes: u64) -> u64 {
+        if self.backward { size_bytes - self.done_bytes } else { self.done_bytes }
+    }
+}
+
+/// A part of a range, and the side that it is on.
+type Part = (Arc<Side>, Range<u64>);
+
 impl DataArea {
-    /// Joins what is on media with the expanded key.
-    pub(crate) const fn new(
-        backing: Arc<Backing>,
-        geometry: Geometry,
-        unit: DataUnit,
-        key: XtsKey,
-        holes: bool,
-    ) -> Self {
-        Self { backing, geometry, unit, backend: key.backend(), key: RwLock::new(Some(key)), holes }
+    /// The area with one side.
+    pub(crate) fn new(backing: Arc<Backing>, geometry: Geometry, side: Side, holes: bool) -> Self {
+        let backend = side.key().backend();
+        let sides = RwLock::new(Some(Sides { current: Arc::new(side), former: None }));
+        Self { backing, geometry, backend, holes, sides, moving: RangeLock::default() }
     }
 
     pub(crate) fn backing(&self) -> &Arc<Backing> {
         &self.backing
     }
 
+    /// Where the data lay when the volume was opened, or is moving to since then.
     pub(crate) const fn geometry(&self) -> &Geometry {
         &self.geometry
     }
@@ -71,13 +100,9 @@ impl DataArea {
         self.backend
     }
 
-    /// Wipes the key. Everything that needs it fails from now on.
-    pub(crate) fn forget_key(&self) {
-        self.key.write().unwrap_or_else(PoisonError::into_inner).take();
-    }
-
-    fn key(&self) -> RwLockReadGuard<'_, Option<XtsKey>> {
-        self.key.read().unwrap_or_else(PoisonError::into_inner)
+    /// Wipes the keys, once every access has ended. All that come later fail.
+    pub(crate) fn forget_keys(&self) {
+        self.sides_mut().take();
     }
 
     pub(crate) const fn holes(&self) -> bool {
@@ -91,37 +116,14 @@ impl DataArea {
     /// What the medium says, and [`VolumeError::Locked`]; `out` may then hold anything that was read before, so the caller
     /// must not pass it on.
     pub(crate) fn read(&self, offset: u64, out: Target<'_>) -> Result<(), VolumeError> {
+        let mut out = out;
         let len_bytes = out.len();
-        let range = self.physical(offset, len_bytes as u64);
-        let key = self.key();
-        let key = key.as_ref().ok_or(VolumeError::Locked)?;
-        let read = self.backing.read(range, |ciphertext| {
-            if self.holes {
-                self.decrypt_around_holes(key, offset, ciphertext, out);
-            } else {
-                key.decrypt(self.span(offset), ciphertext, out);
-            }
+        let result = self.on_sides(offset..offset + len_bytes as u64, |side, part| {
+            let out = out.reborrow().slice(relative(&part, offset));
+            side.read(&self.backing, self.holes, part.start, out)
         });
-        if scrubs(len_bytes) {
-            secret::scrub_stack();
-        }
-        Ok(read?)
-    }
-
-    /// Decrypts from a copy, piece by piece: a block that is written meanwhile must be the same for the decryption and
-    /// for the question whether it is a hole.
-    fn decrypt_around_holes(&self, key: &XtsKey, offset: u64, ciphertext: Source<'_>, out: Target<'_>) {
-        let mut copy = [0; HOLE_PIECE_BYTES];
-        let mut rest = out;
-        for start in (0..ciphertext.len()).step_by(HOLE_PIECE_BYTES) {
-            let end = ciphertext.len().min(start + HOLE_PIECE_BYTES);
-            let piece = &mut copy[..end - start];
-            ciphertext.slice(start..end).copy_to(piece);
-            let (mut plaintext, tail) = rest.split_at(end - start);
-            key.decrypt(self.span(offset + start as u64), Source::from_slice(piece), plaintext.reborrow());
-            zero_holes(piece, plaintext);
-            rest = tail;
-        }
+        scrub_after(len_bytes);
+        result
     }
 
     /// Encrypts `plaintext` over the blocks at logical `offset`; both are multiples of 16 bytes, checked to be in range.
@@ -131,22 +133,17 @@ impl DataArea {
     /// What the medium says, and [`VolumeError::Locked`]; the blocks then hold old or new ciphertext, each.
     pub(crate) fn write(&self, offset: u64, plaintext: Source<'_>) -> Result<(), VolumeError> {
         let len_bytes = plaintext.len();
-        let range = self.physical(offset, len_bytes as u64);
-        let store = if len_bytes >= NON_TEMPORAL_BYTES_MIN { Store::NonTemporal } else { Store::Cached };
-        let span = self.span(offset);
-        let key = self.key();
-        let key = key.as_ref().ok_or(VolumeError::Locked)?;
-        let encrypt = |ciphertext: Target<'_>| key.encrypt(span, plaintext, ciphertext, store);
-        let written = match self.backing.granularity() {
-            Granularity::Page => self.backing.write(range, encrypt),
-            // Not every backend has non-temporal stores, and none uses them at ragged ends. Writing back a line that is
-            // not in the cache costs little; believing that it is on media when it is not costs the data.
-            Granularity::CacheLine => self.backing.write_through(range, encrypt),
-        };
-        if scrubs(len_bytes) {
-            secret::scrub_stack();
-        }
-        Ok(written?)
+        let result = self.on_sides(offset..offset + len_bytes as u64, |side, part| {
+            let plaintext = plaintext.slice(relative(&part, offset));
+            match self.backing.granularity() {
+                Granularity::Page => side.store(&self.backing, part.start, plaintext),
+                // Not every backend has non-temporal stores, and none uses them at ragged ends. Writing back a line that
+                // is not in the cache costs little; believing that it is on media when it is not costs the data.
+                Granularity::CacheLine => side.store_through(&self.backing, part.start, plaintext),
+            }
+        });
+        scrub_after(len_bytes);
+        result
     }
 
     /// Encrypts zeroes over the blocks of logical `range`.
@@ -169,31 +166,36 @@ impl DataArea {
     ///
     /// # Errors
     ///
-    /// What the medium says, [`MediaError::Unsupported`] included.
-    pub(crate) fn punch(&self, range: Range<u64>) -> Result<(), MediaError> {
+    /// What the medium says, [`MediaError::Unsupported`] included, and [`VolumeError::Locked`].
+    pub(crate) fn punch(&self, range: Range<u64>) -> Result<(), VolumeError> {
         debug_assert!(self.holes, "without the flag a hole would read as noise");
-        self.backing.punch_hole(self.physical(range.start, range.end - range.start))
+        self.on_sides(range, |side, part| self.backing.punch_hole(side.physical(part)))
     }
 
     /// Where the backing has blocks and where not, in logical `range`: runs in order.
     ///
     /// # Errors
     ///
-    /// What the medium says.
-    pub(crate) fn extents(&self, range: Range<u64>) -> Result<Vec<BackingExtent>, MediaError> {
-        self.backing.extents(self.physical(range.start, range.end - range.start))
+    /// What the medium says, and [`VolumeError::Locked`].
+    pub(crate) fn extents(&self, range: Range<u64>) -> Result<Vec<BackingExtent>, VolumeError> {
+        let mut extents = Vec::new();
+        self.on_sides(range, |side, part| {
+            extents.extend(self.backing.extents(side.physical(part))?);
+            Ok(())
+        })?;
+        Ok(extents)
     }
 
     /// Makes what was written to logical `range` durable.
     ///
     /// # Errors
     ///
-    /// What the medium says; the backing is then poisoned until it is reopened.
-    pub(crate) fn persist(&self, range: Range<u64>) -> Result<(), MediaError> {
+    /// What the medium says, after which the backing is poisoned until it is reopened, and [`VolumeError::Locked`].
+    pub(crate) fn persist(&self, range: Range<u64>) -> Result<(), VolumeError> {
         match self.backing.granularity() {
             // Writes are durable already; holes that were punched are metadata, which only a sync makes so.
-            Granularity::CacheLine => self.backing.sync_all(),
-            Granularity::Page => self.backing.persist(self.physical(range.start, range.end - range.start)),
+            Granularity::CacheLine => Ok(self.backing.sync_all()?),
+            Granularity::Page => self.on_sides(range, |side, part| self.backing.persist(side.physical(part))),
         }
     }
 
@@ -201,39 +203,150 @@ impl DataArea {
     ///
     /// # Errors
     ///
-    /// As [`Self::persist`].
+    /// What the medium says, after which the backing is poisoned until it is reopened.
     pub(crate) fn sync(&self) -> Result<(), MediaError> {
         self.backing.sync_all()
     }
 
-    fn span(&self, offset: u64) -> Span {
-        let skip = offset % self.unit.len_bytes() as u64;
-        Span {
-            unit: self.unit,
-            tweak: self.geometry.tweak_at(offset).value(),
-            skip_bytes: usize::try_from(skip).expect("less than a unit"),
+    /// Runs `access` on the parts of logical `range`, one on each side that it touches.
+    fn on_sides(
+        &self,
+        range: Range<u64>,
+        mut access: impl FnMut(&Side, Range<u64>) -> Result<(), MediaError>,
+    ) -> Result<(), VolumeError> {
+        {
+            let sides = self.sides();
+            let sides = sides.as_ref().ok_or(VolumeError::Locked)?;
+            if sides.former.is_none() {
+                return Ok(access(&sides.current, range)?);
+            }
         }
+        let _held = self.moving.shared(range.clone());
+        for (side, part) in self.parts(range)?.into_iter().flatten() {
+            access(&side, part)?;
+        }
+        Ok(())
     }
 
-    fn physical(&self, offset: u64, len_bytes: u64) -> Range<u64> {
-        let end = offset.checked_add(len_bytes).expect("the volume checks the range");
-        self.geometry.physical_range(offset..end).expect("the volume checks the range")
+    /// Cuts `range`, which is held, at the boundary.
+    fn parts(&self, range: Range<u64>) -> Result<[Option<Part>; 2], VolumeError> {
+        let sides = self.sides();
+        let sides = sides.as_ref().ok_or(VolumeError::Locked)?;
+        let Some(former) = &sides.former else { return Ok([Some((Arc::clone(&sides.current), range)), None]) };
+        if former.blocked.as_ref().is_some_and(|blocked| range.start < blocked.end && blocked.start < range.end) {
+            return Err(MediaError::Poisoned.into());
+        }
+        let boundary = former.boundary(self.geometry.size_bytes()).clamp(range.start, range.end);
+        let (low, high) = if former.backward { (&former.side, &sides.current) } else { (&sides.current, &former.side) };
+        let part = |side: &Arc<Side>, range: Range<u64>| (!range.is_empty()).then(|| (Arc::clone(side), range));
+        Ok([part(low, range.start..boundary), part(high, boundary..range.end)])
+    }
+
+    fn sides(&self) -> RwLockReadGuard<'_, Option<Sides>> {
+        self.sides.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn sides_mut(&self) -> RwLockWriteGuard<'_, Option<Sides>> {
+        self.sides.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Whether a kernel for so many bytes has a stack frame that is worth overwriting: a cache line stays in registers.
-const fn scrubs(len_bytes: usize) -> bool {
-    len_bytes > LINE_BYTES
+/// What the engine of a transform does to the area. A locked volume has no engine, so there are sides.
+impl DataArea {
+    /// The present side becomes the former one, nothing of which has moved to `side` yet. Waits for all accesses.
+    pub(crate) fn begin_transform(&self, side: Side, backward: bool) {
+        if let Some(sides) = self.sides_mut().as_mut() {
+            let former = std::mem::replace(&mut sides.current, Arc::new(side));
+            sides.former = Some(Former { side: former, backward, done_bytes: 0, blocked: None });
+        }
+    }
+
+    /// Goes on with a transform: the area was made with its new side. Before anybody else has the area.
+    pub(crate) fn resume_transform(&self, former: Side, backward: bool, done_bytes: u64) {
+        if let Some(sides) = self.sides_mut().as_mut() {
+            sides.former = Some(Former { side: Arc::new(former), backward, done_bytes, blocked: None });
+        }
+    }
+
+    pub(crate) fn is_transforming(&self) -> bool {
+        self.sides().as_ref().is_some_and(|sides| sides.former.is_some())
+    }
+
+    /// Holds a window that moves: nobody reads or writes it until the guard is dropped.
+    pub(crate) fn hold(&self, window: Range<u64>) -> RangeGuard<'_> {
+        self.moving.exclusive(window)
+    }
+
+    /// Fails every access to `window` from now on, until the boundary has passed it.
+    pub(crate) fn block(&self, window: Range<u64>) {
+        self.change_former(|former| former.blocked = Some(window));
+    }
+
+    /// Moves the boundary over the window that is held.
+    pub(crate) fn advance(&self, done_bytes: u64) {
+        self.change_former(|former| {
+            former.done_bytes = done_bytes;
+            former.blocked = None;
+        });
+    }
+
+    fn change_former(&self, change: impl FnOnce(&mut Former)) {
+        if let Some(former) = self.sides_mut().as_mut().and_then(|sides| sides.former.as_mut()) {
+            change(former);
+        }
+    }
+
+    /// Everything has arrived: the former side and its key are wiped as soon as the last access has dropped them.
+    pub(crate) fn end_transform(&self) {
+        if let Some(sides) = self.sides_mut().as_mut() {
+            sides.former = None;
+        }
+    }
+
+    /// The ciphertext of `window`, which is held, on the former side.
+    pub(crate) fn read_former(&self, window: Range<u64>, ciphertext: &mut [u8]) -> Result<(), MediaError> {
+        let (former, _) = self.both_sides();
+        self.backing.read(former.physical(window), |source| source.copy_to(ciphertext))
+    }
+
+    /// Encrypts `window`, which is held, for the new side from its ciphertext on the former one, and makes it durable.
+    /// The same again gives the same.
+    pub(crate) fn store_moved(&self, window: Range<u64>, ciphertext: &[u8]) -> Result<(), MediaError> {
+        let (former, current) = self.both_sides();
+        let mut plaintext = Zeroizing::new(vec![0; MOVING_PIECE_BYTES.min(ciphertext.len())]);
+        for (index, piece) in ciphertext.chunks(MOVING_PIECE_BYTES).enumerate() {
+            let offset = window.start + (index * MOVING_PIECE_BYTES) as u64;
+            let plaintext = &mut plaintext[..piece.len()];
+            former.decrypt(offset, Source::from_slice(piece), Target::from_slice(plaintext));
+            if self.holes {
+                current.encrypt_in_place(offset, Target::from_slice(plaintext));
+                zero_holes(piece, Target::from_slice(plaintext));
+                let range = current.physical(offset..offset + piece.len() as u64);
+                self.backing.write(range, |mut target| target.copy_from(plaintext))?;
+            } else {
+                current.store(&self.backing, offset, Source::from_slice(plaintext))?;
+            }
+        }
+        self.backing.persist(current.physical(window))
+    }
+
+    fn both_sides(&self) -> (Arc<Side>, Arc<Side>) {
+        let sides = self.sides();
+        let both = sides.as_ref().and_then(|sides| Some((sides.former.as_ref()?, &sides.current)));
+        let (former, current) = both.expect("the engine moves windows only while there is a former side");
+        (Arc::clone(&former.side), Arc::clone(current))
+    }
 }
 
-/// Zeroes the plaintext of every block whose ciphertext is all zero bytes.
-fn zero_holes(ciphertext: &[u8], plaintext: Target<'_>) {
-    let mut rest = plaintext;
-    for block in ciphertext.chunks_exact(BLOCK_LEN) {
-        let (mut head, tail) = rest.split_at(BLOCK_LEN);
-        if block.iter().all(|&byte| byte == 0) {
-            head.fill(0);
-        }
-        rest = tail;
+/// Overwrites what a kernel for so many bytes may have left in its stack frame: a cache line stays in registers.
+fn scrub_after(len_bytes: usize) {
+    if len_bytes > LINE_BYTES {
+        secret::scrub_stack();
     }
+}
+
+/// Where `part` lies in a buffer that begins at `offset`.
+fn relative(part: &Range<u64>, offset: u64) -> Range<usize> {
+    let at = |position: u64| usize::try_from(position - offset).expect("within a buffer");
+    at(part.start)..at(part.end)
 }

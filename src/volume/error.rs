@@ -1,6 +1,6 @@
 //! What can go wrong with a volume.
 
-use crate::namespace::FormatError;
+use crate::namespace::{FormatError, TransformError};
 use crate::pmem::{MediaError, OpenError};
 use crate::xts::BackendError;
 
@@ -44,6 +44,9 @@ pub enum VolumeError {
         /// End, exclusive.
         end: u64,
     },
+    /// A re-key failed.
+    #[error("the re-key failed")]
+    Transform(#[source] Box<TransformError>),
     /// The chosen AES-XTS backend is not to be had.
     #[error("no AES-XTS backend")]
     Backend(#[from] BackendError),

@@ -13,12 +13,14 @@ mod area;
 mod claims;
 mod error;
 mod range_lock;
+mod side;
+mod transform;
 pub(crate) mod window;
 
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use zeroize::Zeroizing;
 
@@ -27,6 +29,9 @@ pub(crate) use self::claims::ClaimGuard;
 use self::claims::Claims;
 pub use self::error::{EphemeralError, VolumeError};
 use self::range_lock::{RangeGuard, RangeLock};
+use self::side::Side;
+use self::transform::Engine;
+pub use self::transform::{TransformProgress, WINDOW_BYTES};
 use self::window::{Window, blocks_of};
 use crate::luks2;
 use crate::memory::{Source, Target};
@@ -34,8 +39,8 @@ use crate::namespace::{
     self, Credential, FormatOptions, Geometry, HEADER_AREA_BYTES, Header, LockedNamespace, Namespace, UnlockError,
 };
 use crate::pmem::{Access, Backing, Granularity, MediaError};
-use crate::secret::{self, VolumeKey};
-use crate::xts::{BLOCK_BYTES as BLOCK_LEN, Backend, DataUnit, XtsKey};
+use crate::secret::VolumeKey;
+use crate::xts::{BLOCK_BYTES as BLOCK_LEN, Backend};
 
 /// An unlocked namespace: plaintext by logical offset.
 pub struct Volume {
@@ -49,6 +54,9 @@ pub struct Volume {
     window: OnceLock<Arc<Window>>,
     claims: Claims,
     locked: AtomicBool,
+    /// Owns the header and its keys; `None` when the volume is locked. Asked before anything of `area` and before `blocks`,
+    /// never while something of them is held.
+    engine: Mutex<Option<Engine>>,
 }
 
 /// A run of bytes that the backing holds, or does not hold, blocks for.
@@ -86,41 +94,38 @@ pub enum OpenError {
 }
 
 impl Volume {
-    /// The decrypted view of `namespace`, with kernels of `backend`.
+    /// The decrypted view of `namespace`, with kernels of `backend`. When it was being re-keyed, both halves are read and
+    /// written, and [`Self::transform_step`] goes on.
     #[must_use]
     pub fn new(namespace: Namespace, backend: Backend) -> Self {
+        let (geometry, header) = (*namespace.geometry(), namespace.header());
+        let side = Side::new(geometry.layout(), namespace.volume_key(), backend);
+        let area = DataArea::new(Arc::clone(namespace.backing()), geometry, side, header.discards);
         let header_backing = Arc::clone(namespace.header_backing());
-        let (backing, geometry, header, key) = namespace.into_parts();
-        Self::assemble(backing, header_backing, geometry, header, &key, backend)
+        let engine = Engine::new(namespace, &area);
+        Self::assemble(area, header, header_backing, Some(engine))
     }
 
     /// The decrypted view of a LUKS2 volume.
     #[must_use]
     pub fn from_luks2(unlocked: luks2::Unlocked, backend: Backend) -> Self {
         let (backing, header_backing, geometry, header, key) = unlocked.into_parts();
-        Self::assemble(backing, header_backing, geometry, header, &key, backend)
+        let side = Side::new(geometry.layout(), &key, backend);
+        let area = DataArea::new(backing, geometry, side, header.discards);
+        Self::assemble(area, header, header_backing, None)
     }
 
     /// The same data area under another key: what its blocks read as, and what is written there, is nobody's but the
     /// holder's of that key. For filling a data area with noise.
     #[must_use]
     pub fn under_another_key(namespace: &Namespace, key: &VolumeKey, backend: Backend) -> Self {
-        let (backing, header_backing) = (Arc::clone(namespace.backing()), Arc::clone(namespace.header_backing()));
-        Self::assemble(backing, header_backing, *namespace.geometry(), namespace.header(), key, backend)
+        let (geometry, header) = (*namespace.geometry(), namespace.header());
+        let side = Side::new(geometry.layout(), key, backend);
+        let area = DataArea::new(Arc::clone(namespace.backing()), geometry, side, header.discards);
+        Self::assemble(area, header, Arc::clone(namespace.header_backing()), None)
     }
 
-    fn assemble(
-        backing: Arc<Backing>,
-        header_backing: Arc<Backing>,
-        geometry: Geometry,
-        header: Header,
-        key: &VolumeKey,
-        backend: Backend,
-    ) -> Self {
-        let unit = DataUnit::from_len_bytes(u64::from(geometry.unit_bytes())).expect("the geometry has a known unit");
-        let holes = header.discards;
-        let key = secret::with_wiped_stack(|| XtsKey::new(key, backend));
-        let area = DataArea::new(backing, geometry, unit, key, holes);
+    fn assemble(area: DataArea, header: Header, header_backing: Arc<Backing>, engine: Option<Engine>) -> Self {
         Self {
             area,
             header,
@@ -129,7 +134,15 @@ impl Volume {
             window: OnceLock::new(),
             claims: Claims::default(),
             locked: AtomicBool::new(false),
+            engine: Mutex::new(engine),
         }
+    }
+
+    /// Gives the namespace back, which may then change the header; nothing if the volume is locked.
+    #[must_use]
+    pub fn into_namespace(self) -> Option<Namespace> {
+        let engine = self.engine.into_inner().unwrap_or_else(PoisonError::into_inner);
+        engine.map(Engine::into_namespace)
     }
 
     /// A volume of `size` bytes (a multiple of 4096) in anonymous memory, encrypted under a random key that nobody has and
@@ -365,8 +378,8 @@ impl Volume {
                 }
                 Ok(true)
             }
-            Err(MediaError::Unsupported) => Ok(false),
-            Err(error) => Err(error.into()),
+            Err(VolumeError::Media(MediaError::Unsupported)) => Ok(false),
+            Err(error) => Err(error),
         }
     }
 
@@ -405,7 +418,7 @@ impl Volume {
     /// [`Self::persist`] of a checked range.
     fn persist_media(&self, range: Range<u64>) -> Result<(), VolumeError> {
         self.check_unlocked()?;
-        Ok(self.area.persist(range)?)
+        self.area.persist(range)
     }
 
     /// Bytes of plaintext that direct maps of this volume keep in memory now.

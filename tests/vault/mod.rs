@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use daxcrypt::dax::{DaxMapping, MapOptions};
 use daxcrypt::namespace::{self, Credential, FormatOptions, LockedNamespace};
-use daxcrypt::pmem::{Access, Allocation, Backing};
+use daxcrypt::pmem::{Access, Allocation, Backing, Granularity, OpenOptions};
 use daxcrypt::secret::SecretBytes;
 use daxcrypt::volume::Volume;
 use daxcrypt::xts::Backend;
@@ -58,6 +58,13 @@ impl Vault {
 
     pub(crate) fn path(&self) -> PathBuf {
         self.dir.path().join("vault.img")
+    }
+
+    /// Opens it again with that granularity.
+    pub(crate) fn reopen(&self, granularity: Granularity) -> Arc<Volume> {
+        let options = OpenOptions::new(Access::ReadWrite).force_granularity(granularity);
+        let backing = options.open(&self.path()).unwrap();
+        Arc::new(LockedNamespace::open(Arc::new(backing)).unwrap().unlock(&credential()).unwrap())
     }
 
     pub(crate) fn open(path: &Path, access: Access) -> Arc<Volume> {

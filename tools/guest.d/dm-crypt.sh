@@ -8,7 +8,7 @@ one() {
   format "$1" --force --cipher "$2" --unit "$3"
   serve "$1"
   attach /dev/nbd0 -b "$3"
-  mkfs.ext4 -q -b 4096 -J size=4 /dev/nbd0
+  make_ext4 /dev/nbd0
   mount -t ext4 /dev/nbd0 /mnt/fs
   write_tree /mnt/fs ours
   umount /mnt/fs
@@ -16,15 +16,11 @@ one() {
   stop_server
 
   table=$(daxcrypt dmtable "$1" --show-key --key-file $key)
-  dmsetup create witness --readonly --table "$table"
-  mount -t ext4 -o ro /dev/mapper/witness /mnt/fs
-  verify_tree /mnt/fs ours
-  umount /mnt/fs
-  dmsetup remove witness
-
   dmsetup create witness --table "$table"
   check_ext4 /dev/mapper/witness
-  mount -t ext4 /dev/mapper/witness /mnt/fs
+  mount -t ext4 -o ro /dev/mapper/witness /mnt/fs
+  verify_tree /mnt/fs ours
+  mount -o remount,rw /mnt/fs
   write_tree /mnt/fs theirs
   umount /mnt/fs
   dmsetup remove witness
@@ -33,14 +29,12 @@ one() {
   attach /dev/nbd0 -b "$3"
   check_ext4 /dev/nbd0
   mount -t ext4 /dev/nbd0 /mnt/fs
-  verify_tree /mnt/fs ours
-  verify_tree /mnt/fs theirs
+  verify_tree /mnt/fs ours theirs
   umount /mnt/fs
   detach /dev/nbd0
   stop_server
 }
 
-# A raw device of 256 MiB is more than is needed: a linear mapping would hide the physical start, so it is used whole.
 truncate -s 50M /run/loop.img
 loop=$(losetup -f --show /run/loop.img)
 for cipher in aes-128-xts aes-256-xts; do

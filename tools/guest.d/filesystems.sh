@@ -7,10 +7,10 @@ one() {
   kind=$1 discards=$2
   shift 2
   mark
-  if [ "$discards" = yes ]; then format /run/fs.img --sparse --size 320M --allow-discards; else format /run/fs.img --sparse --size 320M; fi
+  if [ "$discards" = yes ]; then format /run/fs.img --sparse --size 96M --allow-discards; else format /run/fs.img --sparse --size 96M; fi
   serve /run/fs.img
   attach /dev/nbd0 "$@"
-  if [ "$kind" = xfs ]; then mkfs.xfs -q /dev/nbd0; else mkfs.ext4 -q -b 4096 -J size=4 /dev/nbd0; fi
+  make_$kind /dev/nbd0
   mount -t "$kind" /dev/nbd0 /mnt/fs
   write_tree /mnt/fs a
   verify_tree /mnt/fs a
@@ -33,7 +33,7 @@ one() {
   stop_server
   serve /run/fs.img
   attach /dev/nbd0 "$@"
-  "check_$kind" /dev/nbd0
+  check_$kind /dev/nbd0
   mount -t "$kind" /dev/nbd0 /mnt/fs
   verify_tree /mnt/fs a
   umount /mnt/fs

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use zeroize::Zeroizing;
 
+use super::rekey::Rekeys;
 use super::stem;
 use crate::cli::credentials::KeyArgs;
 use crate::cli::error::Error;
@@ -36,12 +37,12 @@ pub(super) struct Source {
 }
 
 /// Opens, unlocks and reads every namespace. With `keep_going` one that fails is left out, unless all do.
-pub(super) fn open_all(sources: &[Source], keep_going: bool) -> Result<Exports, Error> {
+pub(super) fn open_all(sources: &[Source], keep_going: bool, rekeys: &mut Rekeys) -> Result<Exports, Error> {
     let backend = Backend::from_env()?;
     let mut exports = Exports::new();
     let mut first_error = None;
     for source in sources {
-        match add(&mut exports, source, backend) {
+        match add(&mut exports, source, backend, rekeys) {
             Ok(()) => {}
             Err(error) if keep_going => {
                 warning!("not served: {}", error.chain());
@@ -56,7 +57,7 @@ pub(super) fn open_all(sources: &[Source], keep_going: bool) -> Result<Exports, 
     }
 }
 
-fn add(exports: &mut Exports, source: &Source, backend: Backend) -> Result<(), Error> {
+fn add(exports: &mut Exports, source: &Source, backend: Backend, rekeys: &mut Rekeys) -> Result<(), Error> {
     let path = &source.path;
     let access = if source.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let place = PlaceArgs { path: path.clone(), header: source.header.clone() };
@@ -84,7 +85,11 @@ fn add(exports: &mut Exports, source: &Source, backend: Backend) -> Result<(), E
         tls_required: source.tls_required,
         allowed: source.allowed.clone(),
     };
-    exports.add(info, Arc::new(volume)).map_err(|source| Error::Export { path: path.clone(), source })
+    let volume = Arc::new(volume);
+    let export: Arc<Volume> = Arc::clone(&volume);
+    exports.add(info, export).map_err(|source| Error::Export { path: path.clone(), source })?;
+    rekeys.go_on(path.clone(), volume);
+    Ok(())
 }
 
 /// Shows that data can be read, before anybody is told so.

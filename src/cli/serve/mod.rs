@@ -6,6 +6,7 @@
 mod config;
 mod exports;
 mod listeners;
+mod rekey;
 mod tls;
 
 use std::path::{Path, PathBuf};
@@ -18,6 +19,7 @@ use signal_hook::iterator::Signals;
 
 use self::exports::Source;
 use self::listeners::Address;
+use self::rekey::Rekeys;
 use self::tls::{TlsMode, TlsPlan};
 use super::credentials::KeyArgs;
 use super::error::Error;
@@ -89,6 +91,9 @@ pub(crate) struct ServeArgs {
     /// client's own]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Bytes a second at most for a re-key that goes on while its namespace is served, such as 100M
+    #[arg(long, value_name = "SIZE")]
+    rekey_max_rate: Option<ByteSize>,
     /// What to log on standard error: off, error, warn, info, debug or trace [default: $DAXCRYPT_LOG, or warn]
     #[arg(long, value_name = "LEVEL")]
     log: Option<String>,
@@ -126,7 +131,9 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
         Some(path) => with_file(config::read(path)?, args),
     };
     let tls = tls::set_up(&plan.tls, &plan.namespaces)?;
-    let exports = exports::open_all(&plan.namespaces, plan.keep_going)?;
+    // Dropped after the server has ended.
+    let mut rekeys = Rekeys::new(args.rekey_max_rate);
+    let exports = exports::open_all(&plan.namespaces, plan.keep_going, &mut rekeys)?;
     if secret::lock_refused() {
         warning!("key memory could not be locked in RAM (ulimit -l), so it may reach swap");
     }

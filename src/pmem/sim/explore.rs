@@ -22,11 +22,19 @@ pub struct Bounds {
     pub samples: usize,
     /// What the random combinations depend on.
     pub seed: u64,
+    /// Only power cuts at these positions, from the first to the last: a mutation shows near the barrier that it drops.
+    pub positions: (usize, usize),
 }
 
 impl Default for Bounds {
     fn default() -> Self {
-        Self { exhaustive_max: 4096, singles_max: 128, samples: 256, seed: 0x6461_7863_7279_7074 }
+        Self {
+            exhaustive_max: 4096,
+            singles_max: 128,
+            samples: 256,
+            seed: 0x6461_7863_7279_7074,
+            positions: (0, usize::MAX),
+        }
     }
 }
 
@@ -91,16 +99,20 @@ impl Trace {
         let mut all_media = HashSet::new();
         let mut random = Random::new(bounds.seed);
         let mut barrier = 0;
+        let mut suspects = Vec::new();
         for position in 0..=self.events.len() {
             let event = self.events.get(position);
             let is_barrier = event.is_some_and(|event| barrier_kind(event).is_some());
-            if is_barrier || event.is_none() {
-                let states = explore_point(&mut replay, bounds, &mut random, position, &mut check)?;
+            let is_wanted = (bounds.positions.0..=bounds.positions.1).contains(&position);
+            if is_wanted && (is_barrier || event.is_none()) {
+                let states = explore_point(&mut replay, bounds, &mut random, &suspects, position, &mut check)?;
                 explored.crash_points += 1;
                 explored.states += states.len();
                 all_media.extend(states);
             }
-            if !(is_barrier && dropped == Some(barrier)) {
+            if is_barrier && dropped == Some(barrier) {
+                suspects = event.map_or_else(Vec::new, |event| replay.cells_of(event));
+            } else {
                 event.map(|event| replay.apply(event));
             }
             barrier += usize::from(is_barrier);
@@ -110,15 +122,18 @@ impl Trace {
     }
 }
 
-/// Checks the media of one crash point; the hashes of those that were different.
+/// Checks the media of one crash point; the hashes of those that were different. `suspects` are the cells that a dropped
+/// barrier was about: whatever the bounds, they alone are lost once, and they alone are kept.
 fn explore_point<E>(
     replay: &mut Replay,
     bounds: &Bounds,
     random: &mut Random,
+    suspects: &[u64],
     position: usize,
     check: &mut impl FnMut(CrashImage<'_>) -> Result<(), E>,
 ) -> Result<HashSet<u64>, Failure<E>> {
     let choices = replay.choices();
+    let cells = replay.pending_cells();
     let mut seen = HashSet::new();
     let mut visit = |cuts: &[usize]| {
         replay.with_cut(cuts, |hash, media| {
@@ -128,6 +143,11 @@ fn explore_point<E>(
             check(CrashImage { position, media }).map_err(|error| Failure { position, media: media.to_vec(), error })
         })
     };
+    if !suspects.is_empty() {
+        for lost in [true, false] {
+            visit(&replay_cuts(&cells, &choices, |cell| suspects.contains(&cell) == lost))?;
+        }
+    }
     let combinations = choices.iter().try_fold(1_u64, |product, cuts| product.checked_mul(cuts.len() as u64));
     match combinations {
         Some(combinations) if combinations <= bounds.exhaustive_max => {
@@ -138,6 +158,13 @@ fn explore_point<E>(
         _ => sample(&choices, bounds, random, &mut visit)?,
     }
     Ok(seen)
+}
+
+/// Nothing of the cells that are `lost`, and everything of the others.
+fn replay_cuts(cells: &[u64], choices: &[Vec<usize>], lost: impl Fn(u64) -> bool) -> Vec<usize> {
+    let everything = |cuts: &Vec<usize>| *cuts.last().expect("a cell has stores");
+    let cut = |(index, cuts)| if cells.get(index).is_some_and(|&cell| lost(cell)) { 0 } else { everything(cuts) };
+    choices.iter().enumerate().map(cut).collect()
 }
 
 /// The combination of cuts with this number, counted like digits of different bases.

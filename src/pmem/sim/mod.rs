@@ -12,21 +12,24 @@
 //! - A store is what one `write` call changed in one *torn unit*, the largest piece that is never torn. At cache-line
 //!   granularity that is 16 bytes (what aligned 16-byte stores give), or 64, or 8 to see what goes wrong with less. Stores
 //!   of one call are ordered by address. Blocks of 16 bytes that a call did not change were not stored.
-//! - Cache line: a flush marks the earlier stores of its lines; a drain commits the marked ones; a sync is a drain. Page: a
+//! - Cache line: a flush marks the earlier stores of its lines; a drain commits what the same thread has marked (SFENCE
+//!   orders the processor that executes it); a sync is a drain. Page: a
 //!   flush (`msync`) commits its pages, a sync commits everything, a drain does nothing.
 //! - A longer length is committed by a sync; before it, the power cut leaves the old or the new one.
-//! - A punched hole is a store of zero bytes.
+//! - A punched hole is a store of zero bytes that a flush at cache-line granularity does not commit: it is metadata, which
+//!   a sync does. A later store to the same cell that is committed takes the hole with it.
 //!
-//! Stores of several threads are recorded in one order, and a drain of one thread commits what another has flushed, which
-//! real processors do not promise. What is loaded is not recorded.
+//! Stores of several threads are recorded in one order. What is loaded is not recorded.
 //!
 //! For tests and tools. Nothing else in the crate makes a simulated backing.
 
 mod explore;
+mod mutants;
 mod random;
 mod replay;
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::granularity::Granularity;
@@ -34,6 +37,7 @@ use super::mapping::Mapping;
 use crate::memory::Target;
 
 pub use explore::{Bounds, CrashImage, Explored, Failure};
+pub use mutants::Mutants;
 pub use replay::{Barrier, BarrierKind};
 
 /// Bytes whose change is recorded as one store, before torn units are applied: the AES block.
@@ -85,6 +89,20 @@ impl SimOptions {
     }
 }
 
+/// A thread of this process, by the order in which they first touched a simulated medium.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Thread(u64);
+
+impl Thread {
+    pub(super) fn current() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        thread_local! {
+            static OWN: Thread = Thread(NEXT.fetch_add(1, Ordering::Relaxed));
+        }
+        OWN.with(|own| *own)
+    }
+}
+
 /// Something that happened to the medium.
 #[derive(Clone, Debug)]
 pub(super) enum Event {
@@ -93,12 +111,13 @@ pub(super) enum Event {
         call: u64,
         offset: u64,
         bytes: [u8; BLOCK_BYTES],
+        punched: bool,
     },
-    Flush(Range<u64>),
-    Drain,
-    Sync,
+    Flush(Range<u64>, Thread),
+    Drain(Thread),
+    Sync(Thread),
     /// Whole lines were stored past the cache: a drain commits them.
-    Streamed(Range<u64>),
+    Streamed(Range<u64>, Thread),
     /// The backing was made this long.
     Length(u64),
 }
@@ -107,7 +126,7 @@ pub(super) enum Event {
 #[derive(Debug)]
 pub(super) struct Recorder {
     options: SimOptions,
-    initial: Arc<[u8]>,
+    initial: Arc<Vec<u8>>,
     log: Mutex<Log>,
 }
 
@@ -124,7 +143,13 @@ impl Recorder {
 
     /// Runs `f` on the bytes at `span` and records the blocks that it changed, in ascending order. Stores of other
     /// threads wait meanwhile, so that the order of the log is the order of the stores.
-    pub(super) fn record_store<R>(&self, mapping: &Mapping, span: &Range<usize>, f: impl FnOnce(Target<'_>) -> R) -> R {
+    pub(super) fn record_store<R>(
+        &self,
+        mapping: &Mapping,
+        span: &Range<usize>,
+        punched: bool,
+        f: impl FnOnce(Target<'_>) -> R,
+    ) -> R {
         let mut log = self.log();
         log.calls += 1;
         let call = log.calls;
@@ -139,7 +164,7 @@ impl Recorder {
         for (index, (old, new)) in before.iter().zip(after).enumerate() {
             if old != new {
                 let offset = (blocks.start + index * BLOCK_BYTES) as u64;
-                log.events.push(Event::Store { call, offset, bytes: *new });
+                log.events.push(Event::Store { call, offset, bytes: *new, punched });
             }
         }
         result
@@ -156,7 +181,7 @@ pub struct SimHandle(Arc<Recorder>);
 
 impl SimHandle {
     pub(super) fn new(initial: Vec<u8>, options: SimOptions) -> Self {
-        Self(Arc::new(Recorder { options, initial: initial.into(), log: Mutex::default() }))
+        Self(Arc::new(Recorder { options, initial: Arc::new(initial), log: Mutex::default() }))
     }
 
     pub(super) fn recorder(&self) -> Arc<Recorder> {
@@ -185,7 +210,7 @@ impl SimHandle {
 #[derive(Clone, Debug)]
 pub struct Trace {
     options: SimOptions,
-    initial: Arc<[u8]>,
+    initial: Arc<Vec<u8>>,
     events: Arc<[Event]>,
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::random::mix;
-use super::{BLOCK_BYTES, Event, SimOptions, Trace};
+use super::{BLOCK_BYTES, Event, SimOptions, Thread, Trace};
 use crate::pmem::granularity::Granularity;
 
 /// Bytes of a page, what an `msync` commits at least.
@@ -42,17 +42,45 @@ pub(super) struct Piece {
     bytes: [u8; BLOCK_BYTES],
     /// Pieces of one call in one torn unit reach the media together.
     group: (u64, u64),
+    /// Of a hole: metadata.
+    punched: bool,
 }
 
 /// The stores to one cell since its last commit.
 #[derive(Debug, Default)]
 pub(super) struct Cell {
     pieces: Vec<Piece>,
-    /// How many of them a flush has marked.
-    flushed: usize,
+    /// How many of them, from the first, each thread has marked by a flush.
+    marks: Vec<(Thread, usize)>,
 }
 
 impl Cell {
+    /// A flush of `thread` marks the first `count` pieces; whether that is news.
+    fn mark(&mut self, thread: Thread, count: usize) -> bool {
+        match self.marks.iter_mut().find(|(owner, _)| *owner == thread) {
+            Some((_, marked)) if *marked >= count => false,
+            Some((_, marked)) => {
+                *marked = count;
+                true
+            }
+            None => {
+                self.marks.push((thread, count));
+                count > 0
+            }
+        }
+    }
+
+    /// How many pieces a drain of `thread` commits.
+    fn marked_by(&self, thread: Thread) -> usize {
+        self.marks.iter().find(|(owner, _)| *owner == thread).map_or(0, |(_, marked)| *marked)
+    }
+
+    /// Takes the first `count` pieces out.
+    fn take(&mut self, count: usize) -> Vec<Piece> {
+        self.marks.iter_mut().for_each(|(_, marked)| *marked = marked.saturating_sub(count));
+        self.pieces.drain(..count).collect()
+    }
+
     /// Where the list can be cut: after how many pieces, from none to all.
     fn cuts(&self) -> Vec<usize> {
         let between = self.pieces.windows(2).enumerate().filter(|(_, pair)| pair[0].group != pair[1].group);
@@ -124,13 +152,19 @@ impl Replay {
     /// Applies an event; whether it marked or committed anything.
     pub(super) fn apply(&mut self, event: &Event) -> bool {
         match (event, self.options.granularity) {
-            (Event::Store { call, offset, bytes }, _) => self.store(*call, *offset, bytes),
-            (Event::Flush(range) | Event::Streamed(range), Granularity::CacheLine) => self.mark(range),
-            (Event::Flush(range), Granularity::Page) => self.commit_pages(range),
-            (Event::Drain, Granularity::CacheLine) => self.commit_marked(),
-            (Event::Sync, Granularity::CacheLine) => self.commit_marked() | self.commit_length(),
-            (Event::Sync, Granularity::Page) => self.commit_pages(&(0..u64::MAX)) | self.commit_length(),
-            (Event::Drain | Event::Streamed(_), Granularity::Page) => false,
+            (Event::Store { call, offset, bytes, punched }, _) => self.store(*call, *offset, bytes, *punched),
+            (Event::Flush(range, thread) | Event::Streamed(range, thread), Granularity::CacheLine) => {
+                self.mark(range, *thread)
+            }
+            (Event::Flush(range, thread), Granularity::Page) => self.commit_pages(range, *thread),
+            (Event::Drain(thread), Granularity::CacheLine) => self.commit_marked(*thread),
+            (Event::Sync(thread), Granularity::CacheLine) => {
+                self.mark_holes(*thread) | self.commit_marked(*thread) | self.commit_length()
+            }
+            (Event::Sync(thread), Granularity::Page) => {
+                self.commit_pages(&(0..u64::MAX), *thread) | self.commit_length()
+            }
+            (Event::Drain(_) | Event::Streamed(..), Granularity::Page) => false,
             (Event::Length(len_bytes), _) => {
                 self.pending_len_bytes = Some(*len_bytes);
                 true
@@ -138,49 +172,80 @@ impl Replay {
         }
     }
 
-    fn store(&mut self, call: u64, offset: u64, bytes: &[u8; BLOCK_BYTES]) -> bool {
+    /// The cells with pending stores, in the order of [`Self::choices`].
+    pub(super) fn pending_cells(&self) -> Vec<u64> {
+        self.cells.keys().copied().collect()
+    }
+
+    /// The cells that a barrier would mark or commit now.
+    pub(super) fn cells_of(&self, event: &Event) -> Vec<u64> {
+        let cache_line = self.options.granularity == Granularity::CacheLine;
+        match event {
+            Event::Flush(range, _) => {
+                let unit_bytes = if cache_line { self.options.cell_bytes() } else { PAGE_BYTES };
+                self.cells.range(self.cell_range(range, unit_bytes)).map(|(&cell, _)| cell).collect()
+            }
+            Event::Drain(thread) => {
+                let marked = self.cells.iter().filter(|(_, cell)| cell.marked_by(*thread) > 0);
+                marked.map(|(&cell, _)| cell).collect()
+            }
+            _ => self.pending_cells(),
+        }
+    }
+
+    fn store(&mut self, call: u64, offset: u64, bytes: &[u8; BLOCK_BYTES], punched: bool) -> bool {
         let torn_bytes = self.options.torn_bytes;
         let piece_bytes = usize::try_from(torn_bytes).map_or(BLOCK_BYTES, |torn| torn.min(BLOCK_BYTES));
         let cell = self.cells.entry(offset / self.options.cell_bytes()).or_default();
         for (part, offset) in bytes.chunks_exact(piece_bytes).zip((offset..).step_by(piece_bytes)) {
             let mut bytes = [0; BLOCK_BYTES];
             bytes[..piece_bytes].copy_from_slice(part);
-            cell.pieces.push(Piece { offset, len_bytes: piece_bytes, bytes, group: (call, offset / torn_bytes) });
+            let group = (call, offset / torn_bytes);
+            cell.pieces.push(Piece { offset, len_bytes: piece_bytes, bytes, group, punched });
         }
         true
     }
 
-    fn mark(&mut self, range: &Range<u64>) -> bool {
+    fn mark(&mut self, range: &Range<u64>, thread: Thread) -> bool {
         let cells = self.cell_range(range, self.options.cell_bytes());
         let mut marked = false;
         for cell in self.cells.range_mut(cells).map(|(_, cell)| cell) {
-            marked |= cell.flushed < cell.pieces.len();
-            cell.flushed = cell.pieces.len();
+            let stored = cell.pieces.iter().rposition(|piece| !piece.punched).map_or(0, |last| last + 1);
+            marked |= cell.mark(thread, stored);
         }
         marked
     }
 
-    fn commit_marked(&mut self) -> bool {
+    /// A sync makes holes durable, and what was stored to their cells before.
+    fn mark_holes(&mut self, thread: Thread) -> bool {
+        let mut marked = false;
+        for cell in self.cells.values_mut() {
+            let punched = cell.pieces.iter().rposition(|piece| piece.punched).map_or(0, |last| last + 1);
+            marked |= cell.mark(thread, punched);
+        }
+        marked
+    }
+
+    fn commit_marked(&mut self, thread: Thread) -> bool {
         let mut committed = false;
         let media = &mut self.media;
         self.cells.retain(|_, cell| {
-            for piece in cell.pieces.drain(..cell.flushed) {
+            for piece in cell.take(cell.marked_by(thread)) {
                 media.store(&piece);
                 committed = true;
             }
-            cell.flushed = 0;
             !cell.pieces.is_empty()
         });
         committed
     }
 
-    fn commit_pages(&mut self, range: &Range<u64>) -> bool {
+    fn commit_pages(&mut self, range: &Range<u64>, thread: Thread) -> bool {
         let cells = self.cell_range(range, PAGE_BYTES);
         for cell in self.cells.range_mut(cells).map(|(_, cell)| cell) {
-            cell.flushed = cell.pieces.len();
+            cell.mark(thread, cell.pieces.len());
         }
         // Between two events no other cell is marked, so this commits the pages and nothing else.
-        self.commit_marked()
+        self.commit_marked(thread)
     }
 
     fn commit_length(&mut self) -> bool {
@@ -244,9 +309,9 @@ impl Trace {
 
 pub(super) const fn barrier_kind(event: &Event) -> Option<BarrierKind> {
     match event {
-        Event::Flush(_) => Some(BarrierKind::Flush),
-        Event::Drain => Some(BarrierKind::Drain),
-        Event::Sync => Some(BarrierKind::Sync),
-        Event::Store { .. } | Event::Streamed(_) | Event::Length(_) => None,
+        Event::Flush(..) => Some(BarrierKind::Flush),
+        Event::Drain(_) => Some(BarrierKind::Drain),
+        Event::Sync(_) => Some(BarrierKind::Sync),
+        Event::Store { .. } | Event::Streamed(..) | Event::Length(_) => None,
     }
 }

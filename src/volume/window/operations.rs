@@ -226,6 +226,7 @@ impl Volume {
     /// [`VolumeError::Media`] when something could not be made durable: it is lost, and the volume is locked all the
     /// same.
     pub fn lock(&self) -> Result<(), VolumeError> {
+        let mut engine = self.engine();
         let _all = self.blocks.exclusive(0..u64::MAX);
         if self.locked() {
             return Ok(());
@@ -250,7 +251,8 @@ impl Volume {
                 note(window.wipe_held(&batch).map(|_| ()).map_err(VolumeError::Window));
             });
         }
-        self.area.forget_key();
+        self.area.forget_keys();
+        engine.take();
         self.locked.store(true, Ordering::SeqCst);
         result
     }

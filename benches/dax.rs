@@ -1,0 +1,355 @@
+//! The direct map beside its yardsticks, as ratios of one run: plain memory, raw CLWB and SFENCE, and the same touch on a
+//! file of `nbdfuse` over our own export. Usage: `cargo bench --bench dax [-- NAME ...]`.
+//!
+//! The backing is a file in tmpfs with cache-line granularity imposed, but for the one line that names ext4 (in the folder
+//! `DAXCRYPT_BENCH_EXT4`, or the working folder). Figures are medians of rounds in which the sides take turns.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, clippy::multiple_unsafe_ops_per_block, unsafe_code)]
+
+use std::arch::asm;
+use std::ffi::c_void;
+use std::fs::{self, File};
+use std::hint::black_box;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::ptr;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use daxcrypt::dax::{DaxMapping, MapOptions};
+use daxcrypt::namespace::{self, Credential, FormatOptions, HEADER_AREA_BYTES};
+use daxcrypt::nbd_server::{ExportInfo, Exports, Limits, Listener, Options, Server};
+use daxcrypt::pmem::{Access, Allocation, Backing, Granularity, OpenOptions};
+use daxcrypt::secret::SecretBytes;
+use daxcrypt::volume::Volume;
+use daxcrypt::xts::Backend;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
+
+const PAGE: u64 = 4096;
+const MIB: u64 = 1 << 20;
+
+/// A fresh volume of `size` bytes in `folder`.
+fn volume(folder: &Path, size: u64, granularity: Granularity, allocation: Allocation) -> Arc<Volume> {
+    let path = folder.join("vault.img");
+    let _ = fs::remove_file(&path);
+    drop(Backing::create(&path, HEADER_AREA_BYTES + size, allocation).unwrap());
+    let backing = OpenOptions::new(Access::ReadWrite).force_granularity(granularity).open(&path).unwrap();
+    let credential = Credential::KeyFile(SecretBytes::random(64).unwrap());
+    let namespace = namespace::format(Arc::new(backing), FormatOptions::default(), &credential).unwrap();
+    Arc::new(Volume::new(namespace, Backend::from_env().unwrap()))
+}
+
+fn in_tmpfs(folder: &Path, size: u64) -> Arc<Volume> {
+    let volume = volume(folder, size, Granularity::CacheLine, Allocation::Full);
+    volume.write_zeroes(0, size).unwrap();
+    volume
+}
+
+fn writable() -> MapOptions {
+    MapOptions::new().writable().write_back_interval(Duration::ZERO)
+}
+
+fn touch(start: *const u8, offset: u64) {
+    // SAFETY: every caller stays within its mapping.
+    black_box(unsafe { start.add(offset as usize).read_volatile() });
+}
+
+fn store(map: &DaxMapping, offset: u64) {
+    // SAFETY: every caller stays within its writable map.
+    unsafe { map.as_ptr().add(offset as usize).write_volatile(1) };
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn seconds(run: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    run();
+    start.elapsed().as_secs_f64()
+}
+
+fn report(what: &str, value: f64, unit: &str, goal: &str) {
+    println!("{what:<64} {value:>9.2} {unit:<6} goal {goal}");
+}
+
+/// Loads all words of the memory and adds them up.
+fn touch_sum(start: *const u8, len: u64) {
+    let words = start.cast::<u64>();
+    // SAFETY: every caller gives a mapping of `len` bytes.
+    let sum = (0..len as usize / 8).fold(0_u64, |sum, index| sum.wrapping_add(unsafe { words.add(index).read() }));
+    black_box(sum);
+}
+
+fn resident_load(folder: &Path) {
+    const LEN: u64 = 64 * MIB;
+    let volume = in_tmpfs(folder, LEN);
+    let map = volume.map(0..LEN, &writable()).unwrap();
+    map.prefetch(0..LEN).unwrap();
+    let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+    // SAFETY: a new mapping.
+    let plain = unsafe { mmap_anonymous(ptr::null_mut(), LEN as usize, protection, flags) }.unwrap();
+    // SAFETY: our own new mapping; pages of 4 KiB, as the map's are.
+    unsafe { madvise(plain, LEN as usize, Advice::LinuxNoHugepage) }.unwrap();
+    // SAFETY: as above.
+    unsafe { ptr::write_bytes(plain.cast::<u8>(), 1, LEN as usize) };
+    let ratios = (0..15).map(|_| {
+        let ours = seconds(|| touch_sum(map.as_ptr(), LEN));
+        let theirs = seconds(|| touch_sum(plain.cast(), LEN));
+        theirs / ours
+    });
+    report("load from resident pages, rate over plain memory", median(ratios.collect()), "x", ">= 0.97");
+}
+
+/// Microseconds of each first touch of `count` pages in an order that no fault-ahead follows.
+fn random_touches(start: *const u8, page_count: u64, count: u64) -> Vec<f64> {
+    let touches = (0..count).map(|index| {
+        let page = (index * 7919) % page_count;
+        seconds(|| touch(start, page * PAGE)) * 1e6
+    });
+    touches.collect()
+}
+
+fn first_touch(folder: &Path) {
+    const LEN: u64 = 256 * MIB;
+    let volume = in_tmpfs(folder, LEN);
+    let map = volume.map(0..LEN, &writable()).unwrap();
+    let ours = median(random_touches(map.as_ptr(), LEN / PAGE, 20_000));
+    report("first touch of a random page, p50", ours, "us", "<= 9");
+    let read_only = volume.map(0..LEN, &MapOptions::new()).unwrap();
+    drop(map);
+    let loads = median(random_touches(read_only.as_ptr(), LEN / PAGE, 20_000));
+    report("first touch of a random page of a read-only map, p50", loads, "us", "-");
+    drop(read_only);
+    if let Some(theirs) = nbdfuse_touch(folder, volume, LEN) {
+        report("the same touch on a file of nbdfuse over our export, p50", theirs, "us", "-");
+        report("first touch, ours over nbdfuse", ours / theirs, "x", "<= 0.25");
+    }
+}
+
+/// The median touch of a page of a mapped file that `nbdfuse` makes of our export.
+fn nbdfuse_touch(folder: &Path, volume: Arc<Volume>, len: u64) -> Option<f64> {
+    let socket = folder.join("nbd.sock");
+    let mut exports = Exports::new();
+    exports.add(ExportInfo { name: "v".into(), ..ExportInfo::default() }, volume).unwrap();
+    let server = Server::new(exports, Limits::default(), Options::default()).unwrap();
+    let server = server.listen(Listener::unix(&socket).unwrap());
+    let handle = server.handle();
+    let running = thread::spawn(move || server.run());
+    let mount = folder.join("fuse");
+    fs::create_dir(&mount).unwrap();
+    let uri = format!("nbd+unix:///v?socket={}", socket.display());
+    let fuse = Command::new("nbdfuse").arg(&mount).arg(uri).stderr(Stdio::null()).spawn();
+    let Ok(mut fuse) = fuse else {
+        println!("nbdfuse is not installed: its figure is left out");
+        return None;
+    };
+    let file = (0..200).find_map(|_| {
+        thread::sleep(Duration::from_millis(20));
+        File::open(mount.join("nbd")).ok()
+    });
+    let touched = file.map(|file| {
+        // SAFETY: a new mapping of a file of that length.
+        let start = unsafe { mmap(ptr::null_mut(), len as usize, ProtFlags::READ, MapFlags::PRIVATE, file.as_fd(), 0) };
+        let start = start.unwrap();
+        // SAFETY: our own new mapping: no read-ahead, since ours has none for random touches either.
+        unsafe { madvise(start, len as usize, Advice::Random) }.unwrap();
+        let touched = median(random_touches(start.cast(), len / PAGE, 4000));
+        // SAFETY: nobody uses the mapping any more.
+        unsafe { rustix::mm::munmap(start.cast::<c_void>(), len as usize) }.unwrap();
+        touched
+    });
+    let _ = Command::new("fusermount3").arg("-u").arg(&mount).status();
+    let _ = fuse.wait();
+    handle.stop();
+    running.join().unwrap().unwrap();
+    touched
+}
+
+fn sequential(folder: &Path) {
+    const LEN: u64 = 256 * MIB;
+    let volume = in_tmpfs(folder, LEN);
+    let per_page = (0..5).map(|_| {
+        let map = volume.map(0..LEN, &MapOptions::new()).unwrap();
+        let all = seconds(|| (0..LEN / PAGE).for_each(|page| touch(map.as_ptr(), page * PAGE)));
+        all * 1e6 / (LEN / PAGE) as f64
+    });
+    report("sequential first touch, per page", median(per_page.collect()), "us", "<= 2.0");
+}
+
+fn prefetch(folder: &Path) {
+    const LEN: u64 = 1024 * MIB;
+    let volume = in_tmpfs(folder, LEN);
+    for (name, options) in [("read-only", MapOptions::new()), ("writable", writable())] {
+        let rates = (0..3).map(|_| {
+            let map = volume.map(0..LEN, &options).unwrap();
+            LEN as f64 / seconds(|| map.prefetch(0..LEN).unwrap()) / 1e9
+        });
+        report(&format!("prefetch of 1 GiB, {name} map"), median(rates.collect()), "GB/s", ">= 2.5");
+    }
+}
+
+/// Stores 64 bytes, writes the line back and waits.
+///
+/// # Safety
+///
+/// The 64 bytes at `line` are writable and aligned to 64; the CPU has CLWB.
+unsafe fn raw_persist(line: *mut u64, value: u64) {
+    for word in 0..8 {
+        // SAFETY: within the line, by the contract.
+        unsafe { line.add(word).write_volatile(value) };
+    }
+    // SAFETY: the line is mapped, and neither instruction changes memory.
+    unsafe { asm!("clwb [{line}]", "sfence", line = in(reg) line, options(nostack, preserves_flags)) };
+}
+
+fn persist(folder: &Path) {
+    const LEN: u64 = 64 * MIB;
+    const COUNT: u64 = 200_000;
+    let volume = in_tmpfs(folder, LEN);
+    let map = volume.map(0..LEN, &writable()).unwrap();
+    map.prefetch(0..LEN).unwrap();
+    let raw_path = folder.join("raw");
+    let raw_file = File::create_new(&raw_path).unwrap();
+    raw_file.set_len(LEN).unwrap();
+    let file = File::options().read(true).write(true).open(&raw_path).unwrap();
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new mapping of a file of that length.
+    let raw = unsafe { mmap(ptr::null_mut(), LEN as usize, protection, MapFlags::SHARED, file.as_fd(), 0) };
+    let raw = raw.unwrap().cast::<u64>();
+    for offset in (0..LEN).step_by(PAGE as usize) {
+        store(&map, offset);
+        map.persist(offset..offset + 64).unwrap();
+        // SAFETY: within the mapping.
+        unsafe { raw.byte_add(offset as usize).write_volatile(1) };
+    }
+    // The lines of 256 KiB in turns, as a log does, and lines far apart.
+    for (name, step, span) in [("256 KiB in order", 64, 256 << 10), ("64 MiB strided", 4096 + 64, LEN)] {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for _ in 0..9 {
+            let mut next = (0..COUNT).map(|index| index * step % span / 64 * 64);
+            let raw_seconds = seconds(|| {
+                // SAFETY: every offset is that of a line of the mapping.
+                next.by_ref().for_each(|offset| unsafe { raw_persist(raw.byte_add(offset as usize), offset) });
+            });
+            let mut next = (0..COUNT).map(|index| index * step % span / 64 * 64);
+            let our_seconds = seconds(|| {
+                next.by_ref().for_each(|offset| {
+                    // SAFETY: within the map, and nobody else stores there.
+                    let line = unsafe { map.as_ptr().add(offset as usize).cast::<u64>() };
+                    for word in 0..8 {
+                        // SAFETY: within the line.
+                        unsafe { line.add(word).write_volatile(offset) };
+                    }
+                    map.persist(offset..offset + 64).unwrap();
+                });
+            });
+            ours.push(our_seconds * 1e9 / COUNT as f64);
+            theirs.push(raw_seconds * 1e9 / COUNT as f64);
+        }
+        let (ours, theirs) = (median(ours), median(theirs));
+        report(&format!("persist(64 B), {name}"), ours, "ns", "-");
+        report(&format!("raw CLWB + SFENCE of 64 B, {name}"), theirs, "ns", "-");
+        report(&format!("persist over raw, {name}"), ours / theirs, "x", "<= 1.2");
+    }
+}
+
+/// Seconds of a sync after stores to 256 pages far apart in a map of `len` bytes.
+fn sync_seconds(map: &DaxMapping, len: u64) -> f64 {
+    let step = len / 256;
+    (0..256).for_each(|index| store(map, index * step));
+    seconds(|| map.sync().unwrap())
+}
+
+fn sync(folder: &Path) {
+    for (name, resident) in [("256 pages resident", false), ("all pages resident", true)] {
+        let large_volume = in_tmpfs(folder, 1024 * MIB);
+        let small_folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let small_volume = in_tmpfs(small_folder.path(), 64 * MIB);
+        let large = large_volume.map(0..1024 * MIB, &writable()).unwrap();
+        let small = small_volume.map(0..64 * MIB, &writable()).unwrap();
+        if resident {
+            large.prefetch(0..1024 * MIB).unwrap();
+            small.prefetch(0..64 * MIB).unwrap();
+        }
+        sync_seconds(&large, 1024 * MIB);
+        sync_seconds(&small, 64 * MIB);
+        let pairs: Vec<_> =
+            (0..21).map(|_| (sync_seconds(&large, 1024 * MIB), sync_seconds(&small, 64 * MIB))).collect();
+        let large = median(pairs.iter().map(|pair| pair.0).collect());
+        let small = median(pairs.iter().map(|pair| pair.1).collect());
+        report(&format!("sync of 256 dirty pages in 1 GiB, {name}"), large * 1e6, "us", "-");
+        report(&format!("the same over 64 MiB, {name}"), large / small, "x", "<= 1.5");
+    }
+}
+
+fn lock(folder: &Path) {
+    let (mut large_seconds, mut small_seconds) = (Vec::new(), Vec::new());
+    for _ in 0..7 {
+        let large = volume(folder, 4096 * MIB, Granularity::CacheLine, Allocation::Sparse);
+        let small_folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let small = in_tmpfs(small_folder.path(), 4 * MIB);
+        (0..256).for_each(|index| large.write_zeroes(index * 16 * MIB, PAGE).unwrap()); // allocates
+        let large_map = large.map(0..4096 * MIB, &writable()).unwrap();
+        let small_map = small.map(0..4 * MIB, &writable()).unwrap();
+        (0..256).for_each(|index| store(&large_map, index * 16 * MIB));
+        (0..1024).for_each(|page| store(&small_map, page * PAGE));
+        large_seconds.push(seconds(|| large.lock().unwrap()));
+        small_seconds.push(seconds(|| small.lock().unwrap()));
+    }
+    let (large, small) = (median(large_seconds), median(small_seconds));
+    report("lock, 1 MiB resident of 4 GiB", large * 1e6, "us", "-");
+    report("lock, 4 MiB resident of 4 MiB", small * 1e6, "us", "-");
+    report("lock, the former over the latter", large / small, "x", "<= 1.0");
+}
+
+fn page_granularity(_: &Path) {
+    let parent = std::env::var_os("DAXCRYPT_BENCH_EXT4").map_or_else(|| ".".into(), std::path::PathBuf::from);
+    let folder = tempfile::tempdir_in(parent).unwrap();
+    let volume = volume(folder.path(), 64 * MIB, Granularity::Page, Allocation::Full);
+    let map = volume.map(0..64 * MIB, &writable()).unwrap();
+    let persists = (0..50).map(|index| {
+        store(&map, index * 16 * PAGE);
+        seconds(|| map.persist(index * 16 * PAGE..index * 16 * PAGE + 64).unwrap()) * 1e6
+    });
+    let persists = median(persists.collect());
+    let plain = File::options().read(true).write(true).create_new(true).open(folder.path().join("plain")).unwrap();
+    plain.set_len(64 * MIB).unwrap();
+    let zeroes = vec![0; MIB as usize];
+    (0..64).for_each(|_| std::io::Write::write_all(&mut &plain, &zeroes).unwrap());
+    plain.sync_all().unwrap();
+    let writes = (0..50).map(|index| {
+        seconds(|| {
+            std::os::unix::fs::FileExt::write_all_at(&plain, &[1; 64], index * 16 * PAGE).unwrap();
+            plain.sync_data().unwrap();
+        }) * 1e6
+    });
+    let writes = median(writes.collect());
+    report("persist(64 B) at page granularity (working folder)", persists, "us", "-");
+    report("the same over pwrite + fdatasync of a plain file", persists / writes, "x", "-");
+}
+
+/// A name on the command line and what it measures.
+type Entry = (&'static str, fn(&Path));
+
+fn main() {
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|name| !name.starts_with('-')).collect();
+    let all: [Entry; 8] = [
+        ("load", resident_load),
+        ("touch", first_touch),
+        ("sequential", sequential),
+        ("prefetch", prefetch),
+        ("persist", persist),
+        ("sync", sync),
+        ("lock", lock),
+        ("page", page_granularity),
+    ];
+    for (name, run) in all {
+        if wanted.is_empty() || wanted.iter().any(|each| each == name) {
+            let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+            run(folder.path());
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! `daxcrypt rekey`: a new volume key for a namespace, in place.
+//!
+//! The namespace is usable at every instant: it opens with its key whether this command ended, was interrupted or was
+//! killed, and both halves decrypt. What is left is done by `--resume`, or by `serve` while it serves.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use super::credentials::KeyArgs;
+use super::error::Error;
+use super::format::CipherArg;
+use super::info::slot_line;
+use super::open;
+use super::output::outln;
+use super::progress::Progress;
+use super::size::ByteSize;
+use crate::namespace::{
+    Cipher, Credential, DataUnit, Geometry, Namespace, OtherSlots, Placement, RekeyOptions, TransformError,
+};
+use crate::pmem::Access;
+use crate::volume::{Volume, WINDOW_BYTES};
+use crate::xts::Backend;
+
+/// How much `--dry-run` decrypts to see how fast that is.
+const TRIAL_BYTES: u64 = 64 << 20;
+
+#[derive(Args, Debug)]
+pub(crate) struct RekeyArgs {
+    /// File or device with a namespace
+    path: PathBuf,
+    #[command(flatten)]
+    key: KeyArgs,
+    /// Cipher from now on (the present one when not given)
+    #[arg(long, value_enum)]
+    cipher: Option<CipherArg>,
+    /// Bytes under one XTS tweak from now on (the present number when not given)
+    #[arg(long, value_parser = ["512", "4096"])]
+    unit: Option<String>,
+    /// Keep the other key slots: they open the new volume key as they opened the old one. Whoever knew the old volume key
+    /// and has an old header is then not shut out
+    #[arg(long, conflicts_with = "drop_slots")]
+    keep_slots: bool,
+    /// Drop the other key slots: only the key given here opens the namespace from now on
+    #[arg(long)]
+    drop_slots: bool,
+    #[command(flatten)]
+    pace: PaceArgs,
+    /// Only say how many bytes there are, which key slots would go, and how long it takes at least
+    #[arg(long)]
+    dry_run: bool,
+    /// Say whether a re-key is under way, and with a key how far it has come
+    #[arg(long, conflicts_with_all = ["cipher", "unit", "keep_slots", "drop_slots", "dry_run", "resume", "pause"])]
+    status: bool,
+    /// Go on with a re-key that was interrupted or paused
+    #[arg(long, conflicts_with_all = ["cipher", "unit", "keep_slots", "drop_slots", "dry_run", "pause"])]
+    resume: bool,
+    /// Let an interrupted re-key rest: `serve` does not go on with it until --resume
+    #[arg(long, conflicts_with_all = ["cipher", "unit", "keep_slots", "drop_slots", "dry_run"])]
+    pause: bool,
+}
+
+/// How fast a long command goes, and how it tells.
+#[derive(Args, Debug)]
+pub(crate) struct PaceArgs {
+    /// Bytes a second at most, such as 100M
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) max_rate: Option<ByteSize>,
+    /// Progress as JSON, one object a line
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+pub(crate) fn run(args: &RekeyArgs) -> Result<(), Error> {
+    if args.status {
+        return status(args);
+    }
+    let access = if args.dry_run { Access::ReadOnly } else { Access::ReadWrite };
+    let (mut namespace, credential) = open::namespace_and_credential(&args.path, access, &args.key)?;
+    if args.pause {
+        namespace.set_transform_paused(true).map_err(|source| args.failed(source))?;
+        outln!("{}: paused; `daxcrypt rekey --resume` goes on", args.path.display())?;
+        return Ok(());
+    }
+    match (args.resume, namespace.pending_transform().is_some()) {
+        (true, false) => return Err(args.failed(TransformError::NotUnderWay)),
+        (false, true) => return Err(args.failed(TransformError::UnderWay)),
+        (true, true) => namespace.set_transform_paused(false).map_err(|source| args.failed(source))?,
+        (false, false) => {
+            let options = args.options(&namespace)?;
+            if args.dry_run {
+                return dry_run(args, namespace, &options);
+            }
+            begin(args, &mut namespace, &credential, &options)?;
+        }
+    }
+    drop(credential);
+    let volume = Volume::new(namespace, Backend::from_env()?);
+    let progress = finish(&volume, &args.pace).map_err(|error| error.at(&args.path))?;
+    if !args.pace.json {
+        outln!("{}: every byte is under the new volume key ({}/s)", args.path.display(), ByteSize(progress))?;
+    }
+    Ok(())
+}
+
+/// Why the data did not all move.
+pub(crate) enum Stopped {
+    Failed(TransformError),
+    Signal(std::io::Error),
+    Interrupted { done_bytes: u64, total_bytes: u64 },
+}
+
+impl Stopped {
+    pub(crate) fn at(self, path: &std::path::Path) -> Error {
+        match self {
+            Self::Failed(source) => Error::Rekey { path: path.into(), source: source.into() },
+            Self::Signal(source) => Error::Io { doing: "cannot catch SIGINT and SIGTERM", source },
+            Self::Interrupted { done_bytes, total_bytes } => {
+                Error::RekeyStopped { path: path.into(), done: ByteSize(done_bytes), total: ByteSize(total_bytes) }
+            }
+        }
+    }
+}
+
+/// Moves the data until the end, or until SIGINT or SIGTERM; the rate in bytes a second.
+pub(crate) fn finish(volume: &Volume, pace: &PaceArgs) -> Result<u64, Stopped> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&stop)).map_err(Stopped::Signal)?;
+    }
+    let Some(first) = volume.transform() else { return Ok(0) };
+    let mut progress = Progress::new(first.done_bytes, first.total_bytes, pace.json, pace.max_rate);
+    let mut done_bytes = first.done_bytes;
+    loop {
+        if stop.load(Ordering::Relaxed) {
+            progress.end("stopped", done_bytes);
+            return Err(Stopped::Interrupted { done_bytes, total_bytes: first.total_bytes });
+        }
+        if progress.must_wait(done_bytes) {
+            progress.reach(done_bytes);
+            continue;
+        }
+        match volume.transform_step(WINDOW_BYTES).map_err(Stopped::Failed)? {
+            Some(reached) => {
+                done_bytes = reached.done_bytes;
+                progress.reach(done_bytes);
+            }
+            None => {
+                progress.end("done", first.total_bytes);
+                return Ok(progress.rate(first.total_bytes));
+            }
+        }
+    }
+}
+
+fn begin(
+    args: &RekeyArgs,
+    namespace: &mut Namespace,
+    credential: &Credential,
+    options: &RekeyOptions,
+) -> Result<(), Error> {
+    let others = other_slots(namespace);
+    if !others.is_empty() && !args.keep_slots && !args.drop_slots {
+        return Err(Error::OtherSlots { slots: others.join("; ") });
+    }
+    namespace.begin_rekey(credential, options).map_err(|source| args.failed(source))?;
+    if !args.pace.json {
+        outln!("key slot {} is new and opens with the key given here", namespace.slot_id().unwrap_or_default())?;
+        let what = if args.keep_slots { "kept" } else { "dropped" };
+        others.iter().try_for_each(|slot| outln!("{what}: key slot {slot}"))?;
+    }
+    Ok(())
+}
+
+/// The slots that the key given here does not open, each as a line.
+pub(crate) fn other_slots(namespace: &Namespace) -> Vec<String> {
+    let slots = namespace.header().slots;
+    let others = slots.iter().filter(|slot| Some(slot.id) != namespace.slot_id());
+    others.map(|slot| format!("{}, {}", slot.id, slot_line(slot))).collect()
+}
+
+fn dry_run(args: &RekeyArgs, namespace: Namespace, options: &RekeyOptions) -> Result<(), Error> {
+    let unit = options.unit.unwrap_or_else(|| namespace.geometry().unit());
+    let placement = Placement { unit, ..namespace.geometry().placement() };
+    Geometry::new(&placement, u64::MAX).map_err(|source| args.failed(source.into()))?;
+    let others = other_slots(&namespace);
+    let volume = Volume::new(namespace, Backend::from_env()?);
+    let rate = decryption_rate(&volume).map_err(|source| Error::Volume { path: args.path.clone(), source })?;
+    outln!("{}: {} ({} bytes) to re-key", args.path.display(), ByteSize(volume.size()), volume.size())?;
+    others.iter().try_for_each(|slot| outln!("besides the key given here, these slots open it: {slot}"))?;
+    let limit = args.pace.max_rate.map_or(u64::MAX, |rate| rate.0.max(1));
+    let seconds = volume.size().div_ceil(rate.min(limit).max(1));
+    outln!(
+        "at least {seconds} s: it reads and decrypts {}/s here; encryption, and writing everything twice, come on top",
+        ByteSize(rate)
+    )?;
+    Ok(())
+}
+
+/// Bytes a second, from the beginning of the volume.
+fn decryption_rate(volume: &Volume) -> Result<u64, crate::volume::VolumeError> {
+    let mut buffer = zeroize::Zeroizing::new(vec![0; 1 << 20]);
+    let (started, mut offset) = (Instant::now(), 0);
+    while offset < volume.size().min(TRIAL_BYTES) && started.elapsed() < Duration::from_secs(2) {
+        let len = usize::try_from(volume.size() - offset).unwrap_or(usize::MAX).min(buffer.len());
+        volume.read_at(&mut buffer[..len], offset)?;
+        offset += len as u64;
+    }
+    let nanoseconds = started.elapsed().as_nanos().max(1);
+    Ok(u64::try_from(u128::from(offset) * 1_000_000_000 / nanoseconds).unwrap_or(u64::MAX))
+}
+
+fn status(args: &RekeyArgs) -> Result<(), Error> {
+    let path = args.path.display();
+    let locked = open::locked_without_lock(&args.path)?;
+    if !locked.header().rekeying {
+        outln!("{path}: no re-key is under way")?;
+        return Ok(());
+    }
+    if args.key.key_file.is_none() && args.key.passphrase_file.is_none() {
+        outln!("{path}: a re-key is under way; with its key --status says how far it has come")?;
+        return Ok(());
+    }
+    let credential = args.key.read(super::credentials::Prompt::Once, &path.to_string())?;
+    let namespace =
+        locked.unlock_key(&credential).map_err(|source| Error::Unlock { path: args.path.clone(), source })?;
+    if let Some(pending) = namespace.pending_transform() {
+        let (done_bytes, total_bytes) = (pending.record().done_bytes, pending.source().size_bytes());
+        if args.pace.json {
+            let paused = namespace.transform_paused();
+            outln!(
+                "{}",
+                serde_json::json!({ "done_bytes": done_bytes, "total_bytes": total_bytes, "paused": paused })
+            )?;
+        } else {
+            let state = if namespace.transform_paused() { "paused" } else { "under way" };
+            outln!("{path}: a re-key is {state}: {} of {} done", ByteSize(done_bytes), ByteSize(total_bytes))?;
+        }
+    }
+    Ok(())
+}
+
+impl RekeyArgs {
+    fn failed(&self, source: TransformError) -> Error {
+        Error::Rekey { path: self.path.clone(), source: source.into() }
+    }
+
+    fn options(&self, namespace: &Namespace) -> Result<RekeyOptions, Error> {
+        if namespace.header().ephemeral {
+            return Err(self.failed(TransformError::Ephemeral));
+        }
+        let unit =
+            self.unit.as_deref().map(|unit| if unit == "512" { DataUnit::Bytes512 } else { DataUnit::Bytes4096 });
+        let other_slots = if self.keep_slots { OtherSlots::Keep } else { OtherSlots::Drop };
+        Ok(RekeyOptions { cipher: self.cipher.map(Cipher::from), unit, other_slots })
+    }
+}

@@ -1,0 +1,221 @@
+//! Re-keying while the volume is in use: the engine that moves data from the former side to the new one.
+//!
+//! One window at a time, each step durable before the next:
+//!
+//! 1. the window's ciphertext is saved in the journal;
+//! 2. a record says that the window is being moved, with a checksum of what was saved;
+//! 3. the window is decrypted and encrypted again, from the saved copy, over its new place;
+//! 4. a record says that it has arrived. Only now may anybody touch it again.
+//!
+//! A crash before 2 leaves the old window, since nothing of the data area was touched; a crash after 2 leaves the saved
+//! copy, from which 3 is done again from the beginning. Nothing is assumed about how stores tear. A window whose step 2 or
+//! later failed is blocked until the namespace is reopened, because nobody knows which of both a crash would leave.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::{MutexGuard, PoisonError};
+
+use super::area::DataArea;
+use super::side::Side;
+use super::{Volume, VolumeError};
+use crate::namespace::{Credential, Namespace, Pending, RekeyOptions, TransformError, WINDOW_BYTES_MAX};
+use crate::pmem::{Access, MediaError};
+
+/// What windows are a multiple of, except the last one: both data units.
+const WINDOW_STEP_BYTES: u64 = 4096;
+
+/// The window of [`Volume::transform_step`] when the caller has no other wish: large enough that four rounds of making
+/// things durable do not show, small enough that nobody waits long for it.
+pub const WINDOW_BYTES: u64 = 512 << 10;
+
+/// How far a re-key has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct TransformProgress {
+    /// Bytes that are under the new key.
+    pub done_bytes: u64,
+    /// Size of the volume in bytes.
+    pub total_bytes: u64,
+}
+
+/// Owns the header while the volume is open, and moves windows.
+pub(super) struct Engine {
+    namespace: Namespace,
+    /// Whether no header copy from before the transform is left.
+    settled: bool,
+    /// Ciphertext of the window, kept for the next one.
+    saved: Vec<u8>,
+}
+
+impl Engine {
+    /// Takes the namespace of a volume whose area was just made. A transform that was interrupted goes on from where it
+    /// stands, and the window that was being moved is moved first, if the backing can be written.
+    pub(super) fn new(namespace: Namespace, area: &DataArea) -> Self {
+        let mut engine = Self { namespace, settled: false, saved: Vec::new() };
+        let Some(pending) = engine.namespace.pending_transform() else { return engine };
+        let former = Side::new(*pending.source(), pending.source_key(), area.backend());
+        let done_bytes = pending.record().done_bytes;
+        area.resume_transform(former, is_backward(area, pending), done_bytes);
+        if pending.record().window_bytes > 0 {
+            area.block(window(area, pending, pending.record().window_bytes));
+        }
+        if area.backing().access() == Access::ReadWrite
+            && let Err(error) = engine.recover(area)
+        {
+            tracing::error!(%error, "the window that was being re-keyed cannot be completed: it is blocked");
+        }
+        engine
+    }
+
+    pub(super) fn into_namespace(self) -> Namespace {
+        self.namespace
+    }
+
+    fn progress(&self) -> Option<TransformProgress> {
+        let pending = self.namespace.pending_transform()?;
+        let total_bytes = pending.source().size_bytes();
+        Some(TransformProgress { done_bytes: pending.record().done_bytes, total_bytes })
+    }
+
+    /// Moves one window, or ends the transform when there is none left.
+    fn step(&mut self, area: &DataArea, window_bytes: u64) -> Result<Option<TransformProgress>, TransformError> {
+        if self.namespace.pending_transform().is_none() {
+            return Ok(None);
+        }
+        if !self.settled {
+            self.namespace.settle_header()?;
+            self.settled = true;
+        }
+        self.recover(area)?;
+        let Some(progress) = self.progress() else { return Ok(None) };
+        if progress.done_bytes < progress.total_bytes {
+            self.move_window(area, window_bytes)?;
+            return Ok(self.progress());
+        }
+        let finished = self.namespace.finish_transform();
+        if self.namespace.pending_transform().is_none() {
+            area.end_transform();
+            self.saved = Vec::new();
+        }
+        finished.map(|()| None)
+    }
+
+    /// Moves the window that a crash or a failure has left half moved.
+    fn recover(&mut self, area: &DataArea) -> Result<(), TransformError> {
+        let Some(pending) = self.namespace.pending_transform_mut() else { return Ok(()) };
+        let record = pending.record();
+        if record.window_bytes == 0 {
+            return Ok(());
+        }
+        let window = window(area, pending, record.window_bytes);
+        let saved = pending.journal().saved(&record)?;
+        let _held = area.hold(window.clone());
+        area.store_moved(window, &saved)?;
+        pending.advance(record.moved())?;
+        area.advance(record.moved().done_bytes);
+        Ok(())
+    }
+
+    fn move_window(&mut self, area: &DataArea, window_bytes: u64) -> Result<(), TransformError> {
+        let Self { namespace, saved, .. } = self;
+        let Some(pending) = namespace.pending_transform_mut() else { return Ok(()) };
+        let window = window(area, pending, window_bytes.clamp(WINDOW_STEP_BYTES, WINDOW_BYTES_MAX));
+        saved.resize(usize::try_from(window.end - window.start).expect("at most the journal's room"), 0);
+
+        let _held = area.hold(window.clone());
+        area.read_former(window.clone(), saved)?;
+        pending.journal().save(saved)?;
+        area.block(window.clone());
+        pending.advance(pending.record().moving(saved))?;
+        area.store_moved(window, saved)?;
+        pending.advance(pending.record().moved())?;
+        area.advance(pending.record().done_bytes);
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine").field("progress", &self.progress()).finish_non_exhaustive()
+    }
+}
+
+/// Data that moves towards the end begins with its last byte: what it overwrites has then moved before.
+fn is_backward(area: &DataArea, pending: &Pending) -> bool {
+    area.geometry().data_start() > pending.source().data_start()
+}
+
+/// The logical range of the next window, `window_bytes` long or what is left.
+fn window(area: &DataArea, pending: &Pending, window_bytes: u64) -> Range<u64> {
+    let size_bytes = pending.source().size_bytes();
+    let done_bytes = pending.record().done_bytes;
+    let left_bytes = size_bytes - done_bytes;
+    if is_backward(area, pending) {
+        let start = left_bytes.saturating_sub(window_bytes);
+        // The first window takes what is no whole step; it has fewer bytes than asked for.
+        return start.next_multiple_of(WINDOW_STEP_BYTES)..left_bytes;
+    }
+    done_bytes..done_bytes + left_bytes.min(window_bytes)
+}
+
+impl Volume {
+    /// Gives the volume a new key while it is in use: the header has it when this returns, with a fresh slot for
+    /// `credential` in the place of the slot that unlocked, and [`Self::transform_step`] moves the data.
+    ///
+    /// # Errors
+    ///
+    /// [`TransformError`]; nothing has changed, unless the header could not be written.
+    pub fn begin_rekey(&self, credential: &Credential, options: &RekeyOptions) -> Result<(), TransformError> {
+        let mut engine = self.engine();
+        let engine = engine.as_mut().ok_or(TransformError::Locked)?;
+        let began = engine.namespace.begin_rekey(credential, options);
+        if let (false, Some(pending)) = (self.area.is_transforming(), engine.namespace.pending_transform()) {
+            let backward = is_backward(&self.area, pending);
+            let layout = engine.namespace.geometry().layout();
+            self.area.begin_transform(Side::new(layout, engine.namespace.volume_key(), self.area.backend()), backward);
+        }
+        engine.settled = began.is_ok();
+        began
+    }
+
+    /// How far the re-key has come that is under way.
+    #[must_use]
+    pub fn transform(&self) -> Option<TransformProgress> {
+        self.engine().as_ref().and_then(Engine::progress)
+    }
+
+    /// Whether the re-key that is under way is to rest until somebody asks for more.
+    #[must_use]
+    pub fn transform_paused(&self) -> bool {
+        self.engine().as_ref().is_some_and(|engine| engine.namespace.transform_paused())
+    }
+
+    /// Moves the next `window_bytes` bytes at most (a multiple of 4096; see [`WINDOW_BYTES`]) to the new key, or ends the
+    /// re-key when all have moved: both header copies then forget the old volume key. `None` when there is none under way
+    /// any more. Reads and writes go on meanwhile and wait only where they touch those bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`TransformError`]; when the window was already being moved, accesses to it fail until the namespace is reopened.
+    pub fn transform_step(&self, window_bytes: u64) -> Result<Option<TransformProgress>, TransformError> {
+        if self.read_only() {
+            return Err(MediaError::ReadOnly.into());
+        }
+        let window_bytes = window_bytes - window_bytes % WINDOW_STEP_BYTES;
+        self.engine().as_mut().ok_or(TransformError::Locked)?.step(&self.area, window_bytes)
+    }
+
+    pub(super) fn engine(&self) -> MutexGuard<'_, Option<Engine>> {
+        self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl From<TransformError> for VolumeError {
+    fn from(error: TransformError) -> Self {
+        Self::Transform(Box::new(error))
+    }
+}
+
+#[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
+mod tests;
