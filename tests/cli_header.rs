@@ -191,7 +191,7 @@ fn wipe_data_overwrites_everything_and_reports() {
     let run = bench.run(&["erase", "vault.img", "--yes", "--wipe-data", "--json"]).succeeds();
     let last = run.stdout.lines().rfind(|line| line.starts_with('{')).unwrap();
     let last: serde_json::Value = serde_json::from_str(last).unwrap();
-    assert_eq!(last["doing"], "wiping");
+    assert_eq!(last["event"], "done");
     assert_eq!((last["done_bytes"].as_u64(), last["total_bytes"].as_u64()), (Some(4 << 20), Some(4 << 20)));
     assert_eq!(last["seconds_left"], 0);
     let after = fs::read(bench.path("vault.img")).unwrap();

@@ -216,6 +216,11 @@ impl Error {
 
     /// What the user can do about it.
     pub(crate) fn hint(&self) -> Option<String> {
+        self.key_hint().or_else(|| self.place_hint())
+    }
+
+    /// Where a key could not be had.
+    fn key_hint(&self) -> Option<String> {
         match self {
             Self::SecretFile { what: "key file", path, source } if source.kind() == io::ErrorKind::NotFound => {
                 Some(format!(
@@ -237,6 +242,13 @@ impl Error {
             Self::NoCredentials { name } => Some(format!(
                 "in the unit: LoadCredential={name}:/path or LoadCredentialEncrypted=; by hand: systemd-run -p"
             )),
+            _ => None,
+        }
+    }
+
+    /// Where something is in the way, or something else is there.
+    fn place_hint(&self) -> Option<String> {
+        match self {
             Self::Open { source: OpenError::Busy, .. } => Some(
                 "stop the process that serves it first (fuser -v shows which), or open it with --read-only there"
                     .into(),

@@ -158,6 +158,9 @@ pub(crate) fn header_lines(header: &Header) -> Vec<(String, String)> {
     line("header", if header.detached { "detached" } else { "in front of the data" }.into());
     line("discards", if header.discards { "allowed: media shows which units are unused" } else { "off" }.into());
     line("closed", if header.unclean { "not in order, or in use now" } else { "in order" }.into());
+    if header.rekeying {
+        line("re-key", "under way; `daxcrypt rekey --status` with its key says how far it has come".into());
+    }
     if header.ephemeral {
         line("key", "ephemeral: a new one, and new content, at each opening".into());
     }

@@ -28,6 +28,11 @@ pub(crate) struct PlaceArgs {
 }
 
 impl PlaceArgs {
+    /// A namespace whose header is in front of its data.
+    pub(crate) fn of(path: &Path) -> Self {
+        Self { path: path.into(), header: None }
+    }
+
     /// Opens and locks it, and says so when its granularity was forced.
     pub(crate) fn open(&self, access: Access) -> Result<Site, Error> {
         let site = match self.in_region() {

@@ -63,7 +63,7 @@ pub(crate) fn run(args: &RelocateArgs) -> Result<(), Error> {
 /// To another file or device.
 fn relocate(args: &RelocateArgs, destination: &Path) -> Result<(), Error> {
     let access = if args.keep_source { Access::ReadOnly } else { Access::ReadWrite };
-    let (source, credential) = open::namespace_and_credential(&place_of(&args.source), access, &args.key)?;
+    let (source, credential) = open::namespace_and_credential(&PlaceArgs::of(&args.source), access, &args.key)?;
     let others = other_slots(&source);
     if !others.is_empty() && !args.drop_slots && !args.keep_source {
         return Err(Error::OtherSlots { slots: others.join("; ") });
@@ -120,7 +120,7 @@ fn make_target(
         let created = Backing::create(destination, HEADER_AREA_BYTES + size_bytes, allocation);
         Arc::new(created.map_err(|source| Error::Open { path: destination.into(), source })?)
     } else {
-        let backing = Arc::clone(place_of(destination).open(Access::ReadWrite)?.data());
+        let backing = Arc::clone(PlaceArgs::of(destination).open(Access::ReadWrite)?.data());
         let found = namespace::signature_found(&backing, 0);
         let found = found.map_err(|source| Error::Media { path: destination.into(), source })?;
         if let (false, Some(signature)) = (args.force, found) {
@@ -167,15 +167,10 @@ fn copy(
     Ok((source.into_namespace().expect("nobody has locked it"), moved))
 }
 
-/// A namespace with its header in front of its data.
-fn place_of(path: &Path) -> PlaceArgs {
-    PlaceArgs { path: path.into(), header: None }
-}
-
 /// Where it lies.
 fn adopt(args: &RelocateArgs) -> Result<(), Error> {
     let failed = |source: AdoptError| Error::Adopt { path: args.source.clone(), source: source.into() };
-    let backing = Arc::clone(place_of(&args.source).open(Access::ReadWrite)?.data());
+    let backing = Arc::clone(PlaceArgs::of(&args.source).open(Access::ReadWrite)?.data());
     let available_bytes = backing.len_bytes();
     let moved = MovedNamespace::open_at(&backing, 0, available_bytes).map_err(failed)?;
     if moved.header().slots.len() > 1 && !args.drop_slots {

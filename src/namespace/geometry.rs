@@ -271,7 +271,8 @@ impl Geometry {
         let address = first_tweak.saturating_mul(TWEAK_STEP_BYTES);
         let overflow = GeometryError::Overflow { base: 0, data_offset: data_start, size_bytes, address };
         data_start.checked_add(size_bytes).ok_or(overflow)?;
-        first_tweak.checked_add(size_bytes / TWEAK_STEP_BYTES).ok_or(overflow)?;
+        let first_address = first_tweak.checked_mul(TWEAK_STEP_BYTES).ok_or(overflow)?;
+        first_address.checked_add(size_bytes).ok_or(overflow)?;
         // Every other rule is that of a namespace that begins where the data does.
         let placement = Placement { base: 0, data_offset: 0, size_bytes, unit, bound_address: None, detached: true };
         let checked = Self::new(&placement, available_bytes)?;
@@ -447,6 +448,7 @@ mod tests {
         let geometry = Geometry::foreign(16 * MIB + 4096, 8 * MIB, DataUnit::Bytes512, 0, 8 * MIB).unwrap();
         assert_eq!(geometry.physical_range(512..1024), Ok(16 * MIB + 4608..16 * MIB + 5120));
         assert_eq!((geometry.tweak_at(0).value(), geometry.tweak_at(512).value()), (0, 1));
+        assert_eq!((geometry.layout().tweak_at(0).value(), geometry.layout().tweak_at(512).value()), (0, 1));
         let foreign = |start, size, tweak, available| {
             Geometry::foreign(start, size, DataUnit::Bytes4096, tweak, available).unwrap_err()
         };

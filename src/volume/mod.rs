@@ -39,7 +39,7 @@ use crate::namespace::{
     self, Credential, FormatOptions, Geometry, HEADER_AREA_BYTES, Header, LockedNamespace, Namespace, UnlockError,
 };
 use crate::pmem::{Access, Backing, Granularity, MediaError};
-use crate::secret::{self, VolumeKey};
+use crate::secret::VolumeKey;
 use crate::xts::{BLOCK_BYTES as BLOCK_LEN, Backend};
 
 /// An unlocked namespace: plaintext by logical offset.
@@ -98,38 +98,34 @@ impl Volume {
     /// written, and [`Self::transform_step`] goes on.
     #[must_use]
     pub fn new(namespace: Namespace, backend: Backend) -> Self {
-        let (backing, header_backing) = (Arc::clone(namespace.backing()), Arc::clone(namespace.header_backing()));
         let (geometry, header) = (*namespace.geometry(), namespace.header());
-        let mut volume = Self::assemble(backing, header_backing, geometry, header, namespace.volume_key(), backend);
-        volume.engine = Mutex::new(Some(Engine::new(namespace, &volume.area)));
-        volume
+        let side = Side::new(geometry.layout(), namespace.volume_key(), backend);
+        let area = DataArea::new(Arc::clone(namespace.backing()), geometry, side, header.discards);
+        let header_backing = Arc::clone(namespace.header_backing());
+        let engine = Engine::new(namespace, &area);
+        Self::assemble(area, header, header_backing, Some(engine))
     }
 
     /// The decrypted view of a LUKS2 volume.
     #[must_use]
     pub fn from_luks2(unlocked: luks2::Unlocked, backend: Backend) -> Self {
         let (backing, header_backing, geometry, header, key) = unlocked.into_parts();
-        Self::assemble(backing, header_backing, geometry, header, &key, backend)
+        let side = Side::new(geometry.layout(), &key, backend);
+        let area = DataArea::new(backing, geometry, side, header.discards);
+        Self::assemble(area, header, header_backing, None)
     }
 
     /// The same data area under another key: what its blocks read as, and what is written there, is nobody's but the
     /// holder's of that key. For filling a data area with noise.
     #[must_use]
     pub fn under_another_key(namespace: &Namespace, key: &VolumeKey, backend: Backend) -> Self {
-        let (backing, header_backing) = (Arc::clone(namespace.backing()), Arc::clone(namespace.header_backing()));
-        Self::assemble(backing, header_backing, *namespace.geometry(), namespace.header(), key, backend)
+        let (geometry, header) = (*namespace.geometry(), namespace.header());
+        let side = Side::new(geometry.layout(), key, backend);
+        let area = DataArea::new(Arc::clone(namespace.backing()), geometry, side, header.discards);
+        Self::assemble(area, header, Arc::clone(namespace.header_backing()), None)
     }
 
-    fn assemble(
-        backing: Arc<Backing>,
-        header_backing: Arc<Backing>,
-        geometry: Geometry,
-        header: Header,
-        key: &VolumeKey,
-        backend: Backend,
-    ) -> Self {
-        let side = secret::with_wiped_stack(|| Side::new(geometry.layout(), key, backend));
-        let area = DataArea::new(backing, geometry, side, header.discards);
+    fn assemble(area: DataArea, header: Header, header_backing: Arc<Backing>, engine: Option<Engine>) -> Self {
         Self {
             area,
             header,
@@ -138,7 +134,7 @@ impl Volume {
             window: OnceLock::new(),
             claims: Claims::default(),
             locked: AtomicBool::new(false),
-            engine: Mutex::new(None),
+            engine: Mutex::new(engine),
         }
     }
 

@@ -8,7 +8,7 @@ use std::ops::Range;
 use crate::memory::{Source, Store, Target};
 use crate::namespace::Layout;
 use crate::pmem::{Backing, MediaError};
-use crate::secret::VolumeKey;
+use crate::secret::{self, VolumeKey};
 use crate::xts::{BLOCK_BYTES as BLOCK_LEN, Backend, DataUnit, Span, XtsKey};
 
 /// Shorter stores than this stay in the cache: a line or two is cheaper to write back than to bypass.
@@ -29,7 +29,7 @@ impl Side {
     /// Expands the key.
     pub(crate) fn new(layout: Layout, key: &VolumeKey, backend: Backend) -> Self {
         let unit = DataUnit::from_len_bytes(u64::from(layout.unit().bytes())).expect("both layers know the same units");
-        Self { layout, unit, key: XtsKey::new(key, backend) }
+        Self { layout, unit, key: secret::with_wiped_stack(|| XtsKey::new(key, backend)) }
     }
 
     pub(crate) const fn key(&self) -> &XtsKey {

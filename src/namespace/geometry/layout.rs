@@ -101,10 +101,10 @@ impl Geometry {
     /// Where the data lies and which tweaks cover it.
     #[must_use]
     pub fn layout(&self) -> Layout {
-        let data_start = self.data_start();
         Layout {
-            data_start,
-            first_address: data_start + self.bound_address.unwrap_or(0),
+            data_start: self.data_start(),
+            // Not from the place: the tweaks of other formats begin elsewhere.
+            first_address: self.first_tweak * TWEAK_STEP_BYTES,
             size_bytes: self.size_bytes,
             unit: self.unit,
         }
