@@ -47,6 +47,16 @@ fn a_backup_brings_an_erased_namespace_back() {
 }
 
 #[test]
+fn a_backup_from_before_a_rekey_is_refused() {
+    let bench = vault();
+    bench.run(&["header", "backup", "vault.img", "vault.backup"]).succeeds();
+    bench.run(&["rekey", "vault.img", KEY[0], KEY[1]]).succeeds();
+    let restore = ["header", "restore", "vault.img", "vault.backup", KEY[0], KEY[1]];
+    bench.refused(&restore, 1, &["re-keyed since the backup", "--force"]);
+    bench.run(&["key", "test", "vault.img", KEY[0], KEY[1]]).succeeds();
+}
+
+#[test]
 fn a_backup_of_another_namespace_or_place_is_refused() {
     let bench = vault();
     bench.format("other.img", "4M", &[]);

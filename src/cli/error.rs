@@ -263,6 +263,9 @@ impl Error {
             Self::Region { source: RegionError::NoSuchName { .. }, path } => {
                 Some(format!("`daxcrypt region list {}` shows which there are", path.display()))
             }
+            Self::Update { source: UpdateError::OtherVolumeKey, .. } => {
+                Some("--force restores it all the same, and the data then reads as noise".into())
+            }
             Self::Update { source: UpdateError::LastSlot { .. }, .. } => {
                 Some("--force removes it all the same; `daxcrypt key add` makes another one first".into())
             }

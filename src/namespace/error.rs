@@ -192,6 +192,9 @@ pub enum UpdateError {
     /// The namespace keeps no key, hence no header that could be authenticated.
     #[error("an ephemeral namespace has a fixed header and no key slots")]
     Ephemeral,
+    /// The header on media is that of another volume key.
+    #[error("the header here is under another volume key, and so is the data: it was re-keyed since the backup")]
+    OtherVolumeKey,
     /// There is no such slot number.
     #[error("key slot {id} does not exist: slots are numbered 0 to {}", SLOT_COUNT_MAX - 1)]
     SlotNumber {

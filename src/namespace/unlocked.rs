@@ -94,8 +94,15 @@ impl Namespace {
     ///
     /// # Errors
     ///
-    /// [`UpdateError`] when the header cannot be written.
+    /// [`UpdateError::OtherVolumeKey`] when the header that is there now has another volume key: it was re-keyed since the
+    /// backup. [`UpdateError::Write`] when the header cannot be written.
     pub fn write_header(&mut self) -> Result<(), UpdateError> {
+        let present = CopyName::BOTH.into_iter().filter_map(|name| self.area.read_copy(name).ok());
+        for copy in present.filter(|copy| copy.metadata.uuid == self.metadata.uuid) {
+            if !copy.is_genuine(&self.mac_key) {
+                return Err(UpdateError::OtherVolumeKey);
+            }
+        }
         self.update(self.metadata.clone())
     }
 
