@@ -49,7 +49,7 @@ pub(crate) const BATCH_PAGES: u64 = 64;
 pub(crate) struct Window {
     memory: WindowMemory,
     resident: PageSet,
-    /// Resident pages whose stores no view's page table tells of: made by [`Volume::store`](super::Volume::store), or
+    /// Resident pages whose stores no view's page table tells of: made by [`Volume::store_resident`](super::Volume::store_resident), or
     /// whose write-back failed.
     unsynced: PageSet,
     page_count: u64,
