@@ -15,16 +15,17 @@ use daxcrypt::dax::{DaxError, MapMode, MapOptions, Tracking};
 use daxcrypt::pmem::{Access, Backing, OpenError};
 use vault::{DATA, PAGE, Random, Vault, child_argument, child_command, load, pattern, store, writable};
 
-/// What the child does wrong, and the signal that must end it.
-const CASES: &[(&str, i32)] = &[
-    ("load a page that media cannot read", libc::SIGBUS),
-    ("load a page that media cannot read, after a sync", libc::SIGBUS),
-    ("load after lock", libc::SIGBUS),
-    ("load an eager map after lock", libc::SIGBUS),
-    ("load in a thread while the map is dropped", libc::SIGBUS),
-    ("wait for a page while the volume is locked", libc::SIGBUS),
-    ("store to a read-only map", libc::SIGSEGV),
-    ("load from an exclusive map after lock", libc::SIGBUS),
+/// What the child does wrong, and the signals that may end it: after `close` the address is nobody's, so a thread that
+/// comes late finds no mapping at all.
+const CASES: &[(&str, &[i32])] = &[
+    ("load a page that media cannot read", &[libc::SIGBUS]),
+    ("load a page that media cannot read, after a sync", &[libc::SIGBUS]),
+    ("load after lock", &[libc::SIGBUS]),
+    ("load an eager map after lock", &[libc::SIGBUS]),
+    ("load in a thread while the map is dropped", &[libc::SIGBUS, libc::SIGSEGV]),
+    ("wait for a page while the volume is locked", &[libc::SIGBUS]),
+    ("store to a read-only map", &[libc::SIGSEGV]),
+    ("load from an exclusive map after lock", &[libc::SIGBUS]),
 ];
 
 #[test]
@@ -33,7 +34,7 @@ fn wrong_touches_end_in_a_signal_and_not_in_wrong_bytes() {
         commit(&case);
         return;
     }
-    for &(case, signal) in CASES {
+    for &(case, signals) in CASES {
         let mut child = child_command("wrong_touches_end_in_a_signal_and_not_in_wrong_bytes", case)
             .stdout(Stdio::null())
             .spawn()
@@ -49,7 +50,7 @@ fn wrong_touches_end_in_a_signal_and_not_in_wrong_bytes() {
             }
             thread::sleep(Duration::from_millis(5));
         };
-        assert_eq!(status.signal(), Some(signal), "{case}: {status}");
+        assert!(status.signal().is_some_and(|signal| signals.contains(&signal)), "{case}: {status}");
     }
 }
 

@@ -374,8 +374,9 @@ fn rule_19_stopping_answers_with_eshutdown_and_disc_finishes_what_runs() {
     let mut raw = Raw::in_transmission(&server.path, "simple");
     let mut idle = Raw::greeted(&server.path);
     let mut silent = Raw::connect(&server.path);
+    let reads = export.reads.load(Ordering::Relaxed);
     raw.request(READ, 0, 1, 0, 4);
-    std::thread::sleep(Duration::from_millis(20));
+    eventually("a running request", || export.reads.load(Ordering::Relaxed) > reads);
     server.handle.stop();
     assert_eq!(raw.errno(), 0, "a running request is answered");
     raw.take(4);
@@ -397,8 +398,9 @@ fn a_server_that_hangs_up_answers_what_it_has_and_refuses_nothing() {
     let mut idle = Raw::in_transmission(&server.path, "simple");
     let mut raw = Raw::in_transmission(&server.path, "simple");
     export.slow.store(50, Ordering::Relaxed);
+    let reads = export.reads.load(Ordering::Relaxed);
     raw.request(READ, 0, 1, 0, 4);
-    std::thread::sleep(Duration::from_millis(20));
+    eventually("a running request", || export.reads.load(Ordering::Relaxed) > reads);
     server.handle.stop();
     // Comes after the stop, so it is for the next server.
     raw.request(READ, 0, 2, 0, 4);

@@ -11,9 +11,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Bench, CHEAP_KDF, Run, noise};
+use common::{Bench, CHEAP_KDF, Run, noise, open_when_free};
 use daxcrypt::namespace::{Credential, LockedNamespace};
-use daxcrypt::pmem::{Access, Backing, OpenError};
 use daxcrypt::secret::SecretBytes;
 use daxcrypt::volume::Volume;
 use rustix::process::{Pid, Signal, kill_process};
@@ -22,16 +21,7 @@ const KEY: [&str; 2] = ["--key-file", "vault.key"];
 
 fn volume(bench: &Bench, key: &str) -> Volume {
     let key = Credential::KeyFile(SecretBytes::copy_of(&fs::read(bench.path(key)).unwrap()));
-    let path = bench.path("vault.img");
-    let mut backing = Backing::open(&path, Access::ReadWrite);
-    for _ in 0..1000 {
-        if !matches!(backing, Err(OpenError::Busy)) {
-            break;
-        }
-        thread::sleep(Duration::from_millis(2));
-        backing = Backing::open(&path, Access::ReadWrite);
-    }
-    let backing = backing.unwrap();
+    let backing = open_when_free(&bench.path("vault.img"));
     LockedNamespace::open(Arc::new(backing)).unwrap().unlock(&key).unwrap()
 }
 
@@ -196,9 +186,8 @@ fn serve_goes_on_with_an_interrupted_rekey_unless_it_is_paused() {
     assert!(is_rekeying(&bench), "paused");
     server.stop();
     // A pause ends with --resume; stop that one at once, so that the server has something left to do.
-    let args = [&["rekey", "vault.img", "--resume", "--max-rate", "1K"], &KEY[..]].concat();
-    let mut child = bench.command(&args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    thread::sleep(Duration::from_millis(400));
+    let mut child =
+        bench.under_way(&[&["rekey", "vault.img", "--resume", "--max-rate", "1K", "--json"], &KEY[..]].concat());
     kill_process(Pid::from_child(&child), Signal::INT).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(6));
 

@@ -13,9 +13,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use common::{Bench, noise};
+use common::{Bench, noise, open_when_free};
 use daxcrypt::namespace::{Credential, LockedNamespace, Namespace, RekeyOptions};
-use daxcrypt::pmem::{Access, Backing, OpenError};
 use daxcrypt::secret::SecretBytes;
 use daxcrypt::volume::Volume;
 use daxcrypt::xts::Backend;
@@ -33,17 +32,8 @@ fn credential(bench: &Bench) -> Credential {
 }
 
 fn namespace(bench: &Bench) -> Namespace {
-    // A child of the other test holds our descriptors, with their locks, from fork to exec.
-    let path = bench.path("vault.img");
-    let mut backing = Backing::open(&path, Access::ReadWrite);
-    for _ in 0..1000 {
-        if !matches!(backing, Err(OpenError::Busy)) {
-            break;
-        }
-        thread::sleep(Duration::from_millis(2));
-        backing = Backing::open(&path, Access::ReadWrite);
-    }
-    LockedNamespace::open(Arc::new(backing.unwrap())).unwrap().unlock_key(&credential(bench)).unwrap()
+    let backing = open_when_free(&bench.path("vault.img"));
+    LockedNamespace::open(Arc::new(backing)).unwrap().unlock_key(&credential(bench)).unwrap()
 }
 
 fn volume(bench: &Bench) -> Volume {
@@ -64,29 +54,43 @@ fn vault() -> (Bench, Vec<u8>) {
     (bench, bytes)
 }
 
-/// Milliseconds until the kill, different each time, from a process that has hardly begun to one that is busy.
-fn patience(round: u64, max_ms: u64) -> Duration {
-    let word = u64::from_le_bytes(noise(round, 8).try_into().unwrap());
-    Duration::from_millis(1 + word % max_ms)
+/// How long a process lives: different each time, from one that has hardly begun to one that is busy. A loaded machine
+/// is slower, so the longest life grows as long as kills come too early, and shrinks when they come too late.
+struct Patience {
+    max_us: u64,
+}
+
+impl Patience {
+    fn next(&self, round: u64) -> Duration {
+        let word = u64::from_le_bytes(noise(round, 8).try_into().unwrap());
+        Duration::from_micros(1000 + word % self.max_us)
+    }
+
+    fn learn(&mut self, too_early: bool) {
+        self.max_us = if too_early { self.max_us * 5 / 4 } else { self.max_us * 9 / 10 }.clamp(10_000, 10_000_000);
+    }
 }
 
 #[test]
 fn offline_rekeys_survive_being_killed() {
     let (bench, mut bytes) = vault();
     let (mut begun, mut ended, mut mid_way) = (0, 0, 0);
+    let mut patience = Patience { max_us: 70_000 };
     for round in 0..kills() {
         let under_way = namespace(&bench).pending_transform().is_some();
         begun += u64::from(!under_way);
         let more: &[&str] = if under_way { &["--resume"] } else { &[] };
         let args = [&["rekey", "vault.img"], &KEY[..], more].concat();
         let mut child = bench.command(&args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        thread::sleep(patience(round, 70));
+        thread::sleep(patience.next(round));
         child.kill().unwrap();
         ended += u64::from(child.wait().unwrap().success());
 
         let volume = volume(&bench);
         let progress = volume.transform();
-        mid_way += u64::from(progress.is_some_and(|progress| progress.done_bytes > 0));
+        let moved = progress.is_some_and(|progress| progress.done_bytes > 0);
+        mid_way += u64::from(moved);
+        patience.learn(!moved && progress.is_some());
         assert!(content(&volume) == bytes, "round {round}, at {progress:?}");
         // On both sides of wherever the boundary is.
         let at = usize::try_from(progress.map_or(0, |progress| progress.done_bytes)).unwrap();
@@ -136,6 +140,7 @@ fn write_until_killed(socket: &std::path::Path, round: u64, bytes: &mut [u8]) ->
 fn rekeys_of_a_served_namespace_survive_being_killed_while_somebody_writes() {
     let (bench, mut bytes) = vault();
     let (mut begun, mut mid_way) = (0, 0);
+    let mut patience = Patience { max_us: 120_000 };
     for round in 0..kills() {
         let mut namespace = namespace(&bench);
         if namespace.pending_transform().is_none() {
@@ -145,8 +150,9 @@ fn rekeys_of_a_served_namespace_survive_being_killed_while_somebody_writes() {
         drop(namespace);
         let server = bench.serve("vault.img", &["--rekey-max-rate", "200M"]);
         let pid = Pid::from_child(&server.child);
+        let life = patience.next(round);
         let killer = thread::spawn(move || {
-            thread::sleep(patience(round, 120));
+            thread::sleep(life);
             kill_process(pid, Signal::KILL).unwrap();
         });
         let (at, data) = write_until_killed(&server.socket, round, &mut bytes);
@@ -156,14 +162,17 @@ fn rekeys_of_a_served_namespace_survive_being_killed_while_somebody_writes() {
 
         let volume = volume(&bench);
         let found = content(&volume);
-        mid_way += u64::from(volume.transform().is_some_and(|progress| progress.done_bytes > 0));
+        let progress = volume.transform();
+        let moved = progress.is_some_and(|progress| progress.done_bytes > 0);
+        mid_way += u64::from(moved);
+        patience.learn(!moved && progress.is_some());
         // The write that was not answered may have happened, in part; every block of it is old or new.
         for (index, byte) in data.iter().enumerate() {
             if found[at + index] == *byte {
                 bytes[at + index] = *byte;
             }
         }
-        assert!(found == bytes, "round {round}, at {:?}", volume.transform());
+        assert!(found == bytes, "round {round}, at {progress:?}");
     }
     println!("kills while serving: {} kills, {begun} re-keys begun, {mid_way} found mid way", kills());
     assert!(mid_way > 0, "no kill has met a re-key mid way");

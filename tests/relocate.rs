@@ -11,9 +11,9 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use common::{Bench, CHEAP_KDF, Run, noise};
+use common::{Bench, CHEAP_KDF, Run, noise, open_when_free};
 use daxcrypt::namespace::{Credential, LockedNamespace};
-use daxcrypt::pmem::{Access, Backing, OpenError};
+use daxcrypt::pmem::{Access, Backing};
 use daxcrypt::secret::SecretBytes;
 use daxcrypt::volume::Volume;
 use rustix::process::{Pid, Signal, kill_process};
@@ -23,16 +23,7 @@ const HEADER: usize = 2 << 20;
 
 fn volume(bench: &Bench, name: &str) -> Volume {
     let key = Credential::KeyFile(SecretBytes::copy_of(&fs::read(bench.path("vault.key")).unwrap()));
-    let path = bench.path(name);
-    let mut backing = Backing::open(&path, Access::ReadWrite);
-    for _ in 0..1000 {
-        if !matches!(backing, Err(OpenError::Busy)) {
-            break;
-        }
-        thread::sleep(Duration::from_millis(2));
-        backing = Backing::open(&path, Access::ReadWrite);
-    }
-    let backing = backing.unwrap();
+    let backing = open_when_free(&bench.path(name));
     LockedNamespace::open(Arc::new(backing)).unwrap().unlock(&key).unwrap()
 }
 
@@ -113,12 +104,8 @@ fn other_slots_are_named_before_they_are_lost() {
 fn a_relocation_that_is_stopped_leaves_the_source_and_nothing_that_opens() {
     let (bench, bytes) = vault("6M", &[]);
     for (signal, code) in [(Signal::INT, Some(6)), (Signal::KILL, None)] {
-        let args = [&["relocate", "vault.img", "new.img", "--max-rate", "2M"], &KEY[..]].concat();
-        let mut child = bench.command(&args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        while !bench.path("new.img").exists() {
-            thread::sleep(Duration::from_millis(5));
-        }
-        thread::sleep(Duration::from_millis(400));
+        let args = [&["relocate", "vault.img", "new.img", "--max-rate", "2M", "--json"], &KEY[..]].concat();
+        let mut child = bench.under_way(&args);
         kill_process(Pid::from_child(&child), signal).unwrap();
         assert_eq!(child.wait().unwrap().code(), code);
         assert!(content(&bench, "vault.img") == bytes);

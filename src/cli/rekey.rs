@@ -92,6 +92,7 @@ pub(crate) fn run(args: &RekeyArgs) -> Result<(), Error> {
     }
     let access = if args.dry_run { Access::ReadOnly } else { Access::ReadWrite };
     let (mut namespace, credential) = open::namespace_and_credential(&args.place, access, &args.key)?;
+    let stop = catch_signals()?; // not before the prompt, which a signal may end
     if args.pause {
         namespace.set_transform_paused(true).map_err(|source| args.failed(source))?;
         outln!("{}: paused; `daxcrypt rekey --resume` goes on", args.place.path.display())?;
@@ -111,7 +112,7 @@ pub(crate) fn run(args: &RekeyArgs) -> Result<(), Error> {
     }
     drop(credential);
     let volume = Volume::new(namespace, Backend::from_env()?);
-    let progress = finish(&volume, &args.pace).map_err(|error| error.at(&args.place.path))?;
+    let progress = finish(&volume, &args.pace, &stop).map_err(|error| error.at(&args.place.path))?;
     if !args.pace.json {
         outln!("{}: every byte is under the new volume key ({}/s)", args.place.path.display(), ByteSize(progress))?;
     }
@@ -121,7 +122,6 @@ pub(crate) fn run(args: &RekeyArgs) -> Result<(), Error> {
 /// Why the data did not all move.
 pub(crate) enum Stopped {
     Failed(TransformError),
-    Signal(std::io::Error),
     Interrupted { done_bytes: u64, total_bytes: u64 },
 }
 
@@ -129,7 +129,6 @@ impl Stopped {
     pub(crate) fn at(self, path: &Path) -> Error {
         match self {
             Self::Failed(source) => Error::Rekey { path: path.into(), source: source.into() },
-            Self::Signal(source) => Error::Io { doing: "cannot catch SIGINT and SIGTERM", source },
             Self::Interrupted { done_bytes, total_bytes } => {
                 Error::RekeyStopped { path: path.into(), done: ByteSize(done_bytes), total: ByteSize(total_bytes) }
             }
@@ -137,9 +136,8 @@ impl Stopped {
     }
 }
 
-/// Moves the data until the end, or until SIGINT or SIGTERM; the rate in bytes a second.
-pub(crate) fn finish(volume: &Volume, pace: &PaceArgs) -> Result<u64, Stopped> {
-    let stop = stop_flag().map_err(Stopped::Signal)?;
+/// Moves the data until the end, or until `stop`; the rate in bytes a second.
+pub(crate) fn finish(volume: &Volume, pace: &PaceArgs, stop: &AtomicBool) -> Result<u64, Stopped> {
     let Some(first) = volume.transform() else { return Ok(0) };
     let mut progress = Progress::new(first.done_bytes, first.total_bytes, pace.json, pace.max_rate);
     let mut done_bytes = first.done_bytes;
@@ -215,7 +213,7 @@ fn follow(
     mut done_bytes: u64,
     total_bytes: u64,
 ) -> Result<(), Error> {
-    let stop = stop_flag().map_err(|source| Error::Io { doing: "cannot catch SIGINT and SIGTERM", source })?;
+    let stop = catch_signals()?;
     let mut progress = Progress::new(done_bytes, total_bytes, args.pace.json, None);
     while !stop.load(Ordering::Relaxed) {
         let answer = request.ask(socket, None);
@@ -248,10 +246,12 @@ impl Answer {
     }
 }
 
-fn stop_flag() -> std::io::Result<Arc<AtomicBool>> {
+/// What SIGINT and SIGTERM set from now on.
+pub(crate) fn catch_signals() -> Result<Arc<AtomicBool>, Error> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register(signal, Arc::clone(&stop))?;
+        signal_hook::flag::register(signal, Arc::clone(&stop))
+            .map_err(|source| Error::Io { doing: "cannot catch SIGINT and SIGTERM", source })?;
     }
     Ok(stop)
 }

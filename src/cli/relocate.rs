@@ -14,7 +14,7 @@ use super::error::Error;
 use super::open;
 use super::output::outln;
 use super::place::PlaceArgs;
-use super::rekey::{PaceArgs, finish, other_slots};
+use super::rekey::{PaceArgs, catch_signals, finish, other_slots};
 use super::size::ByteSize;
 use super::transfer::{Holes, Moved, Transfer};
 use crate::namespace::{
@@ -180,11 +180,12 @@ fn adopt(args: &RelocateArgs) -> Result<(), Error> {
     }
     let old_base = moved.header().base;
     let credential = args.key.read(Prompt::Once, &args.source.display().to_string())?;
+    let stop = catch_signals()?;
     let namespace = moved.adopt(&credential, &RekeyOptions::default()).map_err(failed)?;
     drop(credential);
     let base = namespace.geometry().base();
     let volume = Volume::new(namespace, Backend::from_env()?);
-    let rate = finish(&volume, &args.pace).map_err(|error| error.at(&args.source))?;
+    let rate = finish(&volume, &args.pace, &stop).map_err(|error| error.at(&args.source))?;
     if !args.pace.json {
         outln!(
             "{}: written for byte {old_base}, now at home at byte {base} under a new volume key ({}/s)",

@@ -8,12 +8,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
 use zeroize::Zeroizing;
 
 use super::error::Error;
 use super::progress::Progress;
-use super::rekey::PaceArgs;
+use super::rekey::{PaceArgs, catch_signals};
 use super::size::ByteSize;
 use crate::volume::{Volume, VolumeError};
 
@@ -33,12 +32,7 @@ pub(crate) struct Transfer<'a> {
 impl<'a> Transfer<'a> {
     /// Errors name `path`. SIGINT and SIGTERM are caught from here on.
     pub(crate) fn new(path: &'a Path, pace: &'a PaceArgs) -> Result<Self, Error> {
-        let stop = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM] {
-            signal_hook::flag::register(signal, Arc::clone(&stop))
-                .map_err(|source| Error::Io { doing: "cannot catch SIGINT and SIGTERM", source })?;
-        }
-        Ok(Self { path, pace, stop })
+        Ok(Self { path, pace, stop: catch_signals()? })
     }
 
     /// Runs `step` on pieces of `0..total_bytes`, each with a buffer of its length. `step` may return fewer bytes than it

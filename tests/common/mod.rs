@@ -3,13 +3,14 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use daxcrypt::pmem::{Access, Backing, OpenError};
 use rustix::process::{Pid, Signal, kill_process};
 
 pub mod mount;
@@ -57,6 +58,19 @@ impl Bench {
         self.run(&args).succeeds();
     }
 
+    /// Starts a long command with `--json` among its `args`, and waits until it tells of progress.
+    pub fn under_way(&self, args: &[&str]) -> Child {
+        let mut child = self.command(args).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("\"progress\"") {
+            line.clear();
+            assert!(lines.read_line(&mut line).unwrap() > 0, "{args:?} ended without a word of progress");
+        }
+        child.stdout = Some(lines.into_inner());
+        child
+    }
+
     /// Writes a file with mode 0600.
     pub fn secret(&self, name: &str, content: &[u8]) {
         fs::write(self.path(name), content).unwrap();
@@ -77,6 +91,18 @@ impl Bench {
         let mut args = vec!["serve", name, "--key-file", "vault.key", "--socket", socket.to_str().unwrap()];
         args.extend(more);
         Server::start(self.command(&args), socket)
+    }
+}
+
+/// Opens a backing to write, as soon as nobody has it: a child that another thread has just forked holds our descriptors,
+/// with their locks, until it executes.
+pub fn open_when_free(path: &Path) -> Backing {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match Backing::open(path, Access::ReadWrite) {
+            Err(OpenError::Busy) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(2)),
+            opened => return opened.unwrap(),
+        }
     }
 }
 
