@@ -1,6 +1,6 @@
 //! What can go wrong with a volume.
 
-use crate::namespace::{FormatError, TransformError};
+use crate::namespace::{FormatError, TransformError, UpdateError};
 use crate::pmem::{MediaError, OpenError};
 use crate::xts::BackendError;
 
@@ -44,6 +44,12 @@ pub enum VolumeError {
         /// End, exclusive.
         end: u64,
     },
+    /// There is a direct map.
+    #[error("the volume is mapped: its maps must be closed first")]
+    Mapped,
+    /// The header could not be changed.
+    #[error("the header could not be changed")]
+    Update(#[source] Box<UpdateError>),
     /// A re-key failed.
     #[error("the re-key failed")]
     Transform(#[source] Box<TransformError>),

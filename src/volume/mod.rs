@@ -12,6 +12,7 @@
 mod area;
 mod claims;
 mod error;
+mod life;
 mod range_lock;
 mod side;
 mod transform;

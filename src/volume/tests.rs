@@ -324,3 +324,23 @@ fn holes_that_are_written_while_they_are_read_never_read_as_noise() {
         }
     });
 }
+
+#[test]
+fn the_mark_of_a_volume_in_use_waits_for_its_maps_and_is_not_for_read_only_ones() {
+    let fixture = Fixture::new(Cipher::Aes256Xts, Bytes4096, false);
+    let volume = Arc::new(fixture.format().0);
+    volume.mark_in_use().unwrap();
+    let map = volume.map(0..SIZE, &crate::dax::MapOptions::new().writable()).unwrap();
+    assert!(matches!(volume.mark_closed(), Err(VolumeError::Mapped)));
+    map.close().unwrap();
+    drop(volume);
+    let volume = fixture.reopen(Access::ReadOnly);
+    assert!(volume.header().unclean);
+    assert!(matches!(volume.mark_in_use(), Err(VolumeError::ReadOnly)));
+    drop(volume);
+    fixture.reopen(Access::ReadWrite).mark_closed().unwrap();
+    let volume = fixture.reopen(Access::ReadWrite);
+    assert!(!volume.header().unclean);
+    volume.lock().unwrap();
+    assert!(matches!(volume.mark_in_use(), Err(VolumeError::Locked)));
+}

@@ -18,7 +18,9 @@ use std::sync::{MutexGuard, PoisonError};
 use super::area::DataArea;
 use super::side::Side;
 use super::{Volume, VolumeError};
-use crate::namespace::{Credential, Namespace, Pending, RekeyOptions, SlotInfo, TransformError, WINDOW_BYTES_MAX};
+use crate::namespace::{
+    Credential, Namespace, Pending, RekeyOptions, SlotInfo, TransformError, UpdateError, WINDOW_BYTES_MAX,
+};
 use crate::pmem::{Access, MediaError};
 
 /// What windows are a multiple of, except the last one: both data units.
@@ -68,6 +70,11 @@ impl Engine {
 
     pub(super) fn into_namespace(self) -> Namespace {
         self.namespace
+    }
+
+    /// Records whether the namespace is in use, unless the header says so already.
+    pub(super) fn mark(&mut self, in_use: bool) -> Result<(), UpdateError> {
+        if self.namespace.header().unclean == in_use { Ok(()) } else { self.namespace.set_unclean(in_use) }
     }
 
     fn progress(&self) -> Option<TransformProgress> {
