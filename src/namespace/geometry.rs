@@ -285,6 +285,11 @@ impl Geometry {
         self.size_bytes
     }
 
+    /// The same with another size, which has been checked against the place.
+    pub(crate) const fn with_size(self, size_bytes: u64) -> Self {
+        Self { size_bytes, ..self }
+    }
+
     /// The data unit in bytes: 512 or 4096.
     #[must_use]
     pub const fn unit_bytes(&self) -> u32 {

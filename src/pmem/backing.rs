@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::error::{MediaError, OpenError};
 use super::granularity::{Finding, Granularity, GranularityReason};
+use super::lock::{self, LockRange};
 use super::mapping::Mapping;
 use super::medium::KernelMedium;
 use super::open::{OpenedFile, create_locked, map};
@@ -467,6 +468,20 @@ impl Backing {
             self.len_bytes.store(len_bytes, Ordering::Release);
         }
         Ok(())
+    }
+
+    /// Locks exactly `range` (not empty) from now on, instead of the bytes that were given to
+    /// [`OpenOptions::lock_range`]: the partition there has become longer or shorter.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::Busy`] when another user has a part of it: the lock is then as before.
+    pub fn lock_range(&self, range: Range<u64>) -> Result<(), OpenError> {
+        let Medium::Kernel(medium) = &self.medium else { return Ok(()) };
+        if !lock::try_lock(medium.file(), self.access, &LockRange::Bytes(range.clone())).map_err(OpenError::Io)? {
+            return Err(OpenError::Busy);
+        }
+        lock::unlock_outside(medium.file(), &range).map_err(OpenError::Io)
     }
 
     fn check_writable(&self) -> Result<(), MediaError> {

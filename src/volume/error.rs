@@ -47,6 +47,12 @@ pub enum VolumeError {
     /// There is a direct map.
     #[error("the volume is mapped: its maps must be closed first")]
     Mapped,
+    /// There is, or was, a direct map, whose window has the size of the volume.
+    #[error("the volume is mapped, or was: it keeps its size until it is opened again")]
+    WasMapped,
+    /// There is no header of a namespace that could be changed, as with a LUKS2 volume.
+    #[error("the volume has no header of a namespace, and so no size that could be changed")]
+    NoHeader,
     /// The header could not be changed.
     #[error("the header could not be changed")]
     Update(#[source] Box<UpdateError>),

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use super::volumes::Served;
-use crate::cli::control::{Answer, Request};
+use crate::cli::control::{Answer, RekeyRequest};
 use crate::cli::info::slot_line;
 use crate::cli::output::complain;
 use crate::cli::progress::Progress;
@@ -34,7 +34,7 @@ impl Served {
         }
     }
 
-    pub(super) fn begin(&mut self, request: &Request, credential: &Credential) -> Result<(), Answer> {
+    pub(super) fn begin(&mut self, request: &RekeyRequest, credential: &Credential) -> Result<(), Answer> {
         let volume = &self.volume;
         volume.use_slot_of(credential).map_err(|error| Answer::of(&error))?;
         let others = volume.other_slots();
@@ -59,12 +59,12 @@ impl Served {
                 tracing::error!(path = %path.display(), %error, "the re-key failed: reopen the namespace");
             }
         });
-        self.rekey = Some(Running { stop, thread });
+        self.running = Some(Running { stop, thread });
     }
 
     /// Ends the thread between two windows.
     pub(super) fn stop(&mut self) {
-        if let Some(running) = self.rekey.take() {
+        if let Some(running) = self.running.take() {
             running.stop.store(true, Ordering::Relaxed);
             let _ = running.thread.join(); // a panic has been printed
         }

@@ -1,13 +1,15 @@
 //! The volumes that are served, and what is done with each as a whole meanwhile: it is marked as in use, and the control
-//! socket has it re-keyed.
+//! socket has it re-keyed or resized.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::rekey::Running;
-use crate::cli::control::{Action, Answer, Request};
+use crate::cli::control::{Action, Answer, Command, RekeyRequest};
 use crate::cli::error::Error;
 use crate::cli::output::complain;
+use crate::cli::place::PlaceArgs;
+use crate::cli::resize::{self, Wanted};
 use crate::cli::size::ByteSize;
 use crate::namespace::Credential;
 use crate::volume::{Volume, VolumeError};
@@ -23,7 +25,7 @@ pub(super) struct Volumes {
 pub(super) struct Served {
     pub(super) path: PathBuf,
     pub(super) volume: Arc<Volume>,
-    pub(super) rekey: Option<Running>,
+    pub(super) running: Option<Running>,
 }
 
 impl Volumes {
@@ -34,7 +36,7 @@ impl Volumes {
 
     /// Takes note of a volume, says what was left undone with it, and goes on with its re-key if one may go on.
     pub(super) fn add(&self, path: PathBuf, volume: Arc<Volume>) {
-        let mut served = Served { path, volume, rekey: None };
+        let mut served = Served { path, volume, running: None };
         if served.volume.header().unclean {
             let path = served.path.display();
             complain(format_args!("{path}: it was not closed in order; nothing that a client had flushed is lost"));
@@ -71,34 +73,22 @@ impl Volumes {
 
     /// Answers what came in on the control socket.
     pub(super) fn answer(&self, received: &[u8]) -> String {
-        let answer = match Request::parse(received) {
-            Some((request, credential)) => self.obey(&request, &credential),
+        let answer = match Command::parse(received) {
+            Some(command) => self.obey(&command),
             None => Answer::Refused("the request cannot be read".into()),
         };
         serde_json::to_string(&answer).unwrap_or_default() + "\n"
     }
 
-    fn obey(&self, request: &Request, credential: &Credential) -> Answer {
+    fn obey(&self, command: &Command) -> Answer {
         let mut served = self.served();
-        let Some(served) = served.iter_mut().find(|served| served.volume.header().uuid == request.uuid) else {
+        let Some(served) = served.iter_mut().find(|served| served.volume.header().uuid == command.uuid()) else {
             return Answer::Refused("the server does not serve that namespace".into());
         };
-        let done = match request.rekey {
-            Action::Status => Ok(()),
-            Action::Begin => served.begin(request, credential),
-            Action::Pause => served.pause(),
-            Action::Resume => served.volume.set_transform_paused(false).map_err(|error| Answer::of(&error)),
-        };
-        if let Err(answer) = done {
-            return answer;
+        match command {
+            Command::Rekey(request, credential) => served.rekey(request, credential, self.rekey_rate),
+            Command::Resize(request) => served.resize(request.resize),
         }
-        if matches!(request.rekey, Action::Begin | Action::Resume) {
-            served.stop();
-            served.go_on(request.max_rate.map(ByteSize).or(self.rekey_rate));
-        }
-        let progress = served.volume.transform();
-        let progress = progress.map(|progress| (progress.done_bytes, progress.total_bytes));
-        Answer::State { progress, paused: served.volume.transform_paused() }
     }
 
     fn served(&self) -> MutexGuard<'_, Vec<Served>> {
@@ -107,8 +97,38 @@ impl Volumes {
 }
 
 impl Served {
+    fn rekey(&mut self, request: &RekeyRequest, credential: &Credential, rate: Option<ByteSize>) -> Answer {
+        let done = match request.rekey {
+            Action::Status => Ok(()),
+            Action::Begin => self.begin(request, credential),
+            Action::Pause => self.pause(),
+            Action::Resume => self.volume.set_transform_paused(false).map_err(|error| Answer::of(&error)),
+        };
+        if let Err(answer) = done {
+            return answer;
+        }
+        if matches!(request.rekey, Action::Begin | Action::Resume) {
+            self.stop();
+            self.go_on(request.max_rate.map(ByteSize).or(rate));
+        }
+        let progress = self.volume.transform();
+        let progress = progress.map(|progress| (progress.done_bytes, progress.total_bytes));
+        Answer::State { progress, paused: self.volume.transform_paused() }
+    }
+
+    /// Clients that connect from now on see the new size.
+    fn resize(&self, wanted: Wanted) -> Answer {
+        match resize::apply(&PlaceArgs::of(&self.path), &self.volume, wanted) {
+            Ok((old_bytes, new_bytes)) => {
+                tracing::info!(path = %self.path.display(), old_bytes, new_bytes, "resized");
+                Answer::Resized { old_bytes, new_bytes }
+            }
+            Err(error) => Answer::Refused(error.chain()),
+        }
+    }
+
     fn failed(&self, source: VolumeError) -> Error {
-        Error::Volume { path: self.path.clone(), source }
+        Error::of_volume(&self.path, source)
     }
 }
 

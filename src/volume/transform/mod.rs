@@ -77,6 +77,22 @@ impl Engine {
         if self.namespace.header().unclean == in_use { Ok(()) } else { self.namespace.set_unclean(in_use) }
     }
 
+    pub(super) const fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    pub(super) const fn namespace_mut(&mut self) -> &mut Namespace {
+        &mut self.namespace
+    }
+
+    /// Changes the size, first in the header and then in use.
+    pub(super) fn resize(&mut self, area: &DataArea, size_bytes: u64, even_smaller: bool) -> Result<(), UpdateError> {
+        self.namespace.resize(size_bytes, even_smaller)?;
+        let layout = self.namespace.geometry().layout();
+        area.resize(Side::new(layout, self.namespace.volume_key(), area.backend()), size_bytes);
+        Ok(())
+    }
+
     fn progress(&self) -> Option<TransformProgress> {
         let pending = self.namespace.pending_transform()?;
         let total_bytes = pending.source().size_bytes();
