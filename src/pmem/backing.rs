@@ -53,6 +53,7 @@ pub struct Backing {
     kind: BackingKind,
     access: Access,
     reason: GranularityReason,
+    disk_offset: u64,
     physical_address: Option<u64>,
     len_bytes: AtomicU64,
     growing: Mutex<()>,
@@ -104,13 +105,14 @@ impl Backing {
     ) -> Result<Self, OpenError> {
         let (mapping, finding) = map(&opened, access)?;
         let reason = GranularityReason::new(finding, forced);
-        let OpenedFile { file, kind, len_bytes, physical_address } = opened;
+        let OpenedFile { file, kind, len_bytes, disk_offset, physical_address } = opened;
         let medium = KernelMedium::new(file, kind, reason.granularity(), mapping.len_bytes() as u64);
         Ok(Self {
             path: path.to_path_buf(),
             kind,
             access,
             reason,
+            disk_offset,
             physical_address,
             len_bytes: AtomicU64::new(len_bytes),
             growing: Mutex::new(()),
@@ -146,6 +148,7 @@ impl Backing {
             kind: BackingKind::File,
             access: Access::ReadWrite,
             reason: GranularityReason::new(Finding::Simulated(options.granularity()), None),
+            disk_offset: 0,
             physical_address: None,
             len_bytes: AtomicU64::new(len_bytes as u64),
             growing: Mutex::new(()),
@@ -172,6 +175,7 @@ impl Backing {
             kind: BackingKind::File,
             access: Access::ReadWrite,
             reason: GranularityReason::new(Finding::Volatile, None),
+            disk_offset: 0,
             physical_address: None,
             len_bytes: AtomicU64::new(len_bytes),
             growing: Mutex::new(()),
@@ -227,6 +231,13 @@ impl Backing {
     #[must_use]
     pub const fn physical_address(&self) -> Option<u64> {
         self.physical_address
+    }
+
+    /// Where on its disk the first byte is: 0, but for a partition that the kernel has made of a block device its start.
+    /// Every range of a backing counts from its own first byte all the same.
+    #[must_use]
+    pub const fn disk_offset(&self) -> u64 {
+        self.disk_offset
     }
 
     /// Runs `f` on the bytes at `range`.

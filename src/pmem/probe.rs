@@ -31,6 +31,11 @@ impl Sysfs {
         self.disk(device).and_then(|(disk, _)| read_number(&disk.join("queue/dax"))) == Some(1)
     }
 
+    /// Where on its disk a block device begins, in bytes: not 0 for a partition.
+    pub(super) fn block_start_bytes(&self, device: Dev) -> u64 {
+        self.disk(device).map_or(0, |(_, start_bytes)| start_bytes)
+    }
+
     /// The physical address of the first byte of a pmem block device or of a partition of one. Only root may read it.
     pub(super) fn block_physical_address(&self, device: Dev) -> Option<u64> {
         let (disk, start_bytes) = self.disk(device)?;
@@ -138,6 +143,7 @@ mod tests {
         let (_root, sysfs) = tree();
         assert_eq!(sysfs.block_physical_address(makedev(259, 0)), Some(0x1_4000_0000));
         assert_eq!(sysfs.block_physical_address(makedev(259, 1)), Some(0x1_4000_0000 + 4096 * 512));
+        assert_eq!([0, 1].map(|minor| sysfs.block_start_bytes(makedev(259, minor))), [0, 4096 * 512]);
         assert_eq!(sysfs.block_physical_address(makedev(8, 0)), None);
         assert_eq!(sysfs.block_physical_address(makedev(1, 1)), None);
     }
