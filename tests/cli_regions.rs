@@ -282,3 +282,40 @@ fn completions_and_manual_pages_know_every_command() {
     }
     bench.run(&["man", "nowhere"]).fails(4, &["nowhere"]);
 }
+
+#[test]
+fn a_table_has_the_sectors_of_its_device_or_those_that_were_asked_for() {
+    let bench = Bench::new();
+    let create = ["region", "create", "region.img", "--size", "32M", "--sector-size"];
+    bench.run(&[&create[..], &["1024"]].concat()).fails(1, &["512", "4096"]);
+    bench.run(&[&create[..], &["4096"]].concat()).succeeds();
+    bench.run(&["format", "region.img#a", "--size", "4M", KEY[0], KEY[1]]).succeeds();
+    bench.run(&["resize", "region.img#a", "--size", "6M", KEY[0], KEY[1]]).succeeds();
+    let image = bench.path("region.img");
+    let image = image.to_str().unwrap();
+    let losetup = Run::of(tool_command("losetup", &["--find", "--show", "--sector-size", "4096", image]));
+    if !losetup.status.success() {
+        eprintln!("skipped: a loop device needs root");
+        return;
+    }
+    let device = losetup.stdout.trim();
+    let sfdisk = |option: &str| Run::of(tool_command("sfdisk", &[option, device]));
+    let done = [
+        sfdisk("--json"),
+        sfdisk("--verify"),
+        bench.run(&["region", "create", device, "--force"]),
+        bench.run(&["format", &format!("{device}#b"), "--size", "4M", KEY[0], KEY[1]]),
+        sfdisk("--json"),
+    ];
+    let refused = bench.run(&["region", "create", device, "--force", "--sector-size", "512"]);
+    tool("losetup", &["--detach", device]);
+    let [of_file, verdict, _, _, of_device] = done.map(Run::succeeds);
+    refused.fails(1, &["has sectors of 4096 bytes"]);
+    assert!(verdict.stdout.contains("No errors detected"), "{}{}", verdict.stdout, verdict.stderr);
+    for (table, name, sectors) in [(of_file, "a", 2048), (of_device, "b", 1536)] {
+        let table: Value = serde_json::from_str(&table.stdout).unwrap();
+        let partition = &table["partitiontable"]["partitions"][0];
+        assert_eq!((&partition["name"], &partition["start"]), (&name.into(), &512.into()));
+        assert_eq!(partition["size"], sectors);
+    }
+}

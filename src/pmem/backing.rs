@@ -54,6 +54,7 @@ pub struct Backing {
     access: Access,
     reason: GranularityReason,
     disk_offset: u64,
+    sector_bytes: Option<u64>,
     physical_address: Option<u64>,
     len_bytes: AtomicU64,
     growing: Mutex<()>,
@@ -105,7 +106,7 @@ impl Backing {
     ) -> Result<Self, OpenError> {
         let (mapping, finding) = map(&opened, access)?;
         let reason = GranularityReason::new(finding, forced);
-        let OpenedFile { file, kind, len_bytes, disk_offset, physical_address } = opened;
+        let OpenedFile { file, kind, len_bytes, disk_offset, sector_bytes, physical_address } = opened;
         let medium = KernelMedium::new(file, kind, reason.granularity(), mapping.len_bytes() as u64);
         Ok(Self {
             path: path.to_path_buf(),
@@ -113,6 +114,7 @@ impl Backing {
             access,
             reason,
             disk_offset,
+            sector_bytes,
             physical_address,
             len_bytes: AtomicU64::new(len_bytes),
             growing: Mutex::new(()),
@@ -149,6 +151,7 @@ impl Backing {
             access: Access::ReadWrite,
             reason: GranularityReason::new(Finding::Simulated(options.granularity()), None),
             disk_offset: 0,
+            sector_bytes: None,
             physical_address: None,
             len_bytes: AtomicU64::new(len_bytes as u64),
             growing: Mutex::new(()),
@@ -176,6 +179,7 @@ impl Backing {
             access: Access::ReadWrite,
             reason: GranularityReason::new(Finding::Volatile, None),
             disk_offset: 0,
+            sector_bytes: None,
             physical_address: None,
             len_bytes: AtomicU64::new(len_bytes),
             growing: Mutex::new(()),
@@ -238,6 +242,13 @@ impl Backing {
     #[must_use]
     pub const fn disk_offset(&self) -> u64 {
         self.disk_offset
+    }
+
+    /// Bytes of the sectors that a block device is addressed by, 512 or 4096 as a rule; `None` for anything else, which has
+    /// none, and when the kernel does not say.
+    #[must_use]
+    pub const fn sector_bytes(&self) -> Option<u64> {
+        self.sector_bytes
     }
 
     /// Runs `f` on the bytes at `range`.

@@ -33,7 +33,7 @@ fn media() -> Media {
     let path: PathBuf = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&memory)).into();
     let file = std::fs::File::from(memory);
     file.set_len(DEVICE_BYTES).unwrap();
-    let mut region = Region::create(Arc::new(Backing::open(&path, Access::ReadWrite).unwrap())).unwrap();
+    let mut region = Region::create(Arc::new(Backing::open(&path, Access::ReadWrite).unwrap()), 512).unwrap();
     region.add("a", 2 << 20..4 << 20).unwrap();
     region.add("b", 6 << 20..10 << 20).unwrap();
     drop(region);
