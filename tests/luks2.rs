@@ -332,6 +332,35 @@ fn fix_checksums(bytes: &mut [u8]) {
     }
 }
 
+#[test]
+fn what_cryptsetup_overlooks_and_what_it_does_not_is_refused_by_name() {
+    let bench = bench();
+    luks_format(&bench, 20, &PBKDF2);
+    let path = bench.path("data.img");
+    let good = fs::read(&path).unwrap();
+    let refused = |change: &dyn Fn(&mut Value), words: &[&str]| {
+        let bytes = with_metadata(&good, change);
+        fs::write(&path, &bytes).unwrap();
+        bench.run(&["info", "data.img", "--luks2"]).fails(3, words);
+        bench.run(&[&["serve", "data.img", "--luks2", "--socket", "s"][..], &PASS].concat()).fails(3, words);
+        assert!(fs::read(&path).unwrap() == bytes, "{words:?}: a refused volume was changed");
+        cryptsetup(&bench, "open", &["--test-passphrase", "data.img"]).status.success()
+    };
+    // With one segment its tweak is ignored there: such a volume would be read with other tweaks than it says.
+    assert!(refused(&|metadata| metadata["segments"]["0"]["iv_tweak"] = json!("8"), &["iv_tweak of 8", "only 0"]));
+    let requirement = |metadata: &mut Value| {
+        metadata["config"]["requirements"] = json!({"mandatory": ["time-travel"]});
+    };
+    refused(&requirement, &["time-travel"]);
+    refused(
+        &|metadata| {
+            metadata["segments"]["0"]["integrity"] =
+                json!({"type": "hmac(sha256)", "journal_encryption": "none", "journal_integrity": "none"});
+        },
+        &["integrity"],
+    );
+}
+
 /// Every place in a value, as a JSON pointer.
 fn pointers(value: &Value, at: &str, into: &mut Vec<String>) {
     let children: Vec<(String, &Value)> = match value {
