@@ -20,6 +20,8 @@ use crate::secret::SecretBytes;
 
 /// How long an answer may take: Argon2id for every slot comes before it.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How often a command is sent that the server does not hear.
+const TRIES: u32 = 5;
 /// The longest answer that is read, in bytes.
 const ANSWER_BYTES_MAX: u64 = 1 << 20;
 
@@ -128,6 +130,23 @@ impl RekeyRequest {
 
 /// Sends a line and what belongs behind it, and waits for the answer.
 fn ask(socket: &Path, line: &impl Serialize, secret: &[u8]) -> io::Result<Answer> {
+    let mut tries = 1;
+    loop {
+        match ask_once(socket, line, secret) {
+            Err(error) if tries < TRIES && was_not_heard(&error) => tries += 1,
+            answered => return answered,
+        }
+    }
+}
+
+/// Whether the server has taken the silence before the command for a question, and told its status instead. What it has not
+/// read to the end it has not done.
+fn was_not_heard(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, InvalidData, NotConnected};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | InvalidData | NotConnected)
+}
+
+fn ask_once(socket: &Path, line: &impl Serialize, secret: &[u8]) -> io::Result<Answer> {
     let line = serde_json::to_vec(line)?;
     // One write, so that the server finds the whole line as soon as it finds something.
     let mut request = Zeroizing::new(Vec::with_capacity(line.len() + 1 + secret.len()));
@@ -141,4 +160,47 @@ fn ask(socket: &Path, line: &impl Serialize, secret: &[u8]) -> io::Result<Answer
     let mut answer = String::new();
     stream.take(ANSWER_BYTES_MAX).read_to_string(&mut answer)?;
     serde_json::from_str(&answer).map_err(io::Error::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use super::*;
+
+    /// A server that closes the first connections as `early` says, and answers the next one.
+    fn asked(early: &'static [&'static [u8]]) -> (io::Result<Answer>, usize) {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("control");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let server = thread::spawn(move || {
+            let mut heard = 0;
+            for answer in early.iter().copied().map(Some).chain([None]) {
+                let (mut stream, _) = listener.accept().unwrap();
+                match answer {
+                    Some(answer) => stream.write_all(answer).unwrap(),
+                    None => {
+                        let mut request = Vec::new();
+                        stream.read_to_end(&mut request).unwrap();
+                        heard += usize::from(request == b"{\"it\":1}\nsecret");
+                        stream.write_all(br#"{"resized":{"old_bytes":1,"new_bytes":2}}"#).unwrap();
+                    }
+                }
+            }
+            heard
+        });
+        let answer = ask(&socket, &serde_json::json!({"it": 1}), b"secret");
+        (answer, server.join().unwrap())
+    }
+
+    #[test]
+    fn a_command_that_was_taken_for_silence_is_sent_again_and_done_once() {
+        const STATUS: &[u8] = b"{\"uptime_seconds\": 3, \"exports\": []}\n";
+        for early in [&[][..], &[STATUS], &[STATUS; 4]] {
+            let (answer, heard) = asked(early);
+            assert!(matches!(answer, Ok(Answer::Resized { old_bytes: 1, new_bytes: 2 })), "{answer:?}");
+            assert_eq!(heard, 1);
+        }
+    }
 }

@@ -19,8 +19,9 @@ use super::socket::{self, Waited};
 const PATIENCE: Duration = Duration::from_secs(1);
 /// The longest HTTP request, in bytes.
 const REQUEST_BYTES_MAX: usize = 8 << 10;
-/// How long a questioner on the control socket may hesitate before the status is what it wants.
-const HESITATION: Duration = Duration::from_millis(50);
+/// How long a questioner on the control socket may hesitate before the status is what it wants: longer than a busy machine
+/// takes between its connecting and its writing. One that closes its side at once need not wait.
+const HESITATION: Duration = Duration::from_millis(500);
 /// The longest command, in bytes: a line, and a key file of 8 MiB.
 const COMMAND_BYTES_MAX: usize = (8 << 20) + (4 << 10);
 
