@@ -283,6 +283,57 @@ fn a_served_partition_grows_into_free_space_and_gives_space_back() {
 }
 
 #[test]
+fn without_a_size_it_becomes_all_that_the_file_has_now_also_with_a_detached_header() {
+    let bench = Bench::new();
+    bench.format("vault.img", "4M", &["--header", "vault.header"]);
+    let server = serve(&bench, &["--header", "vault.header", "--control", "control"]);
+    let resize = ["resize", "vault.img", "--header", "vault.header", "--control", "control"];
+    let file = File::options().write(true).open(bench.path("vault.img")).unwrap();
+    file.set_len(10 * MIB + 5000).unwrap();
+    let said = bench.run(&resize).succeeds().stdout;
+    assert!(said.contains("(was 4 MiB)"), "{said}");
+    assert_eq!(size(&server, "vault"), 10 * MIB + 4096);
+    bench.run(&[&resize[..], &["--size", "16M", "--sparse"]].concat()).succeeds();
+    tool("qemu-io", &["-f", "raw", "-c", "write -P 3 15M 1M", "-c", "read -P 3 15M 1M", &server.uri("vault")]);
+    server.stop();
+    let info = bench.run(&["info", "vault.img", "--header", "vault.header", "--json"]).succeeds().stdout;
+    assert_eq!(serde_json::from_str::<Value>(&info).unwrap()["size_bytes"], 16 * MIB);
+}
+
+/// Detaches a loop device.
+struct Detach(String);
+
+impl Drop for Detach {
+    fn drop(&mut self) {
+        let _ = tool_command("losetup", &["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_block_device_that_has_become_longer_is_used_while_it_is_served() {
+    let bench = Bench::new();
+    let disk = File::create(bench.path("disk.img")).unwrap();
+    disk.set_len(8 * MIB).unwrap();
+    let losetup = tool_command("losetup", &["--find", "--show", bench.path("disk.img").to_str().unwrap()]).output();
+    let Some(losetup) = losetup.ok().filter(|output| output.status.success()) else {
+        return eprintln!("skipped: a loop device needs root");
+    };
+    let device = Detach(String::from_utf8(losetup.stdout).unwrap().trim().to_owned());
+    std::os::unix::fs::symlink(&device.0, bench.path("vault.img")).unwrap();
+    bench.run(&["format", "vault.img", "--key-file", "vault.key"]).succeeds();
+    let server = serve(&bench, &["--control", "control"]);
+    assert_eq!(size(&server, "vault"), 6 * MIB);
+    let resize = ["resize", "vault.img", "--control", "control"];
+    bench.run(&[&resize[..], &["--size", "10M"]].concat()).fails(1, &["needs 12582912 bytes", "8388608 bytes"]);
+    disk.set_len(12 * MIB).unwrap();
+    tool("losetup", &["--set-capacity", &device.0]);
+    bench.run(&resize).succeeds();
+    assert_eq!(size(&server, "vault"), 10 * MIB);
+    tool("qemu-io", &["-f", "raw", "-c", "write -P 3 0 10M", "-c", "read -P 3 0 10M", &server.uri("vault")]);
+    server.stop();
+}
+
+#[test]
 fn a_server_refuses_a_size_that_it_cannot_give() {
     let bench = Bench::new();
     bench.format("vault.img", "4M", &[]);

@@ -95,7 +95,7 @@ pub(crate) fn apply(place: &PlaceArgs, volume: &Volume, wanted: Wanted) -> Resul
     let (old_bytes, data_offset) = (volume.size(), volume.geometry().data_offset());
     let new_bytes = match wanted.size_bytes {
         Some(bytes) => bytes,
-        None => size_that_fits(data_offset, available_bytes, volume.geometry().unit())
+        None => size_that_fits(data_offset, all_there_is(place, volume, available_bytes)?, volume.geometry().unit())
             .map_err(|source| update(UpdateError::Geometry(source)))?,
     };
     if volume.transform().is_some() {
@@ -113,6 +113,16 @@ pub(crate) fn apply(place: &PlaceArgs, volume: &Volume, wanted: Wanted) -> Resul
         resize_partition(place, volume, needed_bytes)?;
     }
     Ok((old_bytes, new_bytes))
+}
+
+/// What the namespace may use of its partition, or of a file or device that has perhaps become longer since it was opened.
+fn all_there_is(place: &PlaceArgs, volume: &Volume, available_bytes: u64) -> Result<u64, Error> {
+    if place.in_region().is_some() {
+        return Ok(available_bytes);
+    }
+    let present_bytes = volume.backing().present_len_bytes();
+    let present_bytes = present_bytes.map_err(|source| Error::Media { path: place.path.clone(), source })?;
+    Ok(available_bytes.max(present_bytes))
 }
 
 /// Enlarges the partition or the file, or looks how long a block device has become. The namespace then says what is missing.

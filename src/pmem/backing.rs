@@ -466,6 +466,19 @@ impl Backing {
         }
     }
 
+    /// How long the file or device is now: more than [`len_bytes`](Self::len_bytes) when somebody else has enlarged it since
+    /// it was opened, which [`grow`](Self::grow) then takes note of.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn present_len_bytes(&self) -> Result<u64, MediaError> {
+        match &self.medium {
+            Medium::Kernel(medium) => Ok(medium.present_len_bytes()?.unwrap_or_else(|| self.len_bytes())),
+            Medium::Simulated(_) | Medium::Volatile => Ok(self.len_bytes()),
+        }
+    }
+
     /// Makes a file `len_bytes` long, or takes note that a block device has become so long, while it is in use. Durable
     /// after [`sync_all`](Self::sync_all). Does nothing when it has that length already.
     ///

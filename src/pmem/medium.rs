@@ -207,6 +207,14 @@ impl KernelMedium {
     }
 
     /// Makes a file longer, or finds out how long a device has become.
+    /// How long the file or device is now.
+    pub(super) fn present_len_bytes(&self) -> Result<Option<u64>, MediaError> {
+        match self.kind {
+            BackingKind::DevDax => Ok(None),
+            _ => seek(&self.file, SeekFrom::End(0)).map(Some).map_err(MediaError::from_errno),
+        }
+    }
+
     pub(super) fn grow(&self, now_bytes: u64, len_bytes: u64, allocation: Allocation) -> Result<(), MediaError> {
         match self.kind {
             BackingKind::DevDax => return Err(MediaError::Unsupported),
