@@ -146,13 +146,6 @@ impl DataArea {
         result
     }
 
-    /// Says that a short write to logical `range` comes soon.
-    pub(crate) fn expect_write(&self, range: &Range<u64>) {
-        if let Some(Sides { current, former: None }) = &*self.sides() {
-            self.backing.expect_store(&current.physical(range.clone()));
-        }
-    }
-
     /// Encrypts zeroes over the blocks of logical `range`.
     ///
     /// # Errors
