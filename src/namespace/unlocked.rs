@@ -83,13 +83,6 @@ impl Namespace {
         Header::of(&self.metadata, self.sequence, &self.copies)
     }
 
-    /// The parts that a volume needs; the header can then not be changed any more.
-    #[must_use]
-    pub fn into_parts(self) -> (Arc<Backing>, Geometry, Header, VolumeKey) {
-        let header = self.header();
-        (Arc::clone(self.site.data()), self.geometry, header, self.volume_key)
-    }
-
     /// Writes the header again, to both copies: this is how a backup that was unlocked is restored.
     ///
     /// # Errors
