@@ -238,6 +238,12 @@ fn the_volume_key_can_be_specified_in_the_words_of_mktme() {
         ("type=user algorithm=null", "option `algorithm`"),
         ("type=user algorithm=aes-xts-128 key=00 tweak=01", "option `key` has 2 digits"),
         ("type=user iv=3", "word 2"),
+        ("type=gpu algorithm=aes-xts-128", "option `type` must be user or cpu"),
+        (&format!("type=user algorithm=aes-xts-128 key={key_half}"), "option `tweak` is missing"),
+        (&format!("type=cpu algorithm=aes-xts-128 tweak={}", "0g".repeat(16)), "option `tweak` must be hexadecimal"),
+        (&format!("type=cpu algorithm=aes-xts-256 key={key_half}"), "option `key` has 32 digits"),
+        (&format!("type=user algorithm=aes-xts-128 key={key_half} tweak={key_half}"), "options `key` and `tweak`"),
+        ("", "option `type` is missing"),
     ] {
         bench.secret("spec", spec.as_bytes());
         bench.run(&force).fails(1, &["key specification spec", word]);

@@ -267,6 +267,46 @@ fn a_file_grows_and_shrinks_and_keeps_its_data() {
     server.stop();
 }
 
+/// The commands that `--help` lists, and those below them.
+fn commands_below(bench: &Bench, above: &[String], into: &mut Vec<Vec<String>>) {
+    let args: Vec<&str> = above.iter().map(String::as_str).chain(["--help"]).collect();
+    let help = bench.run(&args).succeeds().stdout;
+    let listed = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    // A name is indented by two; what is indented more goes on with the line before.
+    let names = listed.filter(|line| !line.starts_with("   ")).filter_map(|line| line.split_whitespace().next());
+    for name in names.filter(|name| *name != "help") {
+        let command = [above, &[name.to_owned()]].concat();
+        commands_below(bench, &command, into);
+        into.push(command);
+    }
+}
+
+/// What bash offers for the last of `words`.
+fn completed(bench: &Bench, words: &[&str]) -> String {
+    let ask = format!(
+        "source ./completions; COMP_WORDS=({}); COMP_CWORD={}; _daxcrypt daxcrypt \"${{COMP_WORDS[-1]}}\" \"${{COMP_WORDS[-2]}}\"; \
+         echo \"${{COMPREPLY[@]}}\"",
+        words.join(" "),
+        words.len() - 1
+    );
+    let mut command = tool_command("bash", &["--norc", "-c", &ask]);
+    command.current_dir(bench.dir.path());
+    Run::of(command).succeeds().stdout
+}
+
+#[test]
+fn bash_completes_commands_and_options() {
+    let bench = Bench::new();
+    fs::write(bench.path("completions"), bench.run(&["completions", "bash"]).succeeds().stdout).unwrap();
+    assert_eq!(completed(&bench, &["daxcrypt", "resi"]).trim(), "resize");
+    assert_eq!(completed(&bench, &["daxcrypt", "region", "cr"]).trim(), "create");
+    let options = completed(&bench, &["daxcrypt", "resize", "--"]);
+    for option in ["--size", "--control", "--force", "--key-file"] {
+        assert!(options.split_whitespace().any(|word| word == option), "no {option} in {options}");
+    }
+    assert_eq!(completed(&bench, &["daxcrypt", "format", "--cipher", "aes-1"]).trim(), "aes-128-xts");
+}
+
 #[test]
 fn completions_and_manual_pages_know_every_command() {
     let bench = Bench::new();
@@ -277,8 +317,53 @@ fn completions_and_manual_pages_know_every_command() {
     bench.run(&["completions", "tcsh"]).fails(1, &["tcsh"]);
     fs::create_dir(bench.path("man")).unwrap();
     bench.run(&["man", "man"]).succeeds();
-    for page in ["daxcrypt.1", "daxcrypt-serve.1", "daxcrypt-key-add.1", "daxcrypt-header-export.1"] {
-        assert!(fs::read_to_string(bench.path("man").join(page)).unwrap().contains("daxcrypt"), "{page}");
+    let mut commands = Vec::new();
+    commands_below(&bench, &[], &mut commands);
+    assert!(commands.len() >= 30, "{commands:?}");
+    for command in &commands {
+        let page = format!("{}.1", [&["daxcrypt".to_owned()][..], command].concat().join("-"));
+        let text = fs::read_to_string(bench.path("man").join(&page)).unwrap_or_default();
+        for section in [".TH", ".SH NAME", ".SH SYNOPSIS"] {
+            assert!(text.contains(section), "no {section} in {page}");
+        }
     }
+    assert_eq!(fs::read_dir(bench.path("man")).unwrap().count(), commands.len() + 1, "and one for the program");
     bench.run(&["man", "nowhere"]).fails(4, &["nowhere"]);
+}
+
+#[test]
+fn a_table_has_the_sectors_of_its_device_or_those_that_were_asked_for() {
+    let bench = Bench::new();
+    let create = ["region", "create", "region.img", "--size", "32M", "--sector-size"];
+    bench.run(&[&create[..], &["1024"]].concat()).fails(1, &["512", "4096"]);
+    bench.run(&[&create[..], &["4096"]].concat()).succeeds();
+    bench.run(&["format", "region.img#a", "--size", "4M", KEY[0], KEY[1]]).succeeds();
+    bench.run(&["resize", "region.img#a", "--size", "6M", KEY[0], KEY[1]]).succeeds();
+    let image = bench.path("region.img");
+    let image = image.to_str().unwrap();
+    let losetup = Run::of(tool_command("losetup", &["--find", "--show", "--sector-size", "4096", image]));
+    if !losetup.status.success() {
+        eprintln!("skipped: a loop device needs root");
+        return;
+    }
+    let device = losetup.stdout.trim();
+    let sfdisk = |option: &str| Run::of(tool_command("sfdisk", &[option, device]));
+    let done = [
+        sfdisk("--json"),
+        sfdisk("--verify"),
+        bench.run(&["region", "create", device, "--force"]),
+        bench.run(&["format", &format!("{device}#b"), "--size", "4M", KEY[0], KEY[1]]),
+        sfdisk("--json"),
+    ];
+    let refused = bench.run(&["region", "create", device, "--force", "--sector-size", "512"]);
+    tool("losetup", &["--detach", device]);
+    let [of_file, verdict, _, _, of_device] = done.map(Run::succeeds);
+    refused.fails(1, &["has sectors of 4096 bytes"]);
+    assert!(verdict.stdout.contains("No errors detected"), "{}{}", verdict.stdout, verdict.stderr);
+    for (table, name, sectors) in [(of_file, "a", 2048), (of_device, "b", 1536)] {
+        let table: Value = serde_json::from_str(&table.stdout).unwrap();
+        let partition = &table["partitiontable"]["partitions"][0];
+        assert_eq!((&partition["name"], &partition["start"]), (&name.into(), &512.into()));
+        assert_eq!(partition["size"], sectors);
+    }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use daxcrypt::dax::{DaxError, DaxMapping, MapMode, MapOptions, Tracking};
 use daxcrypt::pmem::Access;
-use daxcrypt::volume::Volume;
+use daxcrypt::volume::{Volume, VolumeError};
 use vault::{DATA, PAGE, Random, Vault, load, media_byte, pattern, store, writable};
 
 /// Every way of knowing what is dirty.
@@ -333,4 +333,26 @@ fn disturb(map: &DaxMapping, volume: &Volume, stop: &AtomicBool) {
             _ => volume.write_at(&[7; 1000], page * PAGE + 2048).unwrap(),
         }
     }
+}
+
+#[test]
+fn a_volume_that_is_or_was_mapped_keeps_its_size_and_one_that_is_is_not_closed() {
+    let (vault, volume) = Vault::new(64 << 10);
+    volume.mark_in_use().unwrap();
+    let map = volume.map_exclusive(0..PAGE).unwrap();
+    assert!(matches!(volume.resize(PAGE, true), Err(VolumeError::WasMapped)));
+    assert!(matches!(volume.mark_closed(), Err(VolumeError::Mapped)));
+    drop(map);
+    volume.resize(32 << 10, true).unwrap();
+    let map = volume.map(0..32 << 10, &writable()).unwrap();
+    assert!(matches!(volume.map(0..33 << 10, &writable()), Err(DaxError::OutOfRange { .. })));
+    store(&map, 5, 77);
+    map.close().unwrap();
+    assert!(matches!(volume.resize(PAGE, true), Err(VolumeError::WasMapped)));
+    volume.mark_closed().unwrap();
+    drop(volume);
+    let volume = Vault::open(&vault.path(), Access::ReadWrite);
+    assert!(!volume.header().unclean);
+    volume.resize(PAGE, true).unwrap();
+    assert_eq!(load(&volume.map(0..PAGE, &writable()).unwrap(), 5), 77);
 }

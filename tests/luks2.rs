@@ -10,11 +10,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use aes::cipher::KeyInit;
-use common::{Bench, CHEAP_KDF, Run, Server, noise, tool, tool_command};
+use common::{Bench, CHEAP_KDF, Run, Server, noise, open_when_free, tool, tool_command};
+use daxcrypt::dax::MapOptions;
 use daxcrypt::luks2::Locked;
 use daxcrypt::namespace::{Credential, Site};
 use daxcrypt::pmem::{Access, Backing};
 use daxcrypt::secret::SecretBytes;
+use daxcrypt::volume::Volume;
+use daxcrypt::xts::Backend;
 use serde_json::{Value, json};
 use sha2::Digest;
 use xts_mode::{Xts128, get_tweak_default};
@@ -119,6 +122,59 @@ fn what_cryptsetup_encrypts_we_read_and_what_we_write_it_decrypts() {
         server.stop();
         cryptsetup(&bench, "reencrypt", &[&["--decrypt"][..], &detached, &["data.img"]].concat()).succeeds();
         assert!(fs::read(bench.path("data.img")).unwrap() == other, "it reads what we encrypted");
+    }
+}
+
+/// Unlocks `data.img`, with a detached header if there is one, maps it as a program does, finds `plaintext` there, and
+/// stores over some of it: what the volume is to hold then.
+fn changed_through_maps(bench: &Bench, header: Option<&str>, plaintext: &[u8]) -> Vec<u8> {
+    let open = |name: &str| Arc::new(open_when_free(&bench.path(name)));
+    let site = Site::whole(open("data.img")).with_header(header.map(open));
+    let credential = Credential::Passphrase(SecretBytes::copy_of(PASSPHRASE));
+    let unlocked = Locked::open(&site).unwrap().unlock(&credential).unwrap();
+    let volume = Arc::new(Volume::from_luks2(unlocked, Backend::detect()));
+    let mut expected = plaintext.to_vec();
+    assert_eq!(volume.size(), expected.len() as u64);
+
+    let mut alone = volume.map_exclusive(4096..64 << 10).unwrap();
+    assert!(alone[..] == plaintext[4096..64 << 10]);
+    alone[100..5000].fill(0xa5);
+    alone.persist(100..5000).unwrap();
+    expected[4196..9096].fill(0xa5);
+    drop(alone);
+
+    let shared = volume.map(0..volume.size(), &MapOptions::new().writable().resident_max(256 << 10)).unwrap();
+    let mut found = vec![0; expected.len()];
+    shared.read(0, &mut found).unwrap();
+    assert!(found == expected);
+    let last = expected.len() - 1000;
+    shared.write(last as u64, &[0x3c; 1000]).unwrap();
+    shared.persist(last as u64..expected.len() as u64).unwrap();
+    expected[last..].fill(0x3c);
+    shared.close().unwrap();
+    expected
+}
+
+#[test]
+fn what_a_direct_map_stores_cryptsetup_and_an_independent_xts_read() {
+    for sector in ["512", "4096"] {
+        let bench = bench();
+        let plaintext = noise(7, 2 * MIB);
+        fs::write(bench.path("data.img"), &plaintext).unwrap();
+        let detached = ["--header", "data.luks", "--force-offline-reencrypt"];
+        let encrypt = [&["--encrypt"][..], &detached, &PBKDF2, &["--sector-size", sector, "data.img"]].concat();
+        cryptsetup(&bench, "reencrypt", &encrypt).succeeds();
+        let expected = changed_through_maps(&bench, Some("data.luks"), &plaintext);
+        cryptsetup(&bench, "reencrypt", &[&["--decrypt"][..], &detached, &["data.img"]].concat()).succeeds();
+        assert!(fs::read(bench.path("data.img")).unwrap() == expected, "detached, {sector}");
+
+        luks_format(&bench, 18, &[&PBKDF2[..], &["--sector-size", sector]].concat());
+        let data = || fs::read(bench.path("data.img")).unwrap()[16 * MIB..].to_vec();
+        let sector = sector.parse().unwrap();
+        let plaintext = decrypted_by_xts_mode(&bench, data(), sector);
+        fs::remove_file(bench.path("volume.key")).unwrap();
+        let expected = changed_through_maps(&bench, None, &plaintext);
+        assert!(decrypted_by_xts_mode(&bench, data(), sector) == expected, "attached, {sector}");
     }
 }
 
@@ -274,6 +330,35 @@ fn fix_checksums(bytes: &mut [u8]) {
         let digest = sha2::Sha256::digest(&*copy);
         copy[448..480].copy_from_slice(&digest);
     }
+}
+
+#[test]
+fn what_cryptsetup_overlooks_and_what_it_does_not_is_refused_by_name() {
+    let bench = bench();
+    luks_format(&bench, 20, &PBKDF2);
+    let path = bench.path("data.img");
+    let good = fs::read(&path).unwrap();
+    let refused = |change: &dyn Fn(&mut Value), words: &[&str]| {
+        let bytes = with_metadata(&good, change);
+        fs::write(&path, &bytes).unwrap();
+        bench.run(&["info", "data.img", "--luks2"]).fails(3, words);
+        bench.run(&[&["serve", "data.img", "--luks2", "--socket", "s"][..], &PASS].concat()).fails(3, words);
+        assert!(fs::read(&path).unwrap() == bytes, "{words:?}: a refused volume was changed");
+        cryptsetup(&bench, "open", &["--test-passphrase", "data.img"]).status.success()
+    };
+    // With one segment its tweak is ignored there: such a volume would be read with other tweaks than it says.
+    assert!(refused(&|metadata| metadata["segments"]["0"]["iv_tweak"] = json!("8"), &["iv_tweak of 8", "only 0"]));
+    let requirement = |metadata: &mut Value| {
+        metadata["config"]["requirements"] = json!({"mandatory": ["time-travel"]});
+    };
+    refused(&requirement, &["time-travel"]);
+    refused(
+        &|metadata| {
+            metadata["segments"]["0"]["integrity"] =
+                json!({"type": "hmac(sha256)", "journal_encryption": "none", "journal_integrity": "none"});
+        },
+        &["integrity"],
+    );
 }
 
 /// Every place in a value, as a JSON pointer.

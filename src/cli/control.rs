@@ -1,4 +1,5 @@
-//! What `daxcrypt rekey --control` says to a running server, and what that answers: both ends of the conversation.
+//! What `daxcrypt rekey --control` and `daxcrypt resize --control` say to a running server, and what that answers: both ends of
+//! the conversation.
 //!
 //! A request is one line of JSON and, behind it, the bytes of a credential where one is needed; the answer is one line of
 //! JSON. The socket has mode 0600: whoever may connect is the server's user or root.
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
+use super::resize::Wanted;
 use crate::namespace::{Cipher, Credential, DataUnit, OtherSlots, RekeyOptions};
 use crate::secret::SecretBytes;
 
@@ -31,10 +33,55 @@ pub(crate) enum Action {
     Status,
 }
 
-/// The line of a request.
+/// What came in on the control socket.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Rekey(RekeyRequest, Credential),
+    Resize(ResizeRequest),
+}
+
+impl Command {
+    /// The line, and the credential behind it where one belongs there.
+    pub(crate) fn parse(received: &[u8]) -> Option<Self> {
+        let end = received.iter().position(|&byte| byte == b'\n')?;
+        let line = &received[..end];
+        if let Ok(request) = serde_json::from_slice(line) {
+            return Some(Self::Resize(request));
+        }
+        let request: RekeyRequest = serde_json::from_slice(line).ok()?;
+        let bytes = SecretBytes::copy_of(&received[end + 1..]);
+        let credential = if request.passphrase { Credential::Passphrase(bytes) } else { Credential::KeyFile(bytes) };
+        Some(Self::Rekey(request, credential))
+    }
+
+    pub(crate) const fn uuid(&self) -> Uuid {
+        match self {
+            Self::Rekey(request, _) => request.uuid,
+            Self::Resize(request) => request.uuid,
+        }
+    }
+}
+
+/// The line of a request for another size.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Request {
+pub(crate) struct ResizeRequest {
+    pub(crate) resize: Wanted,
+    /// The namespace.
+    pub(crate) uuid: Uuid,
+}
+
+impl ResizeRequest {
+    /// Asks the server at `socket`.
+    pub(crate) fn ask(&self, socket: &Path) -> io::Result<Answer> {
+        ask(socket, self, &[])
+    }
+}
+
+/// The line of a request about a re-key.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RekeyRequest {
     pub(crate) rekey: Action,
     /// The namespace.
     pub(crate) uuid: Uuid,
@@ -53,6 +100,8 @@ pub(crate) struct Request {
 pub(crate) enum Answer {
     /// How the namespace is now; no bytes when no re-key is under way.
     State { progress: Option<(u64, u64)>, paused: bool },
+    /// The namespace has another size, in bytes.
+    Resized { old_bytes: u64, new_bytes: u64 },
     /// The other slots, because it was not said what to do with them.
     OtherSlots(String),
     /// The credential opens no slot.
@@ -61,19 +110,10 @@ pub(crate) enum Answer {
     Refused(String),
 }
 
-impl Request {
+impl RekeyRequest {
     pub(crate) fn options(&self) -> RekeyOptions {
         let other_slots = if self.keep_slots == Some(true) { OtherSlots::Keep } else { OtherSlots::Drop };
         RekeyOptions { cipher: self.key_bits, unit: self.unit_bytes, other_slots }
-    }
-
-    /// The request and the credential in what was received.
-    pub(crate) fn parse(received: &[u8]) -> Option<(Self, Credential)> {
-        let end = received.iter().position(|&byte| byte == b'\n')?;
-        let request: Self = serde_json::from_slice(&received[..end]).ok()?;
-        let bytes = SecretBytes::copy_of(&received[end + 1..]);
-        let credential = if request.passphrase { Credential::Passphrase(bytes) } else { Credential::KeyFile(bytes) };
-        Some((request, credential))
     }
 
     /// Asks the server at `socket`.
@@ -82,18 +122,23 @@ impl Request {
             Some(Credential::Passphrase(bytes) | Credential::KeyFile(bytes)) => bytes,
             None => &[],
         };
-        let line = serde_json::to_vec(self)?;
-        // One write, so that the server finds the whole line as soon as it finds something.
-        let mut request = Zeroizing::new(Vec::with_capacity(line.len() + 1 + secret.len()));
-        request.extend_from_slice(&line);
-        request.push(b'\n');
-        request.extend_from_slice(secret);
-        let mut stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.write_all(&request)?;
-        stream.shutdown(Shutdown::Write)?;
-        let mut answer = String::new();
-        stream.take(ANSWER_BYTES_MAX).read_to_string(&mut answer)?;
-        serde_json::from_str(&answer).map_err(io::Error::from)
+        ask(socket, self, secret)
     }
+}
+
+/// Sends a line and what belongs behind it, and waits for the answer.
+fn ask(socket: &Path, line: &impl Serialize, secret: &[u8]) -> io::Result<Answer> {
+    let line = serde_json::to_vec(line)?;
+    // One write, so that the server finds the whole line as soon as it finds something.
+    let mut request = Zeroizing::new(Vec::with_capacity(line.len() + 1 + secret.len()));
+    request.extend_from_slice(&line);
+    request.push(b'\n');
+    request.extend_from_slice(secret);
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(&request)?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut answer = String::new();
+    stream.take(ANSWER_BYTES_MAX).read_to_string(&mut answer)?;
+    serde_json::from_str(&answer).map_err(io::Error::from)
 }

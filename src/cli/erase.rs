@@ -74,8 +74,8 @@ fn data_range(site: &Site, locked: Option<&LockedNamespace>) -> Range<u64> {
         let start = locked.geometry().data_start();
         return start..start + locked.geometry().size_bytes();
     }
-    let end = site.base() + site.available_bytes();
-    let start = if site.is_detached() { site.base() } else { site.base().saturating_add(HEADER_AREA_BYTES) };
+    let end = site.start() + site.available_bytes();
+    let start = if site.is_detached() { site.start() } else { site.start().saturating_add(HEADER_AREA_BYTES) };
     start.min(end)..end
 }
 

@@ -143,6 +143,19 @@ pub(crate) enum Error {
 }
 
 impl Error {
+    /// A server has answered another question.
+    pub(crate) fn unexpected_answer() -> Self {
+        Self::Refused { reason: "its answer is to another question: is it of another version?".into() }
+    }
+
+    /// A failure of the volume at `path`; one of its header as what `key` and `resize` give without a server.
+    pub(crate) fn of_volume(path: &Path, error: VolumeError) -> Self {
+        match error {
+            VolumeError::Update(source) => Self::Update { path: path.into(), source: *source },
+            source => Self::Volume { path: path.into(), source },
+        }
+    }
+
     /// The exit code for a script.
     pub(crate) fn exit(&self) -> Exit {
         match self {
@@ -210,6 +223,7 @@ impl Error {
                 ..
             } => Exit::Damaged,
             Self::Unlock { .. } => Exit::WrongKey,
+            Self::Volume { source: VolumeError::NoHeader | VolumeError::ReadOnly, .. } => Exit::Usage,
             _ => Exit::Io,
         }
     }
@@ -257,6 +271,9 @@ impl Error {
                 Some("is a server running with --control SOCKET? The socket is its user's and root's alone".into())
             }
             Self::WouldOverwrite { .. } => Some("--force overwrites it, and what it holds is then lost".into()),
+            Self::Volume { source: VolumeError::NoHeader, .. } => {
+                Some("`cryptsetup resize` and its kin change a LUKS2 volume, while it is not served".into())
+            }
             Self::Update { source: UpdateError::Shrinks { .. }, .. } => {
                 Some("--force shrinks it all the same; shrink what is in it first".into())
             }

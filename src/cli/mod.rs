@@ -159,7 +159,8 @@ Examples:
     #[command(after_help = "\
 Examples:
   daxcrypt resize vault.img --size 8G --key-file vault.key           # a file grows as needed
-  daxcrypt resize region.img#tenant-a --size 2G --key-file a.key --force")]
+  daxcrypt resize region.img#tenant-a --size 2G --key-file a.key --force
+  daxcrypt resize vault.img --size 16G --control vault.control       # while `serve --control vault.control` has it")]
     Resize(resize::ResizeArgs),
     /// Make and list regions: many namespaces in one file or device
     #[command(after_help = "\

@@ -39,6 +39,9 @@ struct CreateArgs {
     /// Leave holes instead of allocating all blocks now
     #[arg(long)]
     sparse: bool,
+    /// Bytes of a sector of the table, for a file that becomes a device with such sectors (those of the device, or 512)
+    #[arg(long, value_parser = ["512", "4096"])]
+    sector_size: Option<String>,
     /// Overwrite whatever is there
     #[arg(long)]
     force: bool,
@@ -89,13 +92,28 @@ fn create(args: &CreateArgs) -> Result<(), Error> {
     {
         return Err(Error::WouldOverwrite { path: path.clone(), signature });
     }
-    let region = Region::create(backing).map_err(|source| {
+    let sector_bytes = sector_bytes(args, &backing)?;
+    let region = Region::create(backing, sector_bytes).map_err(|source| {
         if is_new {
             let _ = std::fs::remove_file(path); // the first error is the one to report
         }
         Error::Region { path: path.clone(), source }
     })?;
     outln!("{}: region {}, {} free", path.display(), region.disk_guid(), ByteSize(free_bytes(&region)))
+}
+
+/// The kernel looks for a table in sectors of the device's size only.
+fn sector_bytes(args: &CreateArgs, backing: &Backing) -> Result<u64, Error> {
+    let wanted = args.sector_size.as_deref().map(|text| if text == "4096" { 4096 } else { 512 });
+    match (wanted, backing.sector_bytes()) {
+        (Some(wanted), Some(actual)) if wanted != actual => {
+            let path = args.path.display();
+            Err(Error::Usage(format!(
+                "{path} has sectors of {actual} bytes: a table in sectors of {wanted} would not be found"
+            )))
+        }
+        (wanted, actual) => Ok(wanted.or(actual).unwrap_or(512)),
+    }
 }
 
 /// What `--json` prints.

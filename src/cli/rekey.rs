@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use super::control::{Action, Answer, Request};
+use super::control::{Action, Answer, RekeyRequest};
 use super::credentials::{KeyArgs, Prompt};
 use super::error::Error;
 use super::format::CipherArg;
@@ -177,7 +177,7 @@ fn online(args: &RekeyArgs, socket: &Path) -> Result<(), Error> {
         Action::Begin => Some(args.key.read(Prompt::Once, &args.place.path.display().to_string())?),
         _ => None,
     };
-    let mut request = Request {
+    let mut request = RekeyRequest {
         rekey,
         uuid: locked.header().uuid,
         key_bits: args.cipher.map(Cipher::from),
@@ -209,7 +209,7 @@ fn online(args: &RekeyArgs, socket: &Path) -> Result<(), Error> {
 fn follow(
     args: &RekeyArgs,
     socket: &Path,
-    request: &Request,
+    request: &RekeyRequest,
     mut done_bytes: u64,
     total_bytes: u64,
 ) -> Result<(), Error> {
@@ -242,6 +242,7 @@ impl Answer {
             Self::OtherSlots(slots) => Err(Error::OtherSlots { slots }),
             Self::WrongCredential => Err(args.failed(TransformError::Credential)),
             Self::Refused(reason) => Err(Error::Refused { reason }),
+            Self::Resized { .. } => Err(Error::unexpected_answer()),
         }
     }
 }

@@ -72,6 +72,7 @@ impl Volume {
     /// [`DaxError::Eager`] when the bound of resident plaintext cannot be kept; [`DaxError::Volume`] and
     /// [`DaxError::Os`] when the system refuses memory, threads or a page size of 4096.
     pub fn map(self: &Arc<Self>, range: std::ops::Range<u64>, options: &MapOptions) -> Result<DaxMapping, DaxError> {
+        let _size = self.keep_size();
         check(self, &range, options.writable)?;
         let core = Core::new(self, whole_pages(&range), options, false)?;
         DaxMapping::new(core, range, options)
@@ -88,6 +89,7 @@ impl Volume {
     /// As [`Self::map`]; [`DaxError::Volume`] with [`VolumeError::Claimed`] when the range
     /// overlaps another map.
     pub fn map_exclusive(self: &Arc<Self>, range: std::ops::Range<u64>) -> Result<ExclusiveMap, DaxError> {
+        let _size = self.keep_size();
         check(self, &range, true)?;
         if !range.end.is_multiple_of(PAGE_BYTES) && range.end != self.size() {
             return Err(DaxError::Unaligned { start: range.end });

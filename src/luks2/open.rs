@@ -235,7 +235,8 @@ fn geometry(segment: &Segment, site: &Site) -> Result<Geometry, OpenError> {
         Some(size_bytes) => size_bytes,
         None => crate::namespace::size_that_fits(data_offset, site.available_bytes(), unit)?,
     };
-    let base = site.base();
+    // Its tweaks begin with the volume, wherever that is on a disk.
+    let base = site.start();
     let overflow = GeometryError::Overflow { base, data_offset, size_bytes, address: 0 };
     let data_start = base.checked_add(data_offset).ok_or(overflow)?;
     let available_bytes = site.available_bytes().saturating_sub(data_offset);

@@ -35,7 +35,8 @@ pub struct FormatOptions {
     pub kdf_cost: KdfCost,
     /// Size of the data area in bytes; without it, all that fits.
     pub size_bytes: Option<u64>,
-    /// Where in the backing the namespace begins.
+    /// Where in the backing the namespace begins. (When the backing is a partition of the kernel's, the base in the header
+    /// is that offset on the disk.)
     pub base: u64,
     /// Bytes from the base that it may use; without it, up to the end of the backing.
     pub available_bytes: Option<u64>,
@@ -144,12 +145,13 @@ fn place(site: &Site, options: &FormatOptions) -> Result<Geometry, FormatError> 
         Some(size_bytes) => size_bytes,
         None => size_that_fits(data_offset, available_bytes, options.unit)?,
     };
-    let bound_address = match (options.bind_address, site.data().physical_address()) {
+    let bound_address = match (options.bind_address, site.physical_address()) {
         (false, _) => None,
         (true, None) => return Err(FormatError::NoPhysicalAddress),
         (true, address) => address,
     };
-    let placement = Placement { base, data_offset, size_bytes, unit: options.unit, bound_address, detached };
+    let (origin, unit) = (site.origin(), options.unit);
+    let placement = Placement { origin, base, data_offset, size_bytes, unit, bound_address, detached };
     Ok(Geometry::new(&placement, available_bytes)?)
 }
 

@@ -170,6 +170,14 @@ pub enum GeometryError {
         /// Bytes from the base to the end of the backing or partition.
         available_bytes: u64,
     },
+    /// The namespace would begin in front of its partition.
+    #[error("base {base} lies in front of the partition, which begins at byte {origin} of its disk")]
+    BeforePartition {
+        /// Base of the namespace.
+        base: u64,
+        /// Where the partition begins.
+        origin: u64,
+    },
     /// There is no room for even one data unit behind the header area.
     #[error(
         "{available_bytes} bytes are too few: the header area takes {header_bytes} bytes and the data needs one unit"
@@ -185,7 +193,10 @@ pub enum GeometryError {
 /// The numbers that a [`Geometry`] is made of, not yet checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Placement {
-    /// Byte offset in the backing where the namespace begins.
+    /// Where on its disk the first byte of the backing is: 0, unless the backing is a partition of the kernel's. It is not
+    /// in the header, because the same namespace is reached through the partition and through the disk.
+    pub origin: u64,
+    /// Byte offset where the namespace begins: in the backing, or when that is a partition, on its disk.
     pub base: u64,
     /// Bytes from the base to the data: at least the header area, unless the header is detached.
     pub data_offset: u64,
@@ -202,6 +213,7 @@ pub struct Placement {
 /// A checked placement: all arithmetic on it is in range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
+    origin: u64,
     base: u64,
     data_offset: u64,
     size_bytes: u64,
@@ -219,11 +231,14 @@ impl Geometry {
     ///
     /// Every rule of `format.md`, "Geometry", has its own [`GeometryError`].
     pub fn new(placement: &Placement, available_bytes: u64) -> Result<Self, GeometryError> {
-        let Placement { base, data_offset, size_bytes, unit, bound_address, detached } = *placement;
+        let Placement { origin, base, data_offset, size_bytes, unit, bound_address, detached } = *placement;
         let unit_bytes = unit.bytes();
         check_size(size_bytes, unit)?;
         if !detached && data_offset < HEADER_AREA_BYTES {
             return Err(GeometryError::DataInHeader { data_offset, header_bytes: HEADER_AREA_BYTES });
+        }
+        if base < origin {
+            return Err(GeometryError::BeforePartition { base, origin });
         }
         let address = bound_address.unwrap_or(0);
         if !address.is_multiple_of(u64::from(unit_bytes)) {
@@ -241,7 +256,7 @@ impl Geometry {
             return Err(GeometryError::DoesNotFit { needed_bytes, available_bytes });
         }
         let first_tweak = first_address / TWEAK_STEP_BYTES;
-        Ok(Self { base, data_offset, size_bytes, unit, bound_address, detached, first_tweak })
+        Ok(Self { origin, base, data_offset, size_bytes, unit, bound_address, detached, first_tweak })
     }
 
     /// The geometry of a volume whose format is not ours: its data begins at `data_start` of the backing, and the tweak of
@@ -266,7 +281,8 @@ impl Geometry {
         let first_address = first_tweak.checked_mul(TWEAK_STEP_BYTES).ok_or(overflow)?;
         first_address.checked_add(size_bytes).ok_or(overflow)?;
         // Every other rule is that of a namespace that begins where the data does.
-        let placement = Placement { base: 0, data_offset: 0, size_bytes, unit, bound_address: None, detached: true };
+        let placement =
+            Placement { origin: 0, base: 0, data_offset: 0, size_bytes, unit, bound_address: None, detached: true };
         let checked = Self::new(&placement, available_bytes)?;
         Ok(Self { data_offset: data_start, first_tweak, ..checked })
     }
@@ -275,6 +291,11 @@ impl Geometry {
     #[must_use]
     pub const fn size_bytes(&self) -> u64 {
         self.size_bytes
+    }
+
+    /// The same with another size, which has been checked against the place.
+    pub(crate) const fn with_size(self, size_bytes: u64) -> Self {
+        Self { size_bytes, ..self }
     }
 
     /// The data unit in bytes: 512 or 4096.
@@ -289,7 +310,7 @@ impl Geometry {
         self.unit
     }
 
-    /// Byte offset in the backing where the namespace begins.
+    /// Byte offset where the namespace begins: in the backing, or when that is a partition, on its disk.
     #[must_use]
     pub const fn base(&self) -> u64 {
         self.base
@@ -304,7 +325,7 @@ impl Geometry {
     /// Byte offset in the backing where the data begins.
     #[must_use]
     pub const fn data_start(&self) -> u64 {
-        self.base + self.data_offset
+        self.base - self.origin + self.data_offset
     }
 
     /// Physical address of the backing's first byte, when tweaks are bound to it.
@@ -317,6 +338,7 @@ impl Geometry {
     #[must_use]
     pub const fn placement(&self) -> Placement {
         Placement {
+            origin: self.origin,
             base: self.base,
             data_offset: self.data_offset,
             size_bytes: self.size_bytes,
@@ -418,6 +440,7 @@ mod tests {
 
     fn placement() -> Placement {
         Placement {
+            origin: 0,
             base: 0,
             data_offset: 2 * MIB,
             size_bytes: 8 * MIB,
@@ -560,6 +583,7 @@ mod tests {
             let unit = if large { DataUnit::Bytes4096 } else { DataUnit::Bytes512 };
             for mask in [u64::MAX, !(2 * MIB - 1), (1 << 40) - 4096] {
                 let placement = Placement {
+                    origin: 0,
                     base: base & mask,
                     data_offset: data_offset & mask,
                     size_bytes: size_bytes & mask,

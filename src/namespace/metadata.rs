@@ -236,8 +236,10 @@ impl Metadata {
         Ok(())
     }
 
-    pub(super) fn placement(&self) -> Placement {
+    /// The placement on a backing that begins at byte `origin` of its disk.
+    pub(super) fn placement(&self, origin: u64) -> Placement {
         Placement {
+            origin,
             base: self.base,
             data_offset: self.data_offset,
             size_bytes: self.size_bytes,
@@ -248,7 +250,7 @@ impl Metadata {
     }
 
     pub(super) fn purpose(&self) -> Purpose {
-        Purpose { uuid: self.uuid, cipher: self.key_bits, placement: self.placement() }
+        Purpose { uuid: self.uuid, cipher: self.key_bits, placement: self.placement(0) }
     }
 }
 

@@ -59,29 +59,31 @@ pub enum AdoptError {
 }
 
 impl MovedNamespace {
-    /// Finds a moved namespace in the `available_bytes` of the backing from `base` on.
+    /// Finds a moved namespace in the `available_bytes` of the backing from byte `start` on.
     ///
     /// # Errors
     ///
     /// [`AdoptError`]; nothing on media changes.
-    pub fn open_at(backing: &Arc<Backing>, base: u64, available_bytes: u64) -> Result<Self, AdoptError> {
-        let available_bytes = available_bytes.min(backing.len_bytes().saturating_sub(base));
+    pub fn open_at(backing: &Arc<Backing>, start: u64, available_bytes: u64) -> Result<Self, AdoptError> {
+        let site = Site::part(Arc::clone(backing), start, available_bytes);
+        let (base, available_bytes) = (site.base(), site.available_bytes());
         let too_small = OpenError::TooSmall { available_bytes, header_bytes: HEADER_AREA_BYTES };
-        let area = HeaderArea::new(Arc::clone(backing), base).ok_or(too_small)?;
+        let area = HeaderArea::new(Arc::clone(backing), start).ok_or(too_small)?;
         let [a, b] = CopyName::BOTH.map(|name| area.read_copy(name));
         let chosen = choose(a, b)?;
         let metadata = &chosen.copy.metadata;
         if metadata.detached {
             return Err(OpenError::Detached.into());
         }
-        let old = metadata.placement();
-        let bound_address = old.bound_address.and_then(|_| backing.physical_address());
+        let old = metadata.placement(0);
+        let bound_address = old.bound_address.and_then(|_| site.physical_address());
         if old.base == base && old.bound_address == bound_address {
             return Err(AdoptError::NotMoved { base });
         }
         let overflow =
             GeometryError::Overflow { base, data_offset: old.data_offset, size_bytes: old.size_bytes, address: 0 };
-        let data_start = base.checked_add(old.data_offset).ok_or(overflow)?;
+        let on_disk = base.checked_add(old.data_offset).ok_or(overflow)?;
+        let data_start = start.checked_add(old.data_offset).ok_or(overflow)?;
         let needed_bytes = old.data_offset.checked_add(old.size_bytes).ok_or(overflow)?;
         if needed_bytes > available_bytes {
             return Err(GeometryError::DoesNotFit { needed_bytes, available_bytes }.into());
@@ -90,13 +92,12 @@ impl MovedNamespace {
         let first_address = old_start.checked_add(old.bound_address.unwrap_or(0)).ok_or(overflow)?;
         let source = Layout::new(data_start, first_address, old.size_bytes, old.unit)?;
         // Data that is not at a 2 MiB boundary here moves to the first one behind the header.
-        let keeps = old.data_offset >= HEADER_AREA_BYTES && data_start.is_multiple_of(super::DATA_ALIGNMENT_BYTES);
+        let keeps = old.data_offset >= HEADER_AREA_BYTES && on_disk.is_multiple_of(super::DATA_ALIGNMENT_BYTES);
         let data_offset = if keeps { old.data_offset } else { data_offset_for(base)? };
-        let placement = Placement { base, data_offset, bound_address, ..old };
+        let placement = Placement { origin: site.origin(), base, data_offset, bound_address, ..old };
         let geometry = Geometry::new(&placement, available_bytes)?;
         let rekeying = metadata.transform.is_some();
-        let locked =
-            LockedNamespace::unchecked(Site::part(Arc::clone(backing), base, available_bytes), area, geometry, chosen);
+        let locked = LockedNamespace::unchecked(site, area, geometry, chosen);
         Ok(Self { locked, source, placement, rekeying })
     }
 

@@ -35,13 +35,13 @@ impl LockedNamespace {
         Self::open_in(Site::whole(backing))
     }
 
-    /// Opens the namespace in the `available_bytes` of the backing from `base` on: a partition.
+    /// Opens the namespace in the `available_bytes` of the backing from byte `start` on: a partition.
     ///
     /// # Errors
     ///
     /// [`OpenError`]; nothing on media changes.
-    pub fn open_at(backing: Arc<Backing>, base: u64, available_bytes: u64) -> Result<Self, OpenError> {
-        Self::open_in(Site::part(backing, base, available_bytes))
+    pub fn open_at(backing: Arc<Backing>, start: u64, available_bytes: u64) -> Result<Self, OpenError> {
+        Self::open_in(Site::part(backing, start, available_bytes))
     }
 
     /// Opens the namespace at a site, whose header may be detached.
@@ -73,8 +73,8 @@ impl LockedNamespace {
         if metadata.base != base {
             return Err(OpenError::Relocated { header_base: metadata.base, actual_base: base });
         }
-        let geometry = Geometry::new(&metadata.placement(), site.available_bytes())?;
-        check_address(&geometry, site.data())?;
+        let geometry = Geometry::new(&metadata.placement(site.origin()), site.available_bytes())?;
+        check_address(&geometry, &site)?;
         let header = Header::of(metadata, chosen.copy.sequence, &chosen.states);
         Ok(Self { site, area, geometry, chosen, header })
     }
@@ -240,9 +240,9 @@ impl LockedNamespace {
 /// [`WriteError`], [`MediaError::OutOfRange`] in it when the site is smaller than a header area; key material may then
 /// be left.
 pub fn erase(site: &Site) -> Result<(), WriteError> {
-    let (backing, base) = site.header_place();
-    let (end, len_bytes) = (base.saturating_add(HEADER_AREA_BYTES), backing.len_bytes());
-    site.area().ok_or(MediaError::OutOfRange { start: base, end, len_bytes })?.clear()
+    let (backing, start) = site.header_place();
+    let (end, len_bytes) = (start.saturating_add(HEADER_AREA_BYTES), backing.len_bytes());
+    site.area().ok_or(MediaError::OutOfRange { start, end, len_bytes })?.clear()
 }
 
 /// There is no room for a header at the site.
@@ -254,8 +254,8 @@ fn count(slots: &[&Slot]) -> u32 {
     u32::try_from(slots.len()).unwrap_or(u32::MAX)
 }
 
-fn check_address(geometry: &Geometry, backing: &Backing) -> Result<(), OpenError> {
-    match (geometry.bound_address(), backing.physical_address()) {
+fn check_address(geometry: &Geometry, site: &Site) -> Result<(), OpenError> {
+    match (geometry.bound_address(), site.physical_address()) {
         (Some(bound), actual) if actual != Some(bound) => Err(OpenError::AddressChanged { bound, actual }),
         _ => Ok(()),
     }

@@ -173,7 +173,7 @@ impl Slot {
 
     /// `format.md`, "Associated data of a slot".
     fn wrap_associated_data(&self, purpose: &Purpose) -> Vec<u8> {
-        let Placement { base, data_offset, size_bytes, unit, bound_address, detached } = purpose.placement;
+        let Placement { origin: _, base, data_offset, size_bytes, unit, bound_address, detached } = purpose.placement;
         let (kdf_number, cost) = match self.kdf {
             Kdf::Argon2id(cost) => (1, [cost.memory_kib, cost.time, cost.lanes]),
             Kdf::HkdfSha256 => (2, [0; 3]),

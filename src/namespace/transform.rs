@@ -57,13 +57,20 @@ pub(super) struct Transform {
 }
 
 impl Transform {
-    fn create(source: &Layout, old_key: &VolumeKey, new_key: &VolumeKey, uuid: Uuid) -> Result<Self, KeyError> {
+    /// `origin` is where the backing begins on its disk.
+    fn create(
+        source: &Layout,
+        origin: u64,
+        old_key: &VolumeKey,
+        new_key: &VolumeKey,
+        uuid: Uuid,
+    ) -> Result<Self, KeyError> {
         let cipher = Cipher::of_key_bytes(old_key.bytes().len()).expect("a volume key has one of two lengths");
         let mut transform = Self {
             id: random()?,
             key_bits: cipher,
             unit_bytes: source.unit(),
-            data_start: source.data_start(),
+            data_start: source.data_start() + origin,
             first_address: source.first_address(),
             nonce: random()?,
             paused: false,
@@ -317,7 +324,7 @@ impl Namespace {
         let geometry = Geometry::new(placement, self.site.available_bytes())?;
         let cipher = options.cipher.unwrap_or(self.metadata.key_bits);
         let new_key = VolumeKey::generate(cipher.key_bytes())?;
-        let transform = Transform::create(&source, &self.volume_key, &new_key, self.metadata.uuid)?;
+        let transform = Transform::create(&source, self.site.origin(), &self.volume_key, &new_key, self.metadata.uuid)?;
         let journal = Journal::new(&self.area, &new_key, self.metadata.uuid, transform.id);
         let mut metadata = Metadata {
             requirements: vec![REQUIREMENT.to_owned()],
@@ -427,7 +434,9 @@ impl Namespace {
     pub(super) fn load_transform(&mut self) -> Result<(), TransformError> {
         let Some(transform) = &self.metadata.transform else { return Ok(()) };
         let (uuid, size_bytes) = (self.metadata.uuid, self.metadata.size_bytes);
-        let source = Layout::new(transform.data_start, transform.first_address, size_bytes, transform.unit_bytes)?;
+        let (base, origin) = (transform.data_start, self.site.origin());
+        let data_start = base.checked_sub(origin).ok_or(GeometryError::BeforePartition { base, origin })?;
+        let source = Layout::new(data_start, transform.first_address, size_bytes, transform.unit_bytes)?;
         let end = source.data_start() + size_bytes;
         let available_bytes = self.site.data().len_bytes();
         if end > available_bytes {

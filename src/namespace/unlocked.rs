@@ -197,7 +197,7 @@ impl Namespace {
             return Err(UpdateError::Transforming);
         }
         let mut metadata = Metadata { size_bytes, ..self.metadata.clone() };
-        let geometry = Geometry::new(&metadata.placement(), self.site.available_bytes())?;
+        let geometry = Geometry::new(&metadata.placement(self.site.origin()), self.site.available_bytes())?;
         let (old, new) = (self.metadata.purpose(), metadata.purpose());
         for slot in &mut metadata.slots {
             let id = slot.id;

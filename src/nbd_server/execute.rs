@@ -273,6 +273,7 @@ fn errno_of(error: &ExportError) -> u32 {
         ExportError::Media => NBD_EIO,
         ExportError::NoSpace => NBD_ENOSPC,
         ExportError::ShuttingDown => NBD_ESHUTDOWN,
+        ExportError::PastEnd => NBD_EINVAL,
         ExportError::ReadOnly => NBD_EPERM,
         ExportError::Unsupported => NBD_ENOTSUP,
         ExportError::Io(error) => match error.kind() {

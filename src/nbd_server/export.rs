@@ -1,8 +1,9 @@
 //! What the server serves: the [`Export`] trait, its errors, and the registry of served exports.
 //!
 //! The server relies on two promises of an export: a flush covers every write that returned before it, whatever
-//! connection wrote (so `MULTI_CONN` is honest), and the size never changes. In return every range that reaches
-//! an export is inside its size and no write reaches a read-only one. Nothing here knows about the wire.
+//! connection wrote (so `MULTI_CONN` is honest), and what lies past its end is refused by the export itself: its size may
+//! change, and a connection keeps the one that it was told. In return every range that reaches an export is inside the
+//! size that the client was told, and no write reaches a read-only one. Nothing here knows about the wire.
 
 use std::sync::Arc;
 
@@ -58,6 +59,9 @@ pub enum ExportError {
     /// The export is being closed.
     #[error("the export is shutting down")]
     ShuttingDown,
+    /// The export has become smaller than it was when the client connected.
+    #[error("beyond the end: the export has become smaller")]
+    PastEnd,
     /// The export cannot be written.
     #[error("the export is read-only")]
     ReadOnly,
@@ -71,10 +75,10 @@ pub enum ExportError {
 
 /// A byte-addressed device that can be served.
 ///
-/// All offsets and lengths are in bytes; `offset + len` never exceeds [`size_bytes`](Self::size_bytes). Methods are
-/// called from many threads at once.
+/// All offsets and lengths are in bytes; `offset + len` never exceeds what [`size_bytes`](Self::size_bytes) was when the
+/// client connected. Methods are called from many threads at once.
 pub trait Export: Send + Sync {
-    /// Size in bytes: constant, at most 2^63 - 1.
+    /// Size in bytes now, at most 2^63 - 1. Clients that connect later see another size; those that are connected do not.
     fn size_bytes(&self) -> u64;
 
     /// Fills `buf` from `offset`.
@@ -171,19 +175,21 @@ pub struct Served {
     pub info: ExportInfo,
     /// The device.
     pub export: Arc<dyn Export>,
-    size_bytes: u64,
 }
 
 impl std::fmt::Debug for Served {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Served").field("info", &self.info).field("size_bytes", &self.size_bytes).finish_non_exhaustive()
+        f.debug_struct("Served")
+            .field("info", &self.info)
+            .field("size_bytes", &self.size_bytes())
+            .finish_non_exhaustive()
     }
 }
 
 impl Served {
-    /// Size in bytes, as it was when the export was registered.
+    /// Size in bytes now.
     pub fn size_bytes(&self) -> u64 {
-        self.size_bytes
+        self.export.size_bytes()
     }
 }
 
@@ -247,7 +253,7 @@ impl Exports {
         if i64::try_from(size_bytes).is_err() {
             return Err(RegistryError::TooLarge { size_bytes });
         }
-        self.list.push(Arc::new(Served { info, export, size_bytes }));
+        self.list.push(Arc::new(Served { info, export }));
         Ok(())
     }
 

@@ -31,6 +31,8 @@ pub enum ReplyStyle {
 pub struct Negotiated {
     /// The chosen export.
     pub served: Arc<Served>,
+    /// Size in bytes that the client is told, and that it keeps.
+    pub size_bytes: u64,
     /// The dialect.
     pub replies: ReplyStyle,
     /// Whether `base:allocation` was selected for this export.

@@ -14,14 +14,14 @@ impl Export for Volume {
     }
 
     fn write_at(&self, offset: u64, data: &[u8], durability: Durability) -> Result<(), ExportError> {
-        Self::write_at(self, data, offset)?;
+        Self::write_at(self, data, offset).map_err(of_write)?;
         persist(self, offset, data.len() as u64, durability)
     }
 
     fn write_zeroes(&self, offset: u64, len_bytes: u64, hole: Hole, durability: Durability) -> Result<(), ExportError> {
         match hole {
-            Hole::Allowed => self.punch_zeroes(offset, len_bytes)?,
-            Hole::Forbidden => Self::write_zeroes(self, offset, len_bytes)?,
+            Hole::Allowed => self.punch_zeroes(offset, len_bytes).map_err(of_write)?,
+            Hole::Forbidden => Self::write_zeroes(self, offset, len_bytes).map_err(of_write)?,
         }
         persist(self, offset, len_bytes, durability)
     }
@@ -62,10 +62,19 @@ fn persist(volume: &Volume, offset: u64, len_bytes: u64, durability: Durability)
     }
 }
 
+/// The protocol has `ENOSPC` for a write past the end, and `EINVAL` for everything else.
+fn of_write(error: VolumeError) -> ExportError {
+    match error {
+        VolumeError::OutOfRange { .. } => ExportError::NoSpace,
+        other => other.into(),
+    }
+}
+
 impl From<VolumeError> for ExportError {
     fn from(error: VolumeError) -> Self {
         match error {
             VolumeError::ReadOnly => Self::ReadOnly,
+            VolumeError::OutOfRange { .. } => Self::PastEnd,
             VolumeError::Locked => Self::ShuttingDown,
             VolumeError::Media(MediaError::NoSpace) => Self::NoSpace,
             VolumeError::Media(MediaError::Unsupported) => Self::Unsupported,

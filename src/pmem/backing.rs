@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::error::{MediaError, OpenError};
 use super::granularity::{Finding, Granularity, GranularityReason};
+use super::lock::{self, LockRange};
 use super::mapping::Mapping;
 use super::medium::KernelMedium;
 use super::open::{OpenedFile, create_locked, map};
@@ -52,6 +53,8 @@ pub struct Backing {
     kind: BackingKind,
     access: Access,
     reason: GranularityReason,
+    disk_offset: u64,
+    sector_bytes: Option<u64>,
     physical_address: Option<u64>,
     len_bytes: AtomicU64,
     growing: Mutex<()>,
@@ -103,13 +106,15 @@ impl Backing {
     ) -> Result<Self, OpenError> {
         let (mapping, finding) = map(&opened, access)?;
         let reason = GranularityReason::new(finding, forced);
-        let OpenedFile { file, kind, len_bytes, physical_address } = opened;
+        let OpenedFile { file, kind, len_bytes, disk_offset, sector_bytes, physical_address } = opened;
         let medium = KernelMedium::new(file, kind, reason.granularity(), mapping.len_bytes() as u64);
         Ok(Self {
             path: path.to_path_buf(),
             kind,
             access,
             reason,
+            disk_offset,
+            sector_bytes,
             physical_address,
             len_bytes: AtomicU64::new(len_bytes),
             growing: Mutex::new(()),
@@ -145,6 +150,8 @@ impl Backing {
             kind: BackingKind::File,
             access: Access::ReadWrite,
             reason: GranularityReason::new(Finding::Simulated(options.granularity()), None),
+            disk_offset: 0,
+            sector_bytes: None,
             physical_address: None,
             len_bytes: AtomicU64::new(len_bytes as u64),
             growing: Mutex::new(()),
@@ -171,6 +178,8 @@ impl Backing {
             kind: BackingKind::File,
             access: Access::ReadWrite,
             reason: GranularityReason::new(Finding::Volatile, None),
+            disk_offset: 0,
+            sector_bytes: None,
             physical_address: None,
             len_bytes: AtomicU64::new(len_bytes),
             growing: Mutex::new(()),
@@ -226,6 +235,20 @@ impl Backing {
     #[must_use]
     pub const fn physical_address(&self) -> Option<u64> {
         self.physical_address
+    }
+
+    /// Where on its disk the first byte is: 0, but for a partition that the kernel has made of a block device its start.
+    /// Every range of a backing counts from its own first byte all the same.
+    #[must_use]
+    pub const fn disk_offset(&self) -> u64 {
+        self.disk_offset
+    }
+
+    /// Bytes of the sectors that a block device is addressed by, 512 or 4096 as a rule; `None` for anything else, which has
+    /// none, and when the kernel does not say.
+    #[must_use]
+    pub const fn sector_bytes(&self) -> Option<u64> {
+        self.sector_bytes
     }
 
     /// Runs `f` on the bytes at `range`.
@@ -460,6 +483,20 @@ impl Backing {
             self.len_bytes.store(len_bytes, Ordering::Release);
         }
         Ok(())
+    }
+
+    /// Locks exactly `range` (not empty) from now on, instead of the bytes that were given to
+    /// [`OpenOptions::lock_range`]: the partition there has become longer or shorter.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::Busy`] when another user has a part of it: the lock is then as before.
+    pub fn lock_range(&self, range: Range<u64>) -> Result<(), OpenError> {
+        let Medium::Kernel(medium) = &self.medium else { return Ok(()) };
+        if !lock::try_lock(medium.file(), self.access, &LockRange::Bytes(range.clone())).map_err(OpenError::Io)? {
+            return Err(OpenError::Busy);
+        }
+        lock::unlock_outside(medium.file(), &range).map_err(OpenError::Io)
     }
 
     fn check_writable(&self) -> Result<(), MediaError> {

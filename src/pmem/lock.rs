@@ -34,6 +34,20 @@ pub(super) fn try_lock(file: &File, access: Access, range: &LockRange) -> io::Re
         LockRange::Bytes(bytes) if bytes.is_empty() => return Ok(true),
         LockRange::Bytes(bytes) => (as_offset(bytes.start)?, as_offset(bytes.end - bytes.start)?),
     };
+    set(file, lock_type, start, len)
+}
+
+/// Gives back whatever `file` has locked outside of `range`, which is not empty.
+pub(super) fn unlock_outside(file: &File, range: &Range<u64>) -> io::Result<()> {
+    if range.start > 0 {
+        set(file, libc::F_UNLCK, 0, as_offset(range.start)?)?;
+    }
+    set(file, libc::F_UNLCK, as_offset(range.end)?, 0)?;
+    Ok(())
+}
+
+/// `Ok(false)` when somebody else's lock is in the way.
+fn set(file: &File, lock_type: libc::c_int, start: libc::off_t, len: libc::off_t) -> io::Result<bool> {
     let request = libc::flock {
         l_type: lock_type.try_into().map_err(|_| io::ErrorKind::Unsupported)?,
         l_whence: libc::SEEK_SET.try_into().map_err(|_| io::ErrorKind::Unsupported)?,
@@ -90,6 +104,17 @@ mod tests {
         assert!(try_lock(&second, Access::ReadWrite, &LockRange::Bytes(4096..8192)).unwrap());
         assert!(!try_lock(&second, Access::ReadWrite, &LockRange::Bytes(4095..4096)).unwrap());
         assert!(!try_lock(&second, Access::ReadWrite, &LockRange::Whole).unwrap());
+    }
+
+    #[test]
+    fn a_range_grows_and_shrinks() {
+        let (first, second) = open_twice();
+        assert!(try_lock(&first, Access::ReadWrite, &LockRange::Bytes(4096..8192)).unwrap());
+        assert!(try_lock(&first, Access::ReadWrite, &LockRange::Bytes(4096..12288)).unwrap());
+        assert!(!try_lock(&second, Access::ReadWrite, &LockRange::Bytes(12287..12288)).unwrap());
+        unlock_outside(&first, &(4096..6000)).unwrap();
+        assert!(try_lock(&second, Access::ReadWrite, &LockRange::Bytes(6000..12288)).unwrap());
+        assert!(!try_lock(&second, Access::ReadWrite, &LockRange::Bytes(5999..6000)).unwrap());
     }
 
     #[test]

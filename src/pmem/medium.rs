@@ -43,6 +43,10 @@ pub(super) struct KernelMedium {
 }
 
 impl KernelMedium {
+    pub(super) const fn file(&self) -> &File {
+        &self.file
+    }
+
     pub(super) fn new(
         file: File,
         kind: BackingKind,

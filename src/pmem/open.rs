@@ -26,6 +26,8 @@ pub(super) struct OpenedFile {
     pub(super) file: File,
     pub(super) kind: BackingKind,
     pub(super) len_bytes: u64,
+    pub(super) disk_offset: u64,
+    pub(super) sector_bytes: Option<u64>,
     pub(super) physical_address: Option<u64>,
 }
 
@@ -60,7 +62,11 @@ pub(super) fn open_locked(path: &Path, access: Access, range: &LockRange) -> Res
     if len_bytes == 0 {
         return Err(OpenError::Empty);
     }
-    Ok(OpenedFile { file, kind, len_bytes, physical_address })
+    let (disk_offset, sector_bytes) = match kind {
+        BackingKind::BlockDevice => (sysfs.block_start_bytes(device), sysfs.block_sector_bytes(device)),
+        _ => (0, None),
+    };
+    Ok(OpenedFile { file, kind, len_bytes, disk_offset, sector_bytes, physical_address })
 }
 
 /// Creates, locks and sizes a new file. On failure no file is left.
@@ -78,7 +84,14 @@ pub(super) fn create_locked(path: &Path, len_bytes: u64, allocation: Allocation)
         let _ = fs::remove_file(path); // the first error is the one to report
         return Err(error);
     }
-    Ok(OpenedFile { file, kind: BackingKind::File, len_bytes, physical_address: None })
+    Ok(OpenedFile {
+        file,
+        kind: BackingKind::File,
+        len_bytes,
+        disk_offset: 0,
+        sector_bytes: None,
+        physical_address: None,
+    })
 }
 
 /// Maps the file, and says what kind of mapping that is.

@@ -31,6 +31,16 @@ impl Sysfs {
         self.disk(device).and_then(|(disk, _)| read_number(&disk.join("queue/dax"))) == Some(1)
     }
 
+    /// Where on its disk a block device begins, in bytes: not 0 for a partition.
+    pub(super) fn block_start_bytes(&self, device: Dev) -> u64 {
+        self.disk(device).map_or(0, |(_, start_bytes)| start_bytes)
+    }
+
+    /// Bytes of the sectors that a block device is addressed by.
+    pub(super) fn block_sector_bytes(&self, device: Dev) -> Option<u64> {
+        self.disk(device).and_then(|(disk, _)| read_number(&disk.join("queue/logical_block_size")))
+    }
+
     /// The physical address of the first byte of a pmem block device or of a partition of one. Only root may read it.
     pub(super) fn block_physical_address(&self, device: Dev) -> Option<u64> {
         let (disk, start_bytes) = self.disk(device)?;
@@ -108,6 +118,7 @@ mod tests {
         put("devices/ndbus0/pmem0/pmem0p1/partition", "1\n");
         put("devices/ndbus0/pmem0/pmem0p1/start", "4096\n");
         put("devices/sda/queue/dax", "0\n");
+        put("devices/sda/queue/logical_block_size", "4096\n");
         put("devices/dax0.0/size", "1073741824\n");
         put("devices/dax0.0/align", "4096\n");
         put("devices/dax0.0/resource", "0x240000000\n");
@@ -138,7 +149,10 @@ mod tests {
         let (_root, sysfs) = tree();
         assert_eq!(sysfs.block_physical_address(makedev(259, 0)), Some(0x1_4000_0000));
         assert_eq!(sysfs.block_physical_address(makedev(259, 1)), Some(0x1_4000_0000 + 4096 * 512));
+        assert_eq!([0, 1].map(|minor| sysfs.block_start_bytes(makedev(259, minor))), [0, 4096 * 512]);
         assert_eq!(sysfs.block_physical_address(makedev(8, 0)), None);
+        assert_eq!(sysfs.block_sector_bytes(makedev(8, 0)), Some(4096));
+        assert_eq!(sysfs.block_sector_bytes(makedev(259, 1)), None);
         assert_eq!(sysfs.block_physical_address(makedev(1, 1)), None);
     }
 

@@ -10,10 +10,14 @@
 //! all of those have ended. Both are taken last and given back before anything else is asked for. A locked volume has no
 //! sides, and so no keys.
 //!
+//! The size can change, when no transform is under way: the side is then replaced by one of the new size, when all accesses
+//! to the present one have ended. So each access is checked against the size here too, under the same guard.
+//!
 //! With discards, a block whose ciphertext is all zero bytes stands for a hole and reads as zeroes. Real data looks so
 //! with a probability of 2^-128 a block, and no other place can forget which units are holes.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use zeroize::Zeroizing;
@@ -43,7 +47,10 @@ const MOVING_PIECE_BYTES: usize = 64 << 10;
 #[derive(Debug)]
 pub(crate) struct DataArea {
     backing: Arc<Backing>,
+    /// As it was when the volume was opened; the size is the next field.
     geometry: Geometry,
+    /// Changes only under `sides`, held for writing.
+    size_bytes: AtomicU64,
     backend: Backend,
     /// Whether all-zero ciphertext blocks are holes.
     holes: bool,
@@ -84,16 +91,43 @@ impl DataArea {
     pub(crate) fn new(backing: Arc<Backing>, geometry: Geometry, side: Side, holes: bool) -> Self {
         let backend = side.key().backend();
         let sides = RwLock::new(Some(Sides { current: Arc::new(side), former: None }));
-        Self { backing, geometry, backend, holes, sides, moving: RangeLock::default() }
+        let size_bytes = AtomicU64::new(geometry.size_bytes());
+        Self { backing, geometry, size_bytes, backend, holes, sides, moving: RangeLock::default() }
     }
 
     pub(crate) fn backing(&self) -> &Arc<Backing> {
         &self.backing
     }
 
-    /// Where the data lay when the volume was opened, or is moving to since then.
-    pub(crate) const fn geometry(&self) -> &Geometry {
-        &self.geometry
+    /// Where the data lay when the volume was opened, or is moving to since then, with the size that it has now.
+    pub(crate) fn geometry(&self) -> Geometry {
+        self.geometry.with_size(self.size_bytes())
+    }
+
+    /// The size now.
+    pub(crate) fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
+    /// Gives the area the size of `side`, which is the present one but for that. Waits for all accesses; those that come
+    /// later and reach past the end fail.
+    pub(crate) fn resize(&self, side: Side, size_bytes: u64) {
+        let mut sides = self.sides_mut();
+        if let Some(sides) = sides.as_mut() {
+            debug_assert!(sides.former.is_none(), "a transform keeps its size");
+            sides.current = Arc::new(side);
+        }
+        self.size_bytes.store(size_bytes, Ordering::Release);
+    }
+
+    /// Checks a range once more, under `sides`: the size may have changed since the volume did.
+    fn check(&self, range: &Range<u64>) -> Result<(), VolumeError> {
+        let size_bytes = self.size_bytes();
+        if range.end <= size_bytes {
+            return Ok(());
+        }
+        let (offset, len_bytes) = (range.start, range.end.saturating_sub(range.start));
+        Err(VolumeError::OutOfRange { offset, len_bytes, size_bytes })
     }
 
     pub(crate) const fn backend(&self) -> Backend {
@@ -217,6 +251,7 @@ impl DataArea {
         {
             let sides = self.sides();
             let sides = sides.as_ref().ok_or(VolumeError::Locked)?;
+            self.check(&range)?;
             if sides.former.is_none() {
                 return Ok(access(&sides.current, range)?);
             }
@@ -236,7 +271,7 @@ impl DataArea {
         if former.blocked.as_ref().is_some_and(|blocked| range.start < blocked.end && blocked.start < range.end) {
             return Err(MediaError::Poisoned.into());
         }
-        let boundary = former.boundary(self.geometry.size_bytes()).clamp(range.start, range.end);
+        let boundary = former.boundary(self.size_bytes()).clamp(range.start, range.end);
         let (low, high) = if former.backward { (&former.side, &sides.current) } else { (&sides.current, &former.side) };
         let part = |side: &Arc<Side>, range: Range<u64>| (!range.is_empty()).then(|| (Arc::clone(side), range));
         Ok([part(low, range.start..boundary), part(high, boundary..range.end)])

@@ -69,6 +69,11 @@ impl Claims {
         self.list().claims.iter().filter_map(|claim| claim.exclusive.clone()).collect()
     }
 
+    /// How many maps there are.
+    pub(super) fn count(&self) -> usize {
+        self.list().claims.len()
+    }
+
     fn list(&self) -> MutexGuard<'_, List> {
         self.list.lock().unwrap_or_else(PoisonError::into_inner)
     }

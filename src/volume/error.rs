@@ -1,6 +1,6 @@
 //! What can go wrong with a volume.
 
-use crate::namespace::{FormatError, TransformError};
+use crate::namespace::{FormatError, TransformError, UpdateError};
 use crate::pmem::{MediaError, OpenError};
 use crate::xts::BackendError;
 
@@ -44,6 +44,18 @@ pub enum VolumeError {
         /// End, exclusive.
         end: u64,
     },
+    /// There is a direct map.
+    #[error("the volume is mapped: its maps must be closed first")]
+    Mapped,
+    /// There is, or was, a direct map, whose window has the size of the volume.
+    #[error("the volume is mapped, or was: it keeps its size until it is opened again")]
+    WasMapped,
+    /// There is no header of a namespace that could be changed, as with a LUKS2 volume.
+    #[error("the volume has no header of a namespace, and so no size that could be changed")]
+    NoHeader,
+    /// The header could not be changed.
+    #[error("the header could not be changed")]
+    Update(#[source] Box<UpdateError>),
     /// A re-key failed.
     #[error("the re-key failed")]
     Transform(#[source] Box<TransformError>),

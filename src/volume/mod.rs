@@ -12,6 +12,7 @@
 mod area;
 mod claims;
 mod error;
+mod life;
 mod range_lock;
 mod side;
 mod transform;
@@ -20,7 +21,7 @@ pub(crate) mod window;
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use zeroize::Zeroizing;
 
@@ -53,9 +54,12 @@ pub struct Volume {
     /// Made by the first direct map.
     window: OnceLock<Arc<Window>>,
     claims: Claims,
+    /// Held for reading while a map is made, and for writing while the size changes: a map has the size that it was checked
+    /// against. Asked after `engine` and before everything else.
+    mapping: RwLock<()>,
     locked: AtomicBool,
-    /// Owns the header and its keys; `None` when the volume is locked, or not a namespace of ours. Asked before anything of `area` and before `blocks`,
-    /// never while something of them is held.
+    /// Owns the header and its keys; `None` when the volume is locked, or not a namespace of ours. Asked before anything of
+    /// `area` and before `blocks`, never while something of them is held.
     engine: Mutex<Option<Engine>>,
 }
 
@@ -133,6 +137,7 @@ impl Volume {
             blocks: RangeLock::default(),
             window: OnceLock::new(),
             claims: Claims::default(),
+            mapping: RwLock::new(()),
             locked: AtomicBool::new(false),
             engine: Mutex::new(engine),
         }
@@ -160,10 +165,10 @@ impl Volume {
         Ok(Self::new(namespace, Backend::from_env()?))
     }
 
-    /// Size of the decrypted view in bytes: a multiple of the data unit.
+    /// Size of the decrypted view in bytes: a multiple of the data unit. [`Self::resize`] changes it.
     #[must_use]
-    pub const fn size(&self) -> u64 {
-        self.area.geometry().size_bytes()
+    pub fn size(&self) -> u64 {
+        self.area.size_bytes()
     }
 
     /// Whether writes are refused.
@@ -180,7 +185,7 @@ impl Volume {
 
     /// Where the data lies.
     #[must_use]
-    pub const fn geometry(&self) -> &Geometry {
+    pub fn geometry(&self) -> Geometry {
         self.area.geometry()
     }
 

@@ -324,3 +324,66 @@ fn holes_that_are_written_while_they_are_read_never_read_as_noise() {
         }
     });
 }
+
+#[test]
+fn the_mark_of_a_volume_in_use_is_not_for_read_only_and_locked_ones() {
+    let fixture = Fixture::new(Cipher::Aes256Xts, Bytes4096, false);
+    fixture.format().0.mark_in_use().unwrap();
+    let volume = fixture.reopen(Access::ReadOnly);
+    assert!(volume.header().unclean);
+    assert!(matches!(volume.mark_closed(), Err(VolumeError::ReadOnly)));
+    drop(volume);
+    fixture.reopen(Access::ReadWrite).mark_closed().unwrap();
+    let volume = fixture.reopen(Access::ReadWrite);
+    assert!(!volume.header().unclean);
+    volume.lock().unwrap();
+    assert!(matches!(volume.mark_in_use(), Err(VolumeError::Locked)));
+    assert!(matches!(volume.resize(SIZE, true), Err(VolumeError::Locked)));
+}
+
+#[test]
+fn a_volume_changes_its_size_while_it_is_used_and_nothing_is_written_behind_the_end() {
+    let fixture = Fixture::new(Cipher::Aes256Xts, Bytes512, false);
+    let volume = Arc::new(fixture.format().0);
+    let bytes: Vec<u8> = (0..SIZE).map(|offset| (offset % 251) as u8).collect();
+    volume.write_at(&bytes, 0).unwrap();
+    assert!(matches!(volume.resize(2 * SIZE, false), Err(VolumeError::Update(_))), "there is no room");
+    volume.backing().grow(DATA + 2 * SIZE, Allocation::Full).unwrap();
+    volume.set_available_bytes(u64::MAX);
+    let ciphertext = || {
+        let media = fixture.dir.path().join("vault.img");
+        std::fs::read(media).unwrap().split_off(usize::try_from(DATA + SIZE / 2).unwrap())
+    };
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for offset in [SIZE / 2 - 100, SIZE / 2 + 1000, SIZE - 512, SIZE + 4096] {
+            let (volume, stop) = (&volume, &stop);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let mut found = [0; 700];
+                    for result in [volume.read_at(&mut found, offset), volume.write_at(&found, offset)] {
+                        assert!(matches!(result, Ok(()) | Err(VolumeError::OutOfRange { .. })), "{result:?}");
+                    }
+                }
+            });
+        }
+        for _ in 0..20 {
+            volume.resize(2 * SIZE, false).unwrap();
+            assert_eq!(volume.size(), 2 * SIZE);
+            volume.write_at(&[9; 4096], 2 * SIZE - 4096).unwrap();
+            assert!(matches!(volume.resize(SIZE / 2, false), Err(VolumeError::Update(_))));
+            volume.resize(SIZE / 2, true).unwrap();
+            let behind = ciphertext();
+            thread::yield_now();
+            assert!(matches!(volume.read_at(&mut [0; 16], SIZE / 2), Err(VolumeError::OutOfRange { .. })));
+            assert!(ciphertext() == behind);
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    volume.resize(SIZE, false).unwrap();
+    drop(volume);
+    let volume = fixture.reopen(Access::ReadWrite);
+    let mut found = vec![0; bytes.len() / 2 - 100];
+    volume.read_at(&mut found, 0).unwrap();
+    assert!(found == bytes[..found.len()]);
+}

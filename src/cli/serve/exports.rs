@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use zeroize::Zeroizing;
 
-use super::rekey::Rekeys;
 use super::stem;
+use super::volumes::Volumes;
 use crate::cli::credentials::KeyArgs;
 use crate::cli::error::Error;
 use crate::cli::open;
@@ -37,12 +37,12 @@ pub(super) struct Source {
 }
 
 /// Opens, unlocks and reads every namespace. With `keep_going` one that fails is left out, unless all do.
-pub(super) fn open_all(sources: &[Source], keep_going: bool, rekeys: &Rekeys) -> Result<Exports, Error> {
+pub(super) fn open_all(sources: &[Source], keep_going: bool, volumes: &Volumes) -> Result<Exports, Error> {
     let backend = Backend::from_env()?;
     let mut exports = Exports::new();
     let mut first_error = None;
     for source in sources {
-        match add(&mut exports, source, backend, rekeys) {
+        match add(&mut exports, source, backend, volumes) {
             Ok(()) => {}
             Err(error) if keep_going => {
                 warning!("not served: {}", error.chain());
@@ -57,7 +57,7 @@ pub(super) fn open_all(sources: &[Source], keep_going: bool, rekeys: &Rekeys) ->
     }
 }
 
-fn add(exports: &mut Exports, source: &Source, backend: Backend, rekeys: &Rekeys) -> Result<(), Error> {
+fn add(exports: &mut Exports, source: &Source, backend: Backend, volumes: &Volumes) -> Result<(), Error> {
     let path = &source.path;
     let access = if source.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let place = PlaceArgs { path: path.clone(), header: source.header.clone() };
@@ -88,7 +88,7 @@ fn add(exports: &mut Exports, source: &Source, backend: Backend, rekeys: &Rekeys
     let volume = Arc::new(volume);
     let export: Arc<Volume> = Arc::clone(&volume);
     exports.add(info, export).map_err(|source| Error::Export { path: path.clone(), source })?;
-    rekeys.add(path.clone(), volume);
+    volumes.add(path.clone(), volume);
     Ok(())
 }
 

@@ -44,13 +44,13 @@ impl FromStr for Address {
 }
 
 /// Opens the given places; without any, takes what systemd passed.
-pub(super) fn open(addresses: Vec<Address>) -> Result<Vec<(Address, Listener)>, Error> {
+pub(super) fn open(addresses: &[Address]) -> Result<Vec<(Address, Listener)>, Error> {
     let mut opened = Vec::new();
     if addresses.is_empty() {
         opened.extend(inherited_listeners()?.into_iter().map(|listener| (Address::Inherited, listener)));
     }
     for address in addresses {
-        match &address {
+        match address {
             Address::Unix(path) => opened.push((address.clone(), Listener::unix(path)?)),
             Address::Tcp(text) => {
                 for resolved in resolve(text)? {

@@ -8,6 +8,7 @@ mod exports;
 mod listeners;
 mod rekey;
 mod tls;
+mod volumes;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,8 +21,8 @@ use signal_hook::iterator::Signals;
 
 use self::exports::Source;
 use self::listeners::Address;
-use self::rekey::Rekeys;
 use self::tls::{TlsMode, TlsPlan};
+use self::volumes::Volumes;
 use super::credentials::KeyArgs;
 use super::error::Error;
 use super::log;
@@ -137,9 +138,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
         Some(path) => with_file(config::read(path)?, args),
     };
     let tls = tls::set_up(&plan.tls, &plan.namespaces)?;
-    // Dropped after the server has ended.
-    let rekeys = Arc::new(Rekeys::new(args.rekey_max_rate));
-    let exports = exports::open_all(&plan.namespaces, plan.keep_going, &rekeys)?;
+    let volumes = Arc::new(Volumes::new(args.rekey_max_rate));
+    let exports = exports::open_all(&plan.namespaces, plan.keep_going, &volumes)?;
     if secret::lock_refused() {
         warning!("key memory could not be locked in RAM (ulimit -l), so it may reach swap");
     }
@@ -148,21 +148,34 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     options.poll = plan.poll.unwrap_or(options.poll);
     options.threads = plan.threads.map_or(options.threads, usize::from);
     options.hang_up = plan.hang_up;
-    let mut server = Server::new(exports, plan.limits, options)?;
-    for (address, listener) in listeners::open(plan.addresses)? {
-        listeners::announce(&address, &listener, &names, plan.tls.mode)?;
+    let server = Server::new(exports, plan.limits.clone(), options)?;
+    volumes.mark_in_use()?;
+    let served = listen(&plan, server, &names, &volumes).and_then(|server| {
+        stop_on_signal(signals, server.handle());
+        tell_systemd("READY=1");
+        Ok(server.run()?)
+    });
+    // Nobody writes any more, and the server has flushed what it could.
+    let closed = volumes.close();
+    served.and(closed)
+}
+
+/// The server with all its ways in. Nobody is answered yet.
+fn listen(plan: &Plan, server: Server, names: &[(String, u64)], volumes: &Arc<Volumes>) -> Result<Server, Error> {
+    let mut server = server;
+    for (address, listener) in listeners::open(&plan.addresses)? {
+        listeners::announce(&address, &listener, names, plan.tls.mode)?;
         server = server.listen(listener);
     }
     if let Some(path) = &plan.control {
-        let rekeys = Arc::clone(&rekeys);
-        server = server.control(Listener::unix(path)?).commands(Commands::new(move |received| rekeys.answer(received)));
+        let volumes = Arc::clone(volumes);
+        server =
+            server.control(Listener::unix(path)?).commands(Commands::new(move |received| volumes.answer(received)));
     }
     for address in plan.metrics.iter().map(|text| listeners::resolve(text)).collect::<Result<Vec<_>, _>>()?.concat() {
         server = server.metrics(Listener::tcp(address)?);
     }
-    stop_on_signal(signals, server.handle());
-    tell_systemd("READY=1");
-    Ok(server.run()?)
+    Ok(server)
 }
 
 /// What the command line alone says.

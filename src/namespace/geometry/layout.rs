@@ -114,7 +114,8 @@ mod tests {
     fn a_geometry_and_its_layout_agree() {
         for (unit, bound_address) in [(DataUnit::Bytes4096, None), (DataUnit::Bytes512, Some(5 * MIB))] {
             let (base, data_offset, size_bytes) = (MIB, 3 * MIB, MIB);
-            let placement = Placement { base, data_offset, size_bytes, unit, bound_address, detached: false };
+            let placement =
+                Placement { origin: 0, base, data_offset, size_bytes, unit, bound_address, detached: false };
             let geometry = Geometry::new(&placement, 8 * MIB).unwrap();
             let layout = geometry.layout();
             assert_eq!(layout, Layout::new(4 * MIB, 4 * MIB + bound_address.unwrap_or(0), size_bytes, unit).unwrap());

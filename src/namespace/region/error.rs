@@ -57,6 +57,12 @@ pub enum TableFault {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RegionError {
+    /// Tables have other sectors.
+    #[error("a partition table in sectors of {sector_bytes} bytes is not supported, only 512 and 4096")]
+    SectorSize {
+        /// Bytes of a sector.
+        sector_bytes: u64,
+    },
     /// There is no partition table.
     #[error("this is not a region: there is no GPT partition table")]
     NoTable,

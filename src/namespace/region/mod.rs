@@ -52,19 +52,20 @@ pub struct RegionPartition {
 }
 
 impl Region {
-    /// Writes a new, empty table over whatever is there.
+    /// Writes a new, empty table over whatever is there, in sectors of `sector_bytes`: 512 or 4096. A kernel finds a table
+    /// only when its sectors are those of the device; for a file they are those that its user will have.
     ///
     /// # Errors
     ///
-    /// [`RegionError::TooSmall`]; [`RegionError::Media`] when it cannot be written.
-    pub fn create(backing: Arc<Backing>) -> Result<Self, RegionError> {
+    /// [`RegionError::SectorSize`], [`RegionError::TooSmall`]; [`RegionError::Media`] when it cannot be written.
+    pub fn create(backing: Arc<Backing>, sector_bytes: u64) -> Result<Self, RegionError> {
         let len_bytes = backing.len_bytes();
         // In front of the namespaces the table, one namespace with one unit, behind them the backup of the table.
         let min_bytes = 4 * REGION_ALIGNMENT_BYTES;
         if len_bytes < min_bytes {
             return Err(RegionError::TooSmall { len_bytes, min_bytes });
         }
-        let table = Table::create(&backing)?;
+        let table = Table::create(&backing, sector_bytes)?;
         Ok(Self { backing, table })
     }
 

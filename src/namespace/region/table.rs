@@ -26,6 +26,9 @@ const ENTRY_COUNT_MAX: u32 = 1024;
 
 const PRIMARY_SECTOR: u64 = 1;
 
+/// What every table of 128 entries lies within, at either end of a backing, whatever its sectors.
+const STALE_BYTES: u64 = 64 << 10;
+
 /// A checked table.
 #[derive(Debug)]
 pub(super) struct Table {
@@ -39,13 +42,23 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// Writes an empty table, with sectors of 512 bytes.
-    pub(super) fn create(backing: &Backing) -> Result<Self, RegionError> {
-        let sector = LogicalBlockSize::Lb512;
+    /// Writes an empty table.
+    pub(super) fn create(backing: &Backing, sector_bytes: u64) -> Result<Self, RegionError> {
+        let sector = match sector_bytes {
+            512 => LogicalBlockSize::Lb512,
+            4096 => LogicalBlockSize::Lb4096,
+            _ => return Err(RegionError::SectorSize { sector_bytes }),
+        };
         let last = backing.len_bytes() / sector.as_u64() - 1;
         let first_usable = REGION_ALIGNMENT_BYTES / sector.as_u64();
         let header = HeaderBuilder::new().backup_lba(last).first_usable(first_usable).build(sector);
         let header = header.map_err(GptError::from)?;
+        // A table in sectors of the other size would lie between what is written.
+        let len_bytes = backing.len_bytes();
+        for range in [0..STALE_BYTES, len_bytes - STALE_BYTES..len_bytes] {
+            backing.write(range.clone(), |mut target| target.fill(0))?;
+            backing.persist(range)?;
+        }
         let mbr = ProtectiveMBR::with_lb_size(u32::try_from(last).unwrap_or(u32::MAX)).to_bytes();
         let first = 0..mbr.len() as u64;
         backing.write(first.clone(), |mut target| target.copy_from(&mbr))?;

@@ -23,7 +23,7 @@ fn bytes_of(backing: &Backing) -> Vec<u8> {
 /// A region of 32 MiB with namespaces `a` (4 MiB) and `b` (8 MiB).
 fn region() -> (Arc<Backing>, Region) {
     let backing = media(vec![0; 32 << 20]);
-    let mut region = Region::create(Arc::clone(&backing)).unwrap();
+    let mut region = Region::create(Arc::clone(&backing), 512).unwrap();
     for (name, len) in [("a", 4 * MIB), ("b", 8 * MIB)] {
         let place = region.place(len).unwrap();
         region.add(name, place).unwrap();
@@ -119,7 +119,7 @@ fn one_damaged_table_is_made_up_for_and_two_are_an_error() {
     assert!(matches!(error, RegionError::BothTablesDamaged { .. }), "{error}");
     assert!(matches!(Region::open(media(vec![0; 8 << 20])).unwrap_err(), RegionError::NoTable));
     assert!(matches!(Region::open(media(vec![0; 100])).unwrap_err(), RegionError::NoTable));
-    let small = Region::create(media(vec![0; 4 << 20])).unwrap_err();
+    let small = Region::create(media(vec![0; 4 << 20]), 512).unwrap_err();
     assert!(matches!(small, RegionError::TooSmall { .. }), "{small}");
 }
 
@@ -158,7 +158,7 @@ fn partitions_that_overlap_or_leave_the_region_are_refused() {
 #[test]
 fn a_power_cut_at_any_store_leaves_the_old_table_or_the_new_one() {
     let backing = media(vec![0; 8 << 20]);
-    let mut region = Region::create(Arc::clone(&backing)).unwrap();
+    let mut region = Region::create(Arc::clone(&backing), 512).unwrap();
     region.add("a", 2 * MIB..4 * MIB).unwrap();
     // Once with both copies whole, and once with a damaged primary that the first change mends.
     for damaged in [false, true] {
@@ -180,4 +180,29 @@ fn a_power_cut_at_any_store_leaves_the_old_table_or_the_new_one() {
         handle.trace().explore(&Bounds::default(), None, check).unwrap();
         assert_eq!(seen, [true; 3], "every state was reached");
     }
+}
+
+#[test]
+fn a_table_in_sectors_of_4096_replaces_one_in_sectors_of_512_and_the_reverse() {
+    let backing = media(vec![0; 32 << 20]);
+    for (sector_bytes, name) in [(512, "old"), (4096, "new"), (512, "newest")] {
+        let mut region = Region::create(Arc::clone(&backing), sector_bytes).unwrap();
+        assert!(region.partitions().is_empty());
+        let place = region.place(4 * MIB).unwrap();
+        region.add(name, place).unwrap();
+        region.resize(name, 6 * MIB).unwrap();
+        let region = Region::open(Arc::clone(&backing)).unwrap();
+        assert_eq!(names(&region), [name]);
+        assert_eq!(region.find(name).unwrap().range, 2 * MIB..8 * MIB);
+        // Each copy alone is enough.
+        let bytes = bytes_of(&backing);
+        let sector = usize::try_from(sector_bytes).unwrap();
+        for damaged in [sector, bytes.len() - sector] {
+            let mut bytes = bytes.clone();
+            bytes[damaged + 20] ^= 1;
+            assert_eq!(names(&Region::open(media(bytes)).unwrap()), [name]);
+        }
+    }
+    let refused = Region::create(backing, 2048).unwrap_err();
+    assert!(matches!(refused, RegionError::SectorSize { sector_bytes: 2048 }), "{refused}");
 }

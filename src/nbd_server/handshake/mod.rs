@@ -228,6 +228,7 @@ impl Handshake {
     fn negotiated(&self, served: Arc<Served>, name: &str) -> Negotiated {
         let contexts = self.contexts.as_ref().filter(|contexts| contexts.export_name == name);
         Negotiated {
+            size_bytes: served.size_bytes(),
             served,
             replies: self.replies,
             allocation_context: contexts.is_some_and(|contexts| contexts.allocation),

@@ -95,7 +95,7 @@ impl Handshake {
         let Ok(name) = export_name(payload) else { return refused };
         let Lookup::Found(served) = self.lookup(name) else { return refused };
         let negotiated = self.negotiated(served, name);
-        output.extend_from_slice(&negotiated.served.size_bytes().to_be_bytes());
+        output.extend_from_slice(&negotiated.size_bytes.to_be_bytes());
         output.extend_from_slice(&negotiated.transmission_flags().to_be_bytes());
         if !self.no_zeroes {
             output.extend_from_slice(&[0; EXPORT_NAME_PADDING_BYTES]);
@@ -234,7 +234,7 @@ fn push_infos(option: u32, negotiated: &Negotiated, request: &InfoPayload<'_>, o
         encode_option_reply(output, option, NBD_REP_INFO, &payload);
     };
     let (served, flags) = (&negotiated.served, negotiated.transmission_flags());
-    push(NBD_INFO_EXPORT, &[&served.size_bytes().to_be_bytes(), &flags.to_be_bytes()]);
+    push(NBD_INFO_EXPORT, &[&negotiated.size_bytes.to_be_bytes(), &flags.to_be_bytes()]);
     if request.asks_for(NBD_INFO_NAME) {
         push(NBD_INFO_NAME, &[served.info.name.as_bytes()]);
     }

@@ -33,7 +33,7 @@ pub struct Transmission {
 impl Transmission {
     /// The phase that follows a handshake.
     pub fn new(negotiated: Negotiated) -> Self {
-        let (flags, size_bytes) = (negotiated.transmission_flags(), negotiated.served.size_bytes());
+        let (flags, size_bytes) = (negotiated.transmission_flags(), negotiated.size_bytes);
         Self { negotiated, flags, size_bytes }
     }
 

@@ -18,7 +18,9 @@ use std::sync::{MutexGuard, PoisonError};
 use super::area::DataArea;
 use super::side::Side;
 use super::{Volume, VolumeError};
-use crate::namespace::{Credential, Namespace, Pending, RekeyOptions, SlotInfo, TransformError, WINDOW_BYTES_MAX};
+use crate::namespace::{
+    Credential, Namespace, Pending, RekeyOptions, SlotInfo, TransformError, UpdateError, WINDOW_BYTES_MAX,
+};
 use crate::pmem::{Access, MediaError};
 
 /// What windows are a multiple of, except the last one: both data units.
@@ -68,6 +70,27 @@ impl Engine {
 
     pub(super) fn into_namespace(self) -> Namespace {
         self.namespace
+    }
+
+    /// Records whether the namespace is in use, unless the header says so already.
+    pub(super) fn mark(&mut self, in_use: bool) -> Result<(), UpdateError> {
+        if self.namespace.header().unclean == in_use { Ok(()) } else { self.namespace.set_unclean(in_use) }
+    }
+
+    pub(super) const fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    pub(super) const fn namespace_mut(&mut self) -> &mut Namespace {
+        &mut self.namespace
+    }
+
+    /// Changes the size, first in the header and then in use.
+    pub(super) fn resize(&mut self, area: &DataArea, size_bytes: u64, even_smaller: bool) -> Result<(), UpdateError> {
+        self.namespace.resize(size_bytes, even_smaller)?;
+        let layout = self.namespace.geometry().layout();
+        area.resize(Side::new(layout, self.namespace.volume_key(), area.backend()), size_bytes);
+        Ok(())
     }
 
     fn progress(&self) -> Option<TransformProgress> {

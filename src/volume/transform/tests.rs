@@ -263,7 +263,7 @@ fn a_second_rekey_and_a_resize_wait_for_the_first() {
     assert!(matches!(refused, TransformError::UnderWay), "{refused}");
     drop(volume);
     let mut namespace = open(&backing, 1).unwrap();
-    assert!(matches!(namespace.resize(SIZE + 4096, false), Err(namespace::UpdateError::Transforming)));
+    assert!(matches!(namespace.resize(SIZE + 4096, false), Err(UpdateError::Transforming)));
 }
 
 #[test]

@@ -1,14 +1,15 @@
 //! Any bytes as a namespace header, with length and checksum made right: opened or refused, and never taken for genuine.
 #![no_main]
 
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+mod media;
+
+use std::sync::OnceLock;
 
 use daxcrypt::namespace::{Credential, LockedNamespace};
-use daxcrypt::pmem::{Access, Backing};
+use daxcrypt::pmem::Access;
 use daxcrypt::secret::SecretBytes;
 use libfuzzer_sys::fuzz_target;
+use media::Media;
 
 /// Bytes before the JSON text, where its length and the checksum lie (format.md, "Header copy").
 const PREFIX_BYTES: usize = 128;
@@ -17,20 +18,10 @@ const CHECKSUM_AT: usize = 20;
 /// Where the second copy lies.
 const SECOND_COPY_AT: u64 = 256 << 10;
 
-/// A backing in memory that every execution rewrites.
-struct Media {
-    file: std::fs::File,
-    path: PathBuf,
-}
-
 static MEDIA: OnceLock<Media> = OnceLock::new();
 
 fn media() -> Media {
-    let memory = rustix::fs::memfd_create("header", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&memory)).into();
-    let file = std::fs::File::from(memory);
-    file.set_len(4 << 20).unwrap();
-    Media { file, path }
+    Media::new("header", 4 << 20)
 }
 
 fuzz_target!(|data: &[u8]| {
@@ -44,10 +35,9 @@ fuzz_target!(|data: &[u8]| {
     let checksum = crc32fast::hash(&copy);
     copy[CHECKSUM_AT..][..4].copy_from_slice(&checksum.to_le_bytes());
     let media = MEDIA.get_or_init(media);
-    media.file.write_all_at(&copy, 0).unwrap();
-    media.file.write_all_at(&copy, SECOND_COPY_AT).unwrap();
-    let backing = Arc::new(Backing::open(&media.path, Access::ReadOnly).unwrap());
-    if let Ok(locked) = LockedNamespace::open(backing) {
+    media.put(&copy, 0);
+    media.put(&copy, SECOND_COPY_AT);
+    if let Ok(locked) = LockedNamespace::open(media.open(Access::ReadOnly)) {
         let stranger = Credential::KeyFile(SecretBytes::copy_of(&[9; 32]));
         assert!(locked.unlock_key(&stranger).is_err(), "a key that was never added opens a slot");
     }

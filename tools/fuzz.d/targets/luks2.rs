@@ -2,14 +2,15 @@
 //! says leads outside of its device.
 #![no_main]
 
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+mod media;
+
+use std::sync::OnceLock;
 
 use daxcrypt::luks2::Locked;
 use daxcrypt::namespace::Site;
-use daxcrypt::pmem::{Access, Backing};
+use daxcrypt::pmem::Access;
 use libfuzzer_sys::fuzz_target;
+use media::Media;
 use sha2::{Digest, Sha256};
 
 const DEVICE_BYTES: u64 = 4 << 20;
@@ -18,20 +19,10 @@ const COPY_BYTES: usize = 16 << 10;
 const METADATA_AT: usize = 4096;
 const CHECKSUM_AT: usize = 448;
 
-/// A backing in memory that every execution rewrites.
-struct Media {
-    file: std::fs::File,
-    path: PathBuf,
-}
-
 static MEDIA: OnceLock<Media> = OnceLock::new();
 
 fn media() -> Media {
-    let memory = rustix::fs::memfd_create("luks2", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&memory)).into();
-    let file = std::fs::File::from(memory);
-    file.set_len(DEVICE_BYTES).unwrap();
-    Media { file, path }
+    Media::new("luks2", DEVICE_BYTES)
 }
 
 fn copy(metadata: &[u8], magic: &[u8; 6], offset: u64) -> Vec<u8> {
@@ -52,10 +43,9 @@ fuzz_target!(|data: &[u8]| {
         return;
     }
     let media = MEDIA.get_or_init(media);
-    media.file.write_all_at(&copy(data, b"LUKS\xba\xbe", 0), 0).unwrap();
-    media.file.write_all_at(&copy(data, b"SKUL\xba\xbe", COPY_BYTES as u64), COPY_BYTES as u64).unwrap();
-    let backing = Arc::new(Backing::open(&media.path, Access::ReadOnly).unwrap());
-    if let Ok(locked) = Locked::open(&Site::whole(backing)) {
+    media.put(&copy(data, b"LUKS\xba\xbe", 0), 0);
+    media.put(&copy(data, b"SKUL\xba\xbe", COPY_BYTES as u64), COPY_BYTES as u64);
+    if let Ok(locked) = Locked::open(&Site::whole(media.open(Access::ReadOnly))) {
         let geometry = locked.geometry();
         let data = geometry.physical_range(0..geometry.size_bytes()).unwrap();
         assert!(data.end <= DEVICE_BYTES, "data behind the end of the device");

@@ -2,13 +2,14 @@
 //! partitions that lie apart, and free places beside them.
 #![no_main]
 
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+mod media;
+
+use std::sync::OnceLock;
 
 use daxcrypt::namespace::Region;
-use daxcrypt::pmem::{Access, Backing};
+use daxcrypt::pmem::Access;
 use libfuzzer_sys::fuzz_target;
+use media::Media;
 
 const DEVICE_BYTES: u64 = 16 << 20;
 const SECTOR: usize = 512;
@@ -19,34 +20,24 @@ const HEADER_CHECKSUM_AT: usize = 16;
 const TABLE_CHECKSUM_AT: usize = 88;
 const HEADER_BYTES: usize = 92;
 
-/// A backing in memory, and the table that each execution changes.
-struct Media {
-    file: std::fs::File,
-    path: PathBuf,
-    table: Vec<u8>,
-}
+static MEDIA: OnceLock<(Media, Vec<u8>)> = OnceLock::new();
 
-static MEDIA: OnceLock<Media> = OnceLock::new();
-
-fn media() -> Media {
-    let memory = rustix::fs::memfd_create("region", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    let path: PathBuf = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&memory)).into();
-    let file = std::fs::File::from(memory);
-    file.set_len(DEVICE_BYTES).unwrap();
-    let mut region = Region::create(Arc::new(Backing::open(&path, Access::ReadWrite).unwrap())).unwrap();
+/// A region in memory, and its table, which each execution changes.
+fn media() -> (Media, Vec<u8>) {
+    let media = Media::new("region", DEVICE_BYTES);
+    let mut region = Region::create(media.open(Access::ReadWrite), SECTOR as u64).unwrap();
     region.add("a", 2 << 20..4 << 20).unwrap();
     region.add("b", 6 << 20..10 << 20).unwrap();
     drop(region);
-    let mut table = vec![0; TABLE_BYTES];
-    file.read_exact_at(&mut table, SECTOR as u64).unwrap();
+    let table = media.bytes(TABLE_BYTES, SECTOR as u64);
     // The backup must not make up for what is refused.
-    file.write_all_at(&[0; SECTOR], DEVICE_BYTES - SECTOR as u64).unwrap();
-    Media { file, path, table }
+    media.put(&[0; SECTOR], DEVICE_BYTES - SECTOR as u64);
+    (media, table)
 }
 
 fuzz_target!(|data: &[u8]| {
-    let media = MEDIA.get_or_init(media);
-    let mut table = media.table.clone();
+    let (media, table) = MEDIA.get_or_init(media);
+    let mut table = table.clone();
     // Three bytes are an edit: where, and what is added.
     for edit in data.chunks_exact(3) {
         let at = usize::from(u16::from_le_bytes([edit[0], edit[1]])) % (HEADER_BYTES + 512);
@@ -58,9 +49,8 @@ fuzz_target!(|data: &[u8]| {
     table[HEADER_CHECKSUM_AT..][..4].fill(0);
     let checksum = crc32fast::hash(&table[..HEADER_BYTES]);
     table[HEADER_CHECKSUM_AT..][..4].copy_from_slice(&checksum.to_le_bytes());
-    media.file.write_all_at(&table, SECTOR as u64).unwrap();
-    let backing = Arc::new(Backing::open(&media.path, Access::ReadOnly).unwrap());
-    if let Ok(region) = Region::open(backing) {
+    media.put(&table, SECTOR as u64);
+    if let Ok(region) = Region::open(media.open(Access::ReadOnly)) {
         let mut taken: Vec<_> = region.partitions().into_iter().map(|partition| partition.range).collect();
         taken.extend(region.free());
         taken.sort_by_key(|range| range.start);
