@@ -248,4 +248,6 @@ impl From<TransformError> for VolumeError {
 #[cfg(test)]
 mod crash_tests;
 #[cfg(test)]
+mod slide_crash_tests;
+#[cfg(test)]
 mod tests;
