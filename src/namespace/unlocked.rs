@@ -209,17 +209,7 @@ impl Namespace {
         Ok(())
     }
 
-    /// Takes both copies of the header off the media, so that a namespace whose data is still being written is not taken
-    /// for a whole one. [`Self::publish`] puts them back.
-    ///
-    /// # Errors
-    ///
-    /// [`UpdateError::Write`].
-    pub fn withhold(&mut self) -> Result<(), UpdateError> {
-        Ok(self.area.clear()?)
-    }
-
-    /// Writes both copies of the header.
+    /// Writes both copies of the header, as after [`format_withheld`](super::format_withheld).
     ///
     /// # Errors
     ///

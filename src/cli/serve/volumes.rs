@@ -118,7 +118,7 @@ impl Served {
 
     /// Clients that connect from now on see the new size.
     fn resize(&self, wanted: Wanted) -> Answer {
-        match resize::apply(&PlaceArgs::of(&self.path), &self.volume, wanted) {
+        match resize::apply(&PlaceArgs { path: self.path.clone(), header: None }, &self.volume, wanted) {
             Ok((old_bytes, new_bytes)) => {
                 tracing::info!(path = %self.path.display(), old_bytes, new_bytes, "resized");
                 Answer::Resized { old_bytes, new_bytes }
