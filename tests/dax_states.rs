@@ -299,7 +299,13 @@ fn main() {
     shuttle::check_random(|| run(Mistake::None), ITERATIONS);
     shuttle::check_pct(|| run(Mistake::None), ITERATIONS, 3);
     println!("{} interleavings are right", 2 * ITERATIONS);
-    let mistakes = [Mistake::NoZap, Mistake::BitAfterInstall, Mistake::MarkAfterRead, Mistake::PersistWithoutLock];
+    let mistakes = [
+        Mistake::NoZap,
+        Mistake::BitAfterInstall,
+        Mistake::MarkAfterRead,
+        Mistake::PersistWithoutLock,
+        Mistake::SyncsTogether,
+    ];
     for mistake in mistakes {
         std::panic::set_hook(Box::new(|_| {})); // what is expected needs no report
         let found = catch_unwind(AssertUnwindSafe(|| shuttle::check_random(move || run(mistake), 10 * ITERATIONS)));

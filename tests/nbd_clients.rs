@@ -148,26 +148,6 @@ h.shutdown()
     );
 }
 
-/// Not a test: serves memory on the socket `$NBD_BENCH_SOCKET` for `$NBD_BENCH_SECONDS`, for measurements with
-/// `cargo test --release --test nbd_clients -- --ignored serve_memory_for_measurements`.
-#[test]
-#[ignore = "serves until its time is over"]
-fn serve_memory_for_measurements() {
-    use daxcrypt::nbd_server::{Exports, Limits, Listener, Options, Server};
-    let path = std::env::var("NBD_BENCH_SOCKET").unwrap();
-    let seconds = std::env::var("NBD_BENCH_SECONDS").unwrap().parse().unwrap();
-    let mut exports = Exports::new();
-    exports.add(common::info("disk"), MemoryExport::new(1 << 30)).unwrap();
-    let listener = Listener::unix(path.as_ref()).unwrap();
-    let server = Server::new(exports, Limits::default(), Options::default()).unwrap().listen(listener);
-    let handle = server.handle();
-    std::thread::spawn(move || {
-        std::thread::sleep(std::time::Duration::from_secs(seconds));
-        handle.stop();
-    });
-    server.run().unwrap();
-}
-
 #[test]
 fn control_socket_and_prometheus_tell_what_happened() {
     use daxcrypt::nbd_server::{Exports, Limits, Listener, Options, Server};

@@ -7,11 +7,19 @@ use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use daxcrypt::pmem::{Access, Allocation, Backing, FORCE_GRANULARITY_VARIABLE};
 
 const ROLE: &str = "DAXCRYPT_TEST_ROLE";
 const PATH: &str = "DAXCRYPT_TEST_PATH";
+
+/// Until the guard is dropped no other test has a backing open: a child that another thread forks holds our descriptors,
+/// with their locks, until it executes, and would make the backing busy for ours.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn run_child(role: &str, path: &Path, force_granularity: Option<&str>) -> Output {
     let mut command = Command::new(std::env::current_exe().unwrap());
@@ -33,6 +41,7 @@ fn backing_file(dir: &tempfile::TempDir) -> Backing {
 
 #[test]
 fn another_process_finds_a_served_backing_busy() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let backing = backing_file(&dir);
     let output = run_child("open", backing.path(), None);
@@ -45,6 +54,7 @@ fn another_process_finds_a_served_backing_busy() {
 
 #[test]
 fn the_environment_forces_a_granularity_and_the_reason_says_so() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = backing_file(&dir).path().to_path_buf();
     let output = run_child("open", &path, Some("cacheline"));
@@ -57,6 +67,7 @@ fn the_environment_forces_a_granularity_and_the_reason_says_so() {
 
 #[test]
 fn a_bus_error_elsewhere_still_ends_the_process() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = backing_file(&dir).path().to_path_buf();
     for role in ["sent-signal", "foreign-fault"] {
@@ -67,6 +78,7 @@ fn a_bus_error_elsewhere_still_ends_the_process() {
 
 #[test]
 fn a_bus_error_elsewhere_goes_to_the_handler_that_was_there_before() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = backing_file(&dir).path().to_path_buf();
     let output = run_child("foreign-fault-with-handler", &path, None);
@@ -75,6 +87,7 @@ fn a_bus_error_elsewhere_goes_to_the_handler_that_was_there_before() {
 
 #[test]
 fn a_sent_signal_that_was_ignored_stays_ignored() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = backing_file(&dir).path().to_path_buf();
     let output = run_child("sent-signal-ignored", &path, None);

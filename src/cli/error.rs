@@ -9,8 +9,8 @@ use linux_keyutils::KeyError;
 use super::size::ByteSize;
 use crate::luks2;
 use crate::namespace::{
-    self, AdoptError, CredentialError, FormatError, KeySpecError, RegionError, RestoreError, Signature, SlotError,
-    TransformError, UnlockError, UpdateError, WriteError,
+    self, AdoptError, CredentialError, FormatError, KeySpecError, RegionError, RestoreError, Signature, SlideError,
+    SlotError, TransformError, UnlockError, UpdateError, WriteError,
 };
 use crate::nbd_server::{ListenError, RegistryError, ServerError, TlsError};
 use crate::pmem::{MediaError, OpenError};
@@ -82,6 +82,12 @@ pub(crate) enum Error {
     RekeyStopped { path: PathBuf, done: ByteSize, total: ByteSize },
     #[error("cannot adopt {path}", path = path.display())]
     Adopt { path: PathBuf, source: Box<AdoptError> },
+    #[error("cannot move {path}", path = path.display())]
+    Slide { path: PathBuf, source: Box<SlideError> },
+    #[error("{path}: its key is not given", path = path.display())]
+    NoKeyGiven { path: PathBuf },
+    #[error("{path}: its re-key is paused", path = path.display())]
+    RekeyPaused { path: PathBuf },
     #[error("{path}: stopped with {done} of {total} copied", path = path.display())]
     TransferStopped { path: PathBuf, done: ByteSize, total: ByteSize },
     #[error("{path} reads back other bytes than were written: CRC-32 {found:#010x}, not {written:#010x}", path = path.display())]
@@ -205,6 +211,7 @@ impl Error {
             Self::RekeyStopped { .. } | Self::TransferStopped { .. } => Exit::Stopped,
             Self::Adopt { source, .. } => adopt_exit(source),
             Self::OtherSlots { .. } | Self::Refused { .. } => Exit::Usage,
+            Self::Slide { .. } | Self::NoKeyGiven { .. } | Self::RekeyPaused { .. } => Exit::Usage,
             Self::Rekey { source, .. } => rekey_exit(source),
             Self::OwnSlot { .. } | Self::NotConfirmed { .. } => Exit::Usage,
             Self::Update { source: UpdateError::Slot(SlotError::Label(_) | SlotError::Cost(_)), .. } => Exit::Usage,
@@ -298,6 +305,7 @@ impl Error {
             Self::Rekey { source, path } if matches!(**source, TransformError::UnderWay) => {
                 Some(format!("`daxcrypt rekey --resume {}` goes on with it", path.display()))
             }
+            Self::RekeyPaused { path } => Some(format!("`daxcrypt rekey --resume {}` ends it", path.display())),
             Self::OwnSlot { .. } => Some("give the key of another slot, which proves that it works, or --force".into()),
             Self::Restore { source: RestoreError::OtherNamespace { .. }, .. } => {
                 Some("--force restores it all the same, and the namespace that is there is then lost".into())

@@ -1,24 +1,23 @@
 //! `daxcrypt format`: make a namespace.
 
-use std::ops::Range;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
 use super::credentials::{KdfArgs, KeyArgs, Prompt};
 use super::error::Error;
 use super::info::cipher_name;
+use super::new_place::{self, NewPlace, Prepared};
 use super::open;
 use super::output::{outln, warning};
-use super::place::{self, PlaceArgs};
+use super::place::PlaceArgs;
 use super::progress::{Progress, ProgressArgs};
 use super::recovery;
 use super::secrets;
 use super::serve::stem;
 use super::size::ByteSize;
-use crate::namespace::{self, Cipher, DataUnit, FormatOptions, HEADER_AREA_BYTES, Namespace, Region, RegionError};
-use crate::pmem::{Access, Allocation, Backing, OpenOptions};
+use crate::namespace::{self, Cipher, DataUnit, FormatOptions, Namespace};
+use crate::pmem::Allocation;
 use crate::secret::VolumeKey;
 use crate::volume::Volume;
 use crate::xts::Backend;
@@ -91,25 +90,6 @@ impl From<CipherArg> for Cipher {
     }
 }
 
-/// What is written to: the backings, where in the first one, and the files that did not exist before.
-struct Prepared {
-    data: Arc<Backing>,
-    range: Range<u64>,
-    header: Option<Arc<Backing>>,
-    made: Vec<PathBuf>,
-    /// The region that the namespace is entered into when it is there: before, its place is free.
-    region: Option<Region>,
-}
-
-impl Prepared {
-    /// Files that were made for a namespace that could not be made are of no use to anybody.
-    fn remove_made(made: &[PathBuf]) {
-        for path in made {
-            let _ = std::fs::remove_file(path); // the first error is the one to report
-        }
-    }
-}
-
 pub(crate) fn run(args: &FormatArgs) -> Result<(), Error> {
     let options = args.options()?;
     let path = &args.place.path;
@@ -119,7 +99,7 @@ pub(crate) fn run(args: &FormatArgs) -> Result<(), Error> {
         true => None,
         false => Some(args.key.read(Prompt::Twice, &path.display().to_string())?),
     };
-    let Prepared { data, range, header, made, region } = args.prepare()?;
+    let Prepared { data, range, header, made, region } = args.new_place().prepare()?;
     let available_bytes = Some(range.end - range.start);
     let options = FormatOptions { header, base: range.start, available_bytes, ..options };
     let formatted = match &credential {
@@ -127,7 +107,7 @@ pub(crate) fn run(args: &FormatArgs) -> Result<(), Error> {
         None => namespace::format_ephemeral(data, options),
     };
     let mut namespace = formatted.map_err(|source| {
-        Prepared::remove_made(&made);
+        new_place::remove_made(&made);
         Error::Format { path: path.clone(), source }
     })?;
     if let (Some(mut region), Some((path, name))) = (region, args.place.in_region()) {
@@ -176,14 +156,6 @@ fn fill_with_noise(
     volume.flush()
 }
 
-/// A backing, the bytes of it to use, and the region that they are to be entered into.
-type DataPlace = (Arc<Backing>, Range<u64>, Option<Region>);
-
-fn whole(backing: Arc<Backing>) -> DataPlace {
-    let len_bytes = backing.len_bytes();
-    (backing, 0..len_bytes, None)
-}
-
 impl FormatArgs {
     fn options(&self) -> Result<FormatOptions, Error> {
         let (cipher, volume_key) = match &self.key_spec {
@@ -209,96 +181,12 @@ impl FormatArgs {
         })
     }
 
-    /// Opens what is there and makes what is not; on an error nothing new is left.
-    fn prepare(&self) -> Result<Prepared, Error> {
-        let path = &self.place.path;
-        let mut made = Vec::new();
-        let mut prepare = || -> Result<Prepared, Error> {
-            let (data, range, region) = match self.place.in_region() {
-                Some((path, name)) => self.place_in_region(path, name)?,
-                None if path.exists() => whole(self.open(path)?),
-                None => {
-                    let created = self.create(path, self.total_bytes()?, self.allocation())?;
-                    made.push(path.clone());
-                    whole(created)
-                }
-            };
-            let header = match &self.place.header {
-                None => None,
-                Some(path) if path.exists() => Some(self.open(path)?),
-                Some(path) => {
-                    let created = self.create(path, HEADER_AREA_BYTES, Allocation::Full)?;
-                    made.push(path.clone());
-                    Some(created)
-                }
-            };
-            Ok(Prepared { data, header, range, region, made: made.clone() })
+    const fn new_place(&self) -> NewPlace<'_> {
+        let size_bytes = match self.size {
+            Some(ByteSize(bytes)) => Some(bytes),
+            None => None,
         };
-        prepare().inspect_err(|_| Prepared::remove_made(&made))
-    }
-
-    /// The place of a namespace in a region: its partition if it has one, and otherwise the first that is large enough.
-    fn place_in_region(&self, path: &Path, name: &str) -> Result<DataPlace, Error> {
-        let failed = |source| Error::Region { path: path.into(), source };
-        let region = place::open_table(path)?;
-        match region.check_name(name) {
-            Ok(()) => {
-                let range = region.place(self.total_bytes()?).map_err(failed)?;
-                let backing = place::open_range(path, Access::ReadWrite, &range)?;
-                self.allocate(path, &backing, &range)?;
-                Ok((backing, range, Some(region)))
-            }
-            Err(RegionError::NameInUse { .. }) => {
-                let range = region.find(name).map_err(failed)?.range;
-                let backing = place::open_range(path, Access::ReadWrite, &range)?;
-                self.refuse_data(&self.place.path, &backing, range.start)?;
-                self.allocate(path, &backing, &range)?;
-                Ok((backing, range, None))
-            }
-            Err(source) => Err(failed(source)),
-        }
-    }
-
-    /// Bytes of a new file or partition.
-    fn total_bytes(&self) -> Result<u64, Error> {
-        let Some(ByteSize(size)) = self.size else {
-            let path = self.place.path.display();
-            return Err(Error::Usage(format!("{path} does not exist: say how large it is to be, such as --size 4G")));
-        };
-        let header_bytes = if self.place.header.is_some() { 0 } else { HEADER_AREA_BYTES };
-        size.checked_add(header_bytes).ok_or_else(|| Error::Usage("--size is too large".into()))
-    }
-
-    fn create(&self, path: &Path, len_bytes: u64, allocation: Allocation) -> Result<Arc<Backing>, Error> {
-        let created = Backing::create(path, len_bytes, allocation);
-        created.map(Arc::new).map_err(|source| Error::Open { path: path.into(), source })
-    }
-
-    /// Opens what is there, and refuses it when it holds something.
-    fn open(&self, path: &Path) -> Result<Arc<Backing>, Error> {
-        let opened = OpenOptions::new(Access::ReadWrite).open(path);
-        let backing = opened.map(Arc::new).map_err(|source| Error::Open { path: path.into(), source })?;
-        self.refuse_data(path, &backing, 0)?;
-        self.allocate(path, &backing, &(0..backing.len_bytes()))?;
-        Ok(backing)
-    }
-
-    fn refuse_data(&self, path: &Path, backing: &Backing, base: u64) -> Result<(), Error> {
-        let failed = |source| Error::Media { path: path.into(), source };
-        match namespace::signature_found(backing, base).map_err(failed)? {
-            Some(signature) if !self.force => Err(Error::WouldOverwrite { path: path.into(), signature }),
-            _ => Ok(()),
-        }
-    }
-
-    fn allocate(&self, path: &Path, backing: &Backing, range: &Range<u64>) -> Result<(), Error> {
-        if self.allocation() == Allocation::Sparse {
-            return Ok(());
-        }
-        backing.allocate(range.clone()).map_err(|source| Error::Media { path: path.into(), source })
-    }
-
-    const fn allocation(&self) -> Allocation {
-        if self.sparse { Allocation::Sparse } else { Allocation::Full }
+        let allocation = if self.sparse { Allocation::Sparse } else { Allocation::Full };
+        NewPlace { place: &self.place, size_bytes, allocation, force: self.force }
     }
 }

@@ -3,6 +3,7 @@
 //! One file a command. Nothing below this layer prints, and nothing here knows how anything is done.
 
 mod bench;
+mod compact;
 mod control;
 mod credentials;
 mod demo;
@@ -18,6 +19,7 @@ mod info;
 pub mod json {}
 mod key;
 mod log;
+mod new_place;
 mod open;
 mod output;
 mod place;
@@ -123,11 +125,13 @@ Examples:
   daxcrypt rekey vault.img --key-file vault.key --resume            # serve goes on with it too
   daxcrypt rekey vault.img --key-file vault.key --cipher aes-128-xts --unit 512 --keep-slots")]
     Rekey(rekey::RekeyArgs),
-    /// Move a namespace to another file or device, under a new volume key
+    /// Move a namespace to another file, device or place in a region, under a new volume key
     #[command(after_help = "\
 Examples:
   daxcrypt relocate vault.img /dev/pmem0 --key-file vault.key          # the source is erased when all is verified
   daxcrypt relocate vault.img copy.img --key-file vault.key --keep-source
+  daxcrypt relocate vault.img region.img#tenant-a --key-file vault.key # the region gets a partition for it
+  daxcrypt relocate region.img#tenant-a vault.img --key-file vault.key # and loses it again
   daxcrypt relocate --in-place /dev/pmem1 --key-file vault.key         # after dd or a partition editor has moved it")]
     Relocate(relocate::RelocateArgs),
     /// Encrypt a disk image into a namespace
@@ -162,12 +166,13 @@ Examples:
   daxcrypt resize region.img#tenant-a --size 2G --key-file a.key --force
   daxcrypt resize vault.img --size 16G --control vault.control       # while `serve --control vault.control` has it")]
     Resize(resize::ResizeArgs),
-    /// Make and list regions: many namespaces in one file or device
+    /// Make, list and compact regions: many namespaces in one file or device
     #[command(after_help = "\
 Examples:
   daxcrypt region create region.img --size 64G
   daxcrypt format region.img#tenant-a --size 16G --key-file a.key
   daxcrypt region list region.img --json
+  daxcrypt region compact region.img --key tenant-a=a.key --key tenant-b=b.key
   daxcrypt serve region.img#tenant-a --key-file a.key --socket a.sock")]
     Region(region::RegionCommandArgs),
     /// Destroy a namespace of a region and give its place back

@@ -28,8 +28,11 @@ pub(crate) struct PlaceArgs {
 }
 
 impl PlaceArgs {
-    /// A namespace whose header is in front of its data.
-    pub(crate) fn of(path: &Path) -> Self {
+    /// The namespace `name` of the region at `path`.
+    pub(crate) fn of_region(path: &Path, name: &str) -> Self {
+        let mut path = path.as_os_str().to_owned();
+        path.push("#");
+        path.push(name);
         Self { path: path.into(), header: None }
     }
 
@@ -66,8 +69,13 @@ impl PlaceArgs {
         if self.path.exists() {
             return None;
         }
+        self.region_and_name().filter(|(region, name)| !name.is_empty() && region.exists())
+    }
+
+    /// The two parts of a path of that form, whatever exists.
+    pub(crate) fn region_and_name(&self) -> Option<(&Path, &str)> {
         let (region, name) = self.path.to_str()?.rsplit_once('#')?;
-        Some((Path::new(region), name)).filter(|(region, name)| !name.is_empty() && region.exists())
+        Some((Path::new(region), name))
     }
 
     /// The file or device where the header is.

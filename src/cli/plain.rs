@@ -17,7 +17,7 @@ use super::output::outln;
 use super::place::PlaceArgs;
 use super::rekey::PaceArgs;
 use super::size::ByteSize;
-use super::transfer::Transfer;
+use super::transfer::{Moved, Transfer};
 use crate::pmem::Access;
 use crate::volume::Volume;
 use crate::xts::Backend;
@@ -54,8 +54,7 @@ pub(crate) fn import(args: &ImportArgs) -> Result<(), Error> {
     if reads_stdin && args.key.passphrase_file.as_deref() == Some(Path::new("-")) {
         return Err(Error::Usage("standard input cannot be both the image and the passphrase".into()));
     }
-    let failed = |source| Error::Plain { path: args.plain.clone(), source };
-    let mut image = Image::open(&args.plain).map_err(failed)?;
+    let mut image = Image::open(&args.plain).map_err(|source| Error::Plain { path: args.plain.clone(), source })?;
     let namespace = open::namespace(&args.place, Access::ReadWrite, &args.key)?;
     let volume = Volume::new(namespace, Backend::from_env()?);
     let size = volume.size();
@@ -65,6 +64,19 @@ pub(crate) fn import(args: &ImportArgs) -> Result<(), Error> {
         return Err(Error::Usage(format!("{plain} has {len_bytes} bytes, but {path} has room for {size}")));
     }
     let transfer = Transfer::new(&args.place.path, &args.pace)?;
+    let imported = import_from(&args.plain, &mut image, &volume, &transfer)?;
+    if !args.pace.json {
+        let rest = if imported.bytes < size { "; the rest of the namespace is as it was" } else { "" };
+        let (bytes, rate) = (ByteSize(imported.bytes), ByteSize(imported.bytes_per_second));
+        outln!("{}: {bytes} imported ({rate}/s) and verified{rest}", args.place.path.display())?;
+    }
+    Ok(())
+}
+
+/// All of the image, which has been found to fit unless it is a stream: durable and compared when this returns.
+fn import_from(plain: &Path, image: &mut Image, volume: &Volume, transfer: &Transfer<'_>) -> Result<Moved, Error> {
+    let failed = |source| Error::Plain { path: plain.into(), source };
+    let len_bytes = image.len_bytes.unwrap_or_else(|| volume.size());
     let imported = transfer.run("copied", len_bytes, |offset, piece| {
         let (len, hole) = image.read(offset, piece).map_err(failed)?;
         if hole {
@@ -75,16 +87,11 @@ pub(crate) fn import(args: &ImportArgs) -> Result<(), Error> {
         Ok(len)
     })?;
     if image.read(imported.bytes, &mut [0]).map_err(failed)?.0 > 0 {
-        return Err(Error::Usage(format!("{} has more than {size} bytes", args.plain.display())));
+        return Err(Error::Usage(format!("{} has more than {} bytes", plain.display(), volume.size())));
     }
     volume.flush().map_err(|error| transfer.failed(error))?;
-    transfer.verify(&volume, &imported)?;
-    if !args.pace.json {
-        let rest = if imported.bytes < size { "; the rest of the namespace is as it was" } else { "" };
-        let (bytes, rate) = (ByteSize(imported.bytes), ByteSize(imported.bytes_per_second));
-        outln!("{}: {bytes} imported ({rate}/s) and verified{rest}", args.place.path.display())?;
-    }
-    Ok(())
+    transfer.verify(volume, &imported)?;
+    Ok(imported)
 }
 
 pub(crate) fn export(args: &ExportArgs) -> Result<(), Error> {
@@ -233,3 +240,6 @@ impl Image {
         Ok((filled, false))
     }
 }
+
+#[cfg(test)]
+mod crash_tests;

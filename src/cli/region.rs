@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::compact::{self, CompactArgs};
 use super::erase;
 use super::error::Error;
 use super::output::{self, outln};
@@ -27,6 +28,8 @@ enum RegionCommand {
     Create(CreateArgs),
     /// Show the namespaces of a region, and what is free
     List(ListArgs),
+    /// Move the namespaces of a region together, towards its start, each under a new volume key
+    Compact(CompactArgs),
 }
 
 #[derive(Args, Debug)]
@@ -69,6 +72,7 @@ pub(crate) fn run(args: &RegionCommandArgs) -> Result<(), Error> {
     match &args.command {
         RegionCommand::Create(args) => create(args),
         RegionCommand::List(args) => list(args),
+        RegionCommand::Compact(args) => compact::run(args),
     }
 }
 
@@ -183,10 +187,7 @@ fn row(name: &str, start: u64, len_bytes: u64, size: &str, what: &str) -> Result
 }
 
 fn namespace_entry(args: &ListArgs, partition: RegionPartition) -> Result<Entry, Error> {
-    let mut path = args.path.clone().into_os_string();
-    path.push("#");
-    path.push(&partition.name);
-    let place = PlaceArgs { path: path.into(), header: None };
+    let place = PlaceArgs::of_region(&args.path, &partition.name);
     let mut entry = Entry::of(partition);
     match LockedNamespace::open_in(place.peek()?) {
         Ok(locked) => {

@@ -14,7 +14,7 @@ use super::ahead::FaultAhead;
 use super::error::DaxError;
 use super::open_faults;
 use super::options::{MapOptions, Tracking};
-use super::uffd::{Fault, PageMap, Uffd};
+use super::uffd::{self, Fault, PageMap, Uffd};
 use crate::memory::Source;
 use crate::secret::SecretBytes;
 use crate::volume::window::{BATCH_PAGES, Install, PAGE_BYTES, PageSet, Through, View, Window, WriteBack};
@@ -23,6 +23,10 @@ use crate::volume::{ClaimGuard, Volume, VolumeError};
 /// Runs of resident pages that lie so near to each other are asked for their marks by one system call: as many page-table
 /// entries cost about as much as one call.
 const SCAN_GAP_BYTES: u64 = 32 * PAGE_BYTES;
+
+/// The most pages that one fault of a sequential run brings in: the thread that touches goes on after the first batch,
+/// while the others come.
+const AHEAD_PAGES_MAX: u64 = 256;
 
 /// Plaintext on its way to a map: as much as the nearer caches hold.
 const SCRATCH_BYTES: usize = 64 << 10;
@@ -70,15 +74,16 @@ impl Server {
 struct Door<'a> {
     core: &'a Core,
     faults: &'a Uffd,
+    how: uffd::Install,
 }
 
 impl Install for Door<'_> {
     fn present(&self, pages: &Range<u64>) -> io::Result<()> {
-        self.faults.map_present(&self.core.addresses(pages), self.core.writable, PAGE_BYTES)
+        self.faults.map_present(&self.core.addresses(pages), self.how, PAGE_BYTES)
     }
 
     fn absent(&self, pages: &Range<u64>, plaintext: Source<'_>) -> (u64, io::Result<()>) {
-        self.faults.map_absent(&self.core.addresses(pages), plaintext, self.core.writable)
+        self.faults.map_absent(&self.core.addresses(pages), plaintext, self.how)
     }
 }
 
@@ -164,8 +169,15 @@ impl Core {
             match &self.faults {
                 None => self.volume.fill(&self.window, &batch, None)?,
                 Some(faults) => {
-                    let install = &Door { core: self, faults };
-                    self.volume.fill(&self.window, &batch, Some(Through { scratch: &mut *scratch, install }))?;
+                    // Who is woken for a part of a batch would only run into the rest of it.
+                    let how = uffd::Install { write_protect: self.writable, wake: page_count(&batch) == 1 };
+                    let install = &Door { core: self, faults, how };
+                    let filled =
+                        self.volume.fill(&self.window, &batch, Some(Through { scratch: &mut *scratch, install }));
+                    if !how.wake {
+                        let _ = faults.wake(&self.addresses(&batch)); // fails when the map is gone, and the waiters with it
+                    }
+                    filled?;
                 }
             }
         }
@@ -193,7 +205,7 @@ impl Core {
             let _ = faults.write_protect(&here, false); // fails only when the map is gone, and the waiter with it
             return;
         }
-        let page_count = server.ahead.pages(start / PAGE_BYTES, BATCH_PAGES.min(self.window.page_count_max() / 4));
+        let page_count = server.ahead.pages(start / PAGE_BYTES, AHEAD_PAGES_MAX.min(self.window.page_count_max() / 4));
         let end = (start + page_count * PAGE_BYTES).min(self.view.range().end);
         let brought = self
             .bring_with(&(start..end), &mut server.scratch)
@@ -307,4 +319,9 @@ impl Core {
         let at = |offset: u64| self.start_address() + (offset - self.view.range().start);
         at(range.start)..at(range.end)
     }
+}
+
+/// How many pages `range`, whole pages, has.
+const fn page_count(range: &Range<u64>) -> u64 {
+    (range.end - range.start) / PAGE_BYTES
 }

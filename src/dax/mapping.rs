@@ -215,6 +215,11 @@ impl DaxMapping {
     /// [`DaxError::ReadOnly`], [`DaxError::OutOfRange`]; [`DaxError::Volume`] when media fail: after a failed flush every
     /// later one fails too, until the namespace is reopened.
     pub fn persist(&self, range: Range<u64>) -> Result<(), DaxError> {
+        let logical = self.logical_writable(range.start, range.end.saturating_sub(range.start))?;
+        let core = self.core();
+        if logical.start / PAGE_BYTES == logical.end.saturating_sub(1) / PAGE_BYTES {
+            return Ok(core.volume.persist_within_page(&core.window, &logical)?);
+        }
         self.flush(range)?;
         self.drain()
     }
@@ -228,9 +233,6 @@ impl DaxMapping {
     pub fn flush(&self, range: Range<u64>) -> Result<(), DaxError> {
         let logical = self.logical_writable(range.start, range.end.saturating_sub(range.start))?;
         let core = self.core();
-        if logical.start / PAGE_BYTES == logical.end.saturating_sub(1) / PAGE_BYTES {
-            return Ok(core.volume.persist_within_page(&core.window, &logical)?);
-        }
         core.volume.write_back(&core.window, &logical, WriteBack::Always)?;
         // Also for what is absent: it may have been evicted to media since, and not be durable there.
         Ok(core.volume.persist(logical)?)

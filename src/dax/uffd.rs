@@ -33,7 +33,9 @@ const MODE_MINOR: u64 = 1 << 2;
 
 const EVENT_PAGEFAULT: u8 = 0x12;
 const FAULT_WP: u64 = 1 << 1;
+const COPY_MODE_DONTWAKE: u64 = 1 << 0;
 const COPY_MODE_WP: u64 = 1 << 1;
+const CONTINUE_MODE_DONTWAKE: u64 = 1 << 0;
 const CONTINUE_MODE_WP: u64 = 1 << 1;
 const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 const MESSAGE_BYTES: usize = 32;
@@ -110,6 +112,14 @@ struct Scan {
     return_mask: u64,
 }
 
+/// How pages are put into a range.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Install {
+    pub(super) write_protect: bool,
+    /// Whether threads that wait for one of the pages go on at once, and not at [`Uffd::wake`].
+    pub(super) wake: bool,
+}
+
 /// A fault that waits for an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Fault {
@@ -169,11 +179,12 @@ impl Uffd {
         }
     }
 
-    /// Maps pages of `range` that are in the file already, write-protected on request, and wakes who waits for them.
-    pub(super) fn map_present(&self, range: &Range<u64>, write_protect: bool, page_bytes: u64) -> io::Result<()> {
+    /// Maps pages of `range` that are in the file already.
+    pub(super) fn map_present(&self, range: &Range<u64>, how: Install, page_bytes: u64) -> io::Result<()> {
+        let mode = if how.wake { 0 } else { CONTINUE_MODE_DONTWAKE };
+        let mode = mode | if how.write_protect { CONTINUE_MODE_WP } else { 0 };
         let mut at = range.start;
         while at < range.end {
-            let mode = if write_protect { CONTINUE_MODE_WP } else { 0 };
             let mut argument = Continue { span: span(&(at..range.end)), mode, done: 0 };
             let result = self.call::<{ opcode::read_write::<Continue>(GROUP, 0x07) }, _>(&mut argument);
             let done = u64::try_from(argument.done).unwrap_or(0);
@@ -182,7 +193,9 @@ impl Uffd {
                 _ if done > 0 => at += done,
                 Err(Errno::AGAIN) => {}
                 Err(Errno::EXIST) => {
-                    self.wake(&(at..at + page_bytes))?;
+                    if how.wake {
+                        self.wake(&(at..at + page_bytes))?;
+                    }
                     at += page_bytes;
                 }
                 Err(errno) => return Err(errno.into()),
@@ -191,14 +204,10 @@ impl Uffd {
         Ok(())
     }
 
-    /// Makes pages of `range`, which are absent, from a copy of `bytes`, write-protected on request, and wakes who waits
-    /// for them. How many bytes it did, also with an error.
-    pub(super) fn map_absent(
-        &self,
-        range: &Range<u64>,
-        bytes: Source<'_>,
-        write_protect: bool,
-    ) -> (u64, io::Result<()>) {
+    /// Makes pages of `range`, which are absent, from a copy of `bytes`. How many bytes it did, also with an error.
+    pub(super) fn map_absent(&self, range: &Range<u64>, bytes: Source<'_>, how: Install) -> (u64, io::Result<()>) {
+        let mode = if how.wake { 0 } else { COPY_MODE_DONTWAKE };
+        let mode = mode | if how.write_protect { COPY_MODE_WP } else { 0 };
         let len = range.end - range.start;
         assert_eq!(bytes.len() as u64, len, "a copy needs equal lengths");
         let mut copied = 0;
@@ -207,7 +216,7 @@ impl Uffd {
                 destination: range.start + copied,
                 source: bytes.as_ptr().expose_provenance() as u64 + copied,
                 len: len - copied,
-                mode: if write_protect { COPY_MODE_WP } else { 0 },
+                mode,
                 done: 0,
             };
             let result = self.call::<{ opcode::read_write::<Copy>(GROUP, 0x03) }, _>(&mut argument);

@@ -82,6 +82,22 @@ pub fn format(
     options: FormatOptions,
     credential: &Credential,
 ) -> Result<Namespace, FormatError> {
+    let mut namespace = create(backing, options, Some(credential))?;
+    namespace.write_new()?;
+    Ok(namespace)
+}
+
+/// As [`format()`], but leaves the header area empty: durable when this returns. What was there opens no more, and what
+/// is to be there opens when [`Namespace::publish`] has written the header. For data that takes long to arrive.
+///
+/// # Errors
+///
+/// As [`format()`].
+pub fn format_withheld(
+    backing: Arc<Backing>,
+    options: FormatOptions,
+    credential: &Credential,
+) -> Result<Namespace, FormatError> {
     create(backing, options, Some(credential))
 }
 
@@ -92,10 +108,12 @@ pub fn format(
 ///
 /// As [`format()`].
 pub fn format_ephemeral(backing: Arc<Backing>, options: FormatOptions) -> Result<Namespace, FormatError> {
-    create(backing, options, None)
+    let mut namespace = create(backing, options, None)?;
+    namespace.write_new()?;
+    Ok(namespace)
 }
 
-/// With a credential its slot is made; without one the namespace is ephemeral.
+/// With a credential its slot is made; without one the namespace is ephemeral. Media have an empty header area then.
 fn create(
     backing: Arc<Backing>,
     options: FormatOptions,
@@ -118,11 +136,9 @@ fn create(
         metadata.slots.push(slot?);
     }
     let mac_key = MacKey::new(&volume_key, metadata.uuid);
-    let image = header::encode(FIRST_SEQUENCE, &metadata, &mac_key)?;
+    // Before anything is overwritten: what does not fit into a copy is found here.
+    header::encode(FIRST_SEQUENCE, &metadata, &mac_key)?;
     area.clear()?;
-    for name in CopyName::BOTH {
-        area.write_copy(name, &image)?;
-    }
     Ok(Namespace {
         site,
         area,
@@ -130,12 +146,24 @@ fn create(
         metadata,
         sequence: FIRST_SEQUENCE,
         newest: CopyName::A,
-        copies: [const { CopyState::Good { sequence: FIRST_SEQUENCE } }; 2],
+        copies: [CopyName::A, CopyName::B].map(|_| CopyState::Bad { reason: "it is not written yet".into() }),
         volume_key,
         mac_key,
         slot_id: credential.map(|_| FIRST_SLOT),
         pending: None,
     })
+}
+
+impl Namespace {
+    /// Writes both copies of the first header.
+    fn write_new(&mut self) -> Result<(), FormatError> {
+        let image = header::encode(self.sequence, &self.metadata, &self.mac_key)?;
+        for name in CopyName::BOTH {
+            self.area.write_copy(name, &image)?;
+            self.copies[name as usize] = CopyState::Good { sequence: self.sequence };
+        }
+        Ok(())
+    }
 }
 
 fn place(site: &Site, options: &FormatOptions) -> Result<Geometry, FormatError> {

@@ -233,15 +233,7 @@ impl Geometry {
     pub fn new(placement: &Placement, available_bytes: u64) -> Result<Self, GeometryError> {
         let Placement { origin, base, data_offset, size_bytes, unit, bound_address, detached } = *placement;
         let unit_bytes = unit.bytes();
-        if size_bytes == 0 {
-            return Err(GeometryError::Empty);
-        }
-        if !size_bytes.is_multiple_of(u64::from(unit_bytes)) {
-            return Err(GeometryError::SizeNotInUnits { size_bytes, unit_bytes });
-        }
-        if size_bytes > SIZE_BYTES_MAX {
-            return Err(GeometryError::SizeAboveKeyLimit { size_bytes, max_bytes: SIZE_BYTES_MAX });
-        }
+        check_size(size_bytes, unit)?;
         if !detached && data_offset < HEADER_AREA_BYTES {
             return Err(GeometryError::DataInHeader { data_offset, header_bytes: HEADER_AREA_BYTES });
         }
@@ -368,11 +360,7 @@ impl Geometry {
     ///
     /// [`OutOfRange`] when the range is reversed or reaches past the end.
     pub fn physical_range(&self, logical: Range<u64>) -> Result<Range<u64>, OutOfRange> {
-        if logical.start > logical.end || logical.end > self.size_bytes {
-            return Err(OutOfRange { start: logical.start, end: logical.end, size_bytes: self.size_bytes });
-        }
-        let data_start = self.data_start();
-        Ok(data_start + logical.start..data_start + logical.end)
+        self.layout().physical_range(logical)
     }
 
     /// The tweak value of the data unit that holds the byte at `logical_offset`.
@@ -384,10 +372,23 @@ impl Geometry {
     /// Panics when the offset is not within the data area: ask [`Self::physical_range`] first.
     #[must_use]
     pub fn tweak_at(&self, logical_offset: u64) -> TweakValue {
-        assert!(logical_offset < self.size_bytes, "byte {logical_offset} of {} has no tweak", self.size_bytes);
-        let unit_bytes = u64::from(self.unit_bytes());
-        TweakValue(self.first_tweak + logical_offset / unit_bytes * (unit_bytes / TWEAK_STEP_BYTES))
+        self.layout().tweak_at(logical_offset)
     }
+}
+
+/// Whether data can have this size: whole units, at least one, and not more than one key may encrypt.
+fn check_size(size_bytes: u64, unit: DataUnit) -> Result<(), GeometryError> {
+    let unit_bytes = unit.bytes();
+    if size_bytes == 0 {
+        return Err(GeometryError::Empty);
+    }
+    if !size_bytes.is_multiple_of(u64::from(unit_bytes)) {
+        return Err(GeometryError::SizeNotInUnits { size_bytes, unit_bytes });
+    }
+    if size_bytes > SIZE_BYTES_MAX {
+        return Err(GeometryError::SizeAboveKeyLimit { size_bytes, max_bytes: SIZE_BYTES_MAX });
+    }
+    Ok(())
 }
 
 /// The offset of the data from `base` for a namespace with its header in front: past the header area, at the next

@@ -22,6 +22,7 @@ mod open;
 mod region;
 mod signature;
 mod site;
+mod slide;
 mod slot;
 mod transform;
 #[doc = include_str!("format.md")]
@@ -31,7 +32,7 @@ mod wipe;
 
 pub use area::{CopyName, CopyState, WriteError};
 pub use backup::{BACKUP_BYTES, RestoreError, inspect, inspect_backup, open_backup, restore_unchecked};
-pub use create::{FormatOptions, format, format_ephemeral};
+pub use create::{FormatOptions, format, format_ephemeral, format_withheld};
 pub use error::{Chain, FormatError, OpenError, UnlockError, UpdateError};
 pub use geometry::{
     DATA_ALIGNMENT_BYTES, DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, Layout, OutOfRange, Placement,
@@ -50,6 +51,7 @@ pub use open::{LockedNamespace, erase};
 pub use region::{REGION_ALIGNMENT_BYTES, REGION_PARTITION_TYPE, Region, RegionError, RegionPartition, TableFault};
 pub use signature::{Signature, signature_found};
 pub use site::Site;
+pub use slide::{SlideError, begin_slide};
 pub use slot::SlotError;
 pub use transform::{OtherSlots, Pending, RekeyOptions, TransformError};
 pub use unlocked::Namespace;

@@ -5,12 +5,15 @@
 
 use std::sync::Arc;
 
-use super::area::{CopyName, HeaderArea, choose};
+use super::area::{CopyName, choose};
 use super::error::{OpenError, UnlockError};
-use super::geometry::{Geometry, GeometryError, HEADER_AREA_BYTES, Layout, Placement, data_offset_for};
+use super::geometry::{
+    DATA_ALIGNMENT_BYTES, Geometry, GeometryError, HEADER_AREA_BYTES, Layout, Placement, data_offset_for,
+    detached_data_offset_for,
+};
 use super::info::Header;
 use super::kdf::Credential;
-use super::open::LockedNamespace;
+use super::open::{LockedNamespace, too_small};
 use super::site::Site;
 use super::transform::{RekeyOptions, TransformError};
 use super::unlocked::Namespace;
@@ -64,36 +67,40 @@ impl MovedNamespace {
     /// # Errors
     ///
     /// [`AdoptError`]; nothing on media changes.
-    pub fn open_at(backing: &Arc<Backing>, start: u64, available_bytes: u64) -> Result<Self, AdoptError> {
-        let site = Site::part(Arc::clone(backing), start, available_bytes);
-        let (base, available_bytes) = (site.base(), site.available_bytes());
-        let too_small = OpenError::TooSmall { available_bytes, header_bytes: HEADER_AREA_BYTES };
-        let area = HeaderArea::new(Arc::clone(backing), start).ok_or(too_small)?;
+    pub fn open_at(backing: &Arc<Backing>, base: u64, available_bytes: u64) -> Result<Self, AdoptError> {
+        Self::open_in(Site::part(Arc::clone(backing), base, available_bytes))
+    }
+
+    /// Finds a moved namespace at a site, whose header may be detached.
+    ///
+    /// # Errors
+    ///
+    /// [`AdoptError`]; nothing on media changes.
+    pub fn open_in(site: Site) -> Result<Self, AdoptError> {
+        let area = site.area().ok_or_else(|| too_small(&site))?;
         let [a, b] = CopyName::BOTH.map(|name| area.read_copy(name));
         let chosen = choose(a, b)?;
         let metadata = &chosen.copy.metadata;
-        if metadata.detached {
-            return Err(OpenError::Detached.into());
+        match (metadata.detached, site.is_detached()) {
+            (true, false) => return Err(OpenError::Detached.into()),
+            (false, true) => return Err(OpenError::NotDetached.into()),
+            _ => {}
         }
+        let (base, available_bytes) = (site.base(), site.available_bytes());
         let old = metadata.placement(0);
         let bound_address = old.bound_address.and_then(|_| site.physical_address());
         if old.base == base && old.bound_address == bound_address {
             return Err(AdoptError::NotMoved { base });
         }
-        let overflow =
-            GeometryError::Overflow { base, data_offset: old.data_offset, size_bytes: old.size_bytes, address: 0 };
-        let on_disk = base.checked_add(old.data_offset).ok_or(overflow)?;
-        let data_start = start.checked_add(old.data_offset).ok_or(overflow)?;
-        let needed_bytes = old.data_offset.checked_add(old.size_bytes).ok_or(overflow)?;
-        if needed_bytes > available_bytes {
-            return Err(GeometryError::DoesNotFit { needed_bytes, available_bytes }.into());
-        }
-        let old_start = old.base.checked_add(old.data_offset).ok_or(overflow)?;
-        let first_address = old_start.checked_add(old.bound_address.unwrap_or(0)).ok_or(overflow)?;
-        let source = Layout::new(data_start, first_address, old.size_bytes, old.unit)?;
-        // Data that is not at a 2 MiB boundary here moves to the first one behind the header.
-        let keeps = old.data_offset >= HEADER_AREA_BYTES && on_disk.is_multiple_of(super::DATA_ALIGNMENT_BYTES);
-        let data_offset = if keeps { old.data_offset } else { data_offset_for(base)? };
+        let source = source_layout(&old, site.start(), available_bytes)?;
+        // Data that is not at a 2 MiB boundary here moves to the first one (behind the header).
+        let is_behind = old.detached || old.data_offset >= HEADER_AREA_BYTES;
+        let on_disk = source.data_start().saturating_add(site.origin());
+        let data_offset = match (is_behind && on_disk.is_multiple_of(DATA_ALIGNMENT_BYTES), old.detached) {
+            (true, _) => old.data_offset,
+            (false, true) => detached_data_offset_for(base)?,
+            (false, false) => data_offset_for(base)?,
+        };
         let placement = Placement { origin: site.origin(), base, data_offset, bound_address, ..old };
         let geometry = Geometry::new(&placement, available_bytes)?;
         let rekeying = metadata.transform.is_some();
@@ -124,4 +131,19 @@ impl MovedNamespace {
         namespace.begin_transform(self.source, &placement, credential, options)?;
         Ok(namespace)
     }
+}
+
+/// Where the data of a namespace that was written for `old` lies when it begins at byte `start` of the backing, with the
+/// tweaks of the old place.
+fn source_layout(old: &Placement, start: u64, available_bytes: u64) -> Result<Layout, AdoptError> {
+    let overflow =
+        GeometryError::Overflow { base: start, data_offset: old.data_offset, size_bytes: old.size_bytes, address: 0 };
+    let data_start = start.checked_add(old.data_offset).ok_or(overflow)?;
+    let needed_bytes = old.data_offset.checked_add(old.size_bytes).ok_or(overflow)?;
+    if needed_bytes > available_bytes {
+        return Err(GeometryError::DoesNotFit { needed_bytes, available_bytes }.into());
+    }
+    let old_start = old.base.checked_add(old.data_offset).ok_or(overflow)?;
+    let first_address = old_start.checked_add(old.bound_address.unwrap_or(0)).ok_or(overflow)?;
+    Ok(Layout::new(data_start, first_address, old.size_bytes, old.unit)?)
 }

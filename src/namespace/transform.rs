@@ -8,21 +8,24 @@
 //! always has a record; both header copies are durable before the first window moves, so no copy that is left knows the
 //! old slots; and both are durable without the old key before the journal is wiped. Moving data is not done here.
 
+use std::sync::Arc;
+
 use aes_gcm_siv::aead::AeadInOut;
 use aes_gcm_siv::{Nonce, Tag};
 use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
-use super::area::CopyState;
+use super::area::{CopyState, HeaderArea};
 use super::error::UpdateError;
-use super::geometry::{DataUnit, Geometry, GeometryError, Layout, Placement};
+use super::geometry::{DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, Layout, Placement, data_offset_for};
 use super::header::MacKey;
 use super::hex;
 use super::info::SlotInfo;
 use super::journal::{Journal, Record};
 use super::kdf::{self, Credential, Key256};
 use super::metadata::{Cipher, Metadata};
+use super::site::Site;
 use super::slot::{NONCE_BYTES, Slot, SlotError, TAG_BYTES, aead, random};
 use super::unlocked::Namespace;
 use crate::pmem::MediaError;
@@ -51,6 +54,9 @@ pub(super) struct Transform {
     nonce: [u8; NONCE_BYTES],
     /// Whether it rests until somebody asks for more.
     paused: bool,
+    /// Where the header area was that knew the old key, when the header has moved too; wiped before any data moves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    former_base: Option<u64>,
     /// The old volume key under a key derived from the new one, then the tag.
     #[serde(with = "hex")]
     wrapped: Vec<u8>,
@@ -61,6 +67,7 @@ impl Transform {
     fn create(
         source: &Layout,
         origin: u64,
+        former_base: Option<u64>,
         old_key: &VolumeKey,
         new_key: &VolumeKey,
         uuid: Uuid,
@@ -74,6 +81,7 @@ impl Transform {
             first_address: source.first_address(),
             nonce: random()?,
             paused: false,
+            former_base,
             wrapped: Vec::new(),
         };
         let mut key = SecretBytes::copy_of(old_key.bytes());
@@ -243,6 +251,14 @@ impl Pending {
     }
 }
 
+/// The new state of a transform that is to begin.
+struct Plan {
+    geometry: Geometry,
+    metadata: Metadata,
+    new_key: VolumeKey,
+    id: [u8; ID_BYTES],
+}
+
 impl Namespace {
     /// The transform that is under way.
     #[must_use]
@@ -315,29 +331,9 @@ impl Namespace {
         credential: &Credential,
         options: &RekeyOptions,
     ) -> Result<(), TransformError> {
-        if self.pending.is_some() {
-            return Err(TransformError::UnderWay);
-        }
-        if self.metadata.ephemeral {
-            return Err(TransformError::Ephemeral);
-        }
-        let geometry = Geometry::new(placement, self.site.available_bytes())?;
-        let cipher = options.cipher.unwrap_or(self.metadata.key_bits);
-        let new_key = VolumeKey::generate(cipher.key_bytes())?;
-        let transform = Transform::create(&source, self.site.origin(), &self.volume_key, &new_key, self.metadata.uuid)?;
-        let journal = Journal::new(&self.area, &new_key, self.metadata.uuid, transform.id);
-        let mut metadata = Metadata {
-            requirements: vec![REQUIREMENT.to_owned()],
-            key_bits: cipher,
-            unit_bytes: placement.unit,
-            base: placement.base,
-            data_offset: placement.data_offset,
-            bound_address: placement.bound_address,
-            transform: Some(transform),
-            ..self.metadata.clone()
-        };
-        metadata.slots = self.slots_for(&metadata, &new_key, credential, options.other_slots)?;
-
+        let plan = self.plan(source, placement, &self.site, None, credential, options)?;
+        let Plan { geometry, metadata, new_key, id } = plan;
+        let journal = Journal::new(&self.area, &new_key, self.metadata.uuid, id);
         let record = Record::default();
         journal.write(&record)?;
         let new_mac_key = MacKey::new(&new_key, self.metadata.uuid);
@@ -353,6 +349,76 @@ impl Namespace {
         self.geometry = geometry;
         self.pending = Some(Pending { source, source_key, journal, record });
         Ok(updated?)
+    }
+
+    /// Writes, at the start of `site`, the header that begins to bring the data from here to there, under a new volume
+    /// key. Durable when this returns; the header that is here stays in force until nobody can find it any more.
+    pub(super) fn begin_at(
+        self,
+        site: Site,
+        credential: &Credential,
+        options: &RekeyOptions,
+    ) -> Result<Self, TransformError> {
+        let source = self.geometry.layout();
+        let (base, unit) = (site.base(), options.unit.unwrap_or_else(|| self.geometry.unit()));
+        let placement = Placement { base, data_offset: data_offset_for(base)?, unit, ..self.geometry.placement() };
+        let (available_bytes, header_bytes) = (site.available_bytes(), HEADER_AREA_BYTES);
+        let area = site.area().ok_or(GeometryError::NoRoom { available_bytes, header_bytes })?;
+        let plan = self.plan(source, &placement, &site, Some(self.site.base()), credential, options)?;
+        let Plan { geometry, metadata, new_key, id } = plan;
+        area.clear().map_err(UpdateError::Write)?;
+        let journal = Journal::new(&area, &new_key, metadata.uuid, id);
+        let record = Record::default();
+        journal.write(&record)?;
+        let mut moving = Self {
+            site,
+            area,
+            geometry,
+            mac_key: MacKey::new(&new_key, metadata.uuid),
+            metadata,
+            pending: Some(Pending { source, source_key: self.volume_key, journal, record }),
+            volume_key: new_key,
+            copies: [const { CopyState::Good { sequence: 0 } }; 2],
+            ..self
+        };
+        moving.publish()?;
+        Ok(moving)
+    }
+
+    /// What a transform to `placement` at `site` needs: all that can be refused is refused here.
+    fn plan(
+        &self,
+        source: Layout,
+        placement: &Placement,
+        site: &Site,
+        former_base: Option<u64>,
+        credential: &Credential,
+        options: &RekeyOptions,
+    ) -> Result<Plan, TransformError> {
+        if self.pending.is_some() {
+            return Err(TransformError::UnderWay);
+        }
+        if self.metadata.ephemeral {
+            return Err(TransformError::Ephemeral);
+        }
+        let geometry = Geometry::new(placement, site.available_bytes())?;
+        let cipher = options.cipher.unwrap_or(self.metadata.key_bits);
+        let new_key = VolumeKey::generate(cipher.key_bytes())?;
+        let transform =
+            Transform::create(&source, site.origin(), former_base, &self.volume_key, &new_key, self.metadata.uuid)?;
+        let id = transform.id;
+        let mut metadata = Metadata {
+            requirements: vec![REQUIREMENT.to_owned()],
+            key_bits: cipher,
+            unit_bytes: placement.unit,
+            base: placement.base,
+            data_offset: placement.data_offset,
+            bound_address: placement.bound_address,
+            transform: Some(transform),
+            ..self.metadata.clone()
+        };
+        metadata.slots = self.slots_for(&metadata, &new_key, credential, options.other_slots)?;
+        Ok(Plan { geometry, metadata, new_key, id })
     }
 
     /// The slots of the new header: a fresh one for the credential, and the others as `other_slots` says.
@@ -399,18 +465,25 @@ impl Namespace {
         Ok(())
     }
 
-    /// Writes both header copies again unless they agree, so that none is left from before the transform.
+    /// Writes both header copies again unless they agree, and wipes the header that was left behind elsewhere, so that
+    /// none is left from before the transform. Comes before the first window of every run.
     ///
     /// # Errors
     ///
     /// [`TransformError::Update`].
     pub fn settle_header(&mut self) -> Result<(), TransformError> {
         let sequence = self.sequence;
-        if self.copies.iter().all(|copy| *copy == CopyState::Good { sequence }) {
-            return Ok(());
+        if self.copies.iter().any(|copy| *copy != CopyState::Good { sequence }) {
+            let metadata = self.metadata.clone();
+            self.update(metadata)?;
         }
-        let metadata = self.metadata.clone();
-        Ok(self.update(metadata)?)
+        let former_base = self.metadata.transform.as_ref().and_then(|transform| transform.former_base);
+        // When a window has moved it is wiped, and there may be data in its place.
+        let nothing_moved = self.pending.as_ref().is_some_and(|pending| pending.record == Record::default());
+        let Some(base) = former_base.filter(|_| nothing_moved) else { return Ok(()) };
+        let start = base.checked_sub(self.site.origin());
+        let former = start.and_then(|start| HeaderArea::new(Arc::clone(self.site.data()), start));
+        Ok(former.map_or(Ok(()), |area| area.clear()).map_err(UpdateError::Write)?)
     }
 
     /// Ends the transform, all of whose bytes have arrived: both header copies forget the old volume key, it is wiped from

@@ -83,13 +83,6 @@ impl Namespace {
         Header::of(&self.metadata, self.sequence, &self.copies)
     }
 
-    /// The parts that a volume needs; the header can then not be changed any more.
-    #[must_use]
-    pub fn into_parts(self) -> (Arc<Backing>, Geometry, Header, VolumeKey) {
-        let header = self.header();
-        (Arc::clone(self.site.data()), self.geometry, header, self.volume_key)
-    }
-
     /// Writes the header again, to both copies: this is how a backup that was unlocked is restored.
     ///
     /// # Errors
@@ -216,17 +209,7 @@ impl Namespace {
         Ok(())
     }
 
-    /// Takes both copies of the header off the media, so that a namespace whose data is still being written is not taken
-    /// for a whole one. [`Self::publish`] puts them back.
-    ///
-    /// # Errors
-    ///
-    /// [`UpdateError::Write`].
-    pub fn withhold(&mut self) -> Result<(), UpdateError> {
-        Ok(self.area.clear()?)
-    }
-
-    /// Writes both copies of the header.
+    /// Writes both copies of the header, as after [`format_withheld`](super::format_withheld).
     ///
     /// # Errors
     ///

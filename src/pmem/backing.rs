@@ -316,13 +316,6 @@ impl Backing {
         }
     }
 
-    /// Says that a store to the first bytes of `range` comes soon: a hint, which fetches the cache line meanwhile.
-    pub fn expect_store(&self, range: &Range<u64>) {
-        if let Ok(span) = self.span(range) {
-            self.mapping.expect_store(&span);
-        }
-    }
-
     /// As [`write`](Self::write), for an `f` that fills every whole 64-byte line of `range` with non-temporal stores: what
     /// it stored needs no flush, only a [`drain`](Self::drain). Lines that `range` covers in part are flushed here.
     ///

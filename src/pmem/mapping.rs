@@ -159,11 +159,6 @@ impl Mapping {
         unsafe { persist::write_back(start, range.len()) };
     }
 
-    /// Says that the first line of `range` will be stored to soon.
-    pub(super) fn expect_store(&self, range: &Range<usize>) {
-        persist::expect_store(self.address(range));
-    }
-
     /// Writes the pages of `range` to the medium and waits (`msync`).
     pub(super) fn write_pages(&self, range: &Range<usize>) -> Result<(), Errno> {
         let page_bytes = rustix::param::page_size();

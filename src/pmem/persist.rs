@@ -48,17 +48,6 @@ pub(super) unsafe fn write_back(start: *const u8, len_bytes: usize) {
     }
 }
 
-/// Asks for the cache line at `address`, to be stored to soon. It faults nowhere and changes nothing.
-pub(super) fn expect_store(address: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch is a hint at any address, and none at all on a CPU that lacks it.
-    unsafe {
-        core::arch::asm!("prefetchw [{address}]", address = in(reg) address, options(nostack, preserves_flags, readonly));
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = address;
-}
-
 /// Waits until the write-backs and non-temporal stores that this thread has started are durable.
 pub(super) fn fence() {
     #[cfg(target_arch = "x86_64")]

@@ -73,8 +73,35 @@ struct Former {
     /// Whether the last byte moved first.
     backward: bool,
     done_bytes: u64,
-    /// A window of which nobody knows what is old and what is new.
-    blocked: Option<Range<u64>>,
+    blocked: Option<Blocked>,
+}
+
+/// A window of which nobody knows what is old and what is new on media.
+#[derive(Debug)]
+struct Blocked {
+    window: Range<u64>,
+    /// Its ciphertext on the former side, where that is known and nobody can move the window: it can be read then.
+    saved: Option<Arc<[u8]>>,
+}
+
+/// A part of a range that is in a blocked window.
+struct Saved {
+    former: Arc<Side>,
+    part: Range<u64>,
+    ciphertext: Arc<[u8]>,
+    /// Where the part begins in the ciphertext.
+    skip: usize,
+}
+
+impl Saved {
+    fn read(&self, holes: bool, out: Target<'_>) {
+        let mut out = out;
+        let ciphertext = &self.ciphertext[self.skip..self.skip + out.len()];
+        self.former.decrypt(self.part.start, Source::from_slice(ciphertext), out.reborrow());
+        if holes {
+            zero_holes(ciphertext, out);
+        }
+    }
 }
 
 impl Former {
@@ -152,12 +179,37 @@ impl DataArea {
     pub(crate) fn read(&self, offset: u64, out: Target<'_>) -> Result<(), VolumeError> {
         let mut out = out;
         let len_bytes = out.len();
-        let result = self.on_sides(offset..offset + len_bytes as u64, |side, part| {
-            let out = out.reborrow().slice(relative(&part, offset));
-            side.read(&self.backing, self.holes, part.start, out)
-        });
+        let range = offset..offset + len_bytes as u64;
+        let result = match self.saved(&range) {
+            None => self.read_sides(range, out),
+            Some(saved) => {
+                let (before, after) = (range.start..saved.part.start, saved.part.end..range.end);
+                saved.read(self.holes, out.reborrow().slice(relative(&saved.part, offset)));
+                self.read_sides(before.clone(), out.reborrow().slice(relative(&before, offset)))
+                    .and_then(|()| self.read_sides(after.clone(), out.reborrow().slice(relative(&after, offset))))
+            }
+        };
         scrub_after(len_bytes);
         result
+    }
+
+    fn read_sides(&self, range: Range<u64>, out: Target<'_>) -> Result<(), VolumeError> {
+        let (mut out, offset) = (out, range.start);
+        self.on_sides(range, |side, part| {
+            let out = out.reborrow().slice(relative(&part, offset));
+            side.read(&self.backing, self.holes, part.start, out)
+        })
+    }
+
+    /// What of `range` can be read from the saved ciphertext of a blocked window only.
+    fn saved(&self, range: &Range<u64>) -> Option<Saved> {
+        let sides = self.sides();
+        let former = sides.as_ref()?.former.as_ref()?;
+        let Blocked { window, saved: Some(ciphertext) } = former.blocked.as_ref()? else { return None };
+        let part = range.start.max(window.start)..range.end.min(window.end);
+        let skip = usize::try_from(part.start - window.start).expect("a window is in memory");
+        let (former, ciphertext) = (Arc::clone(&former.side), Arc::clone(ciphertext));
+        (part.start < part.end).then_some(Saved { former, part, ciphertext, skip })
     }
 
     /// Encrypts `plaintext` over the blocks at logical `offset`; both are multiples of 16 bytes, checked to be in range.
@@ -178,15 +230,6 @@ impl DataArea {
         });
         scrub_after(len_bytes);
         result
-    }
-
-    /// Says that a short write to logical `range` comes soon.
-    pub(crate) fn expect_write(&self, range: &Range<u64>) {
-        if let Some(Sides { current, former: None }) = &*self.sides()
-            && self.check(range).is_ok()
-        {
-            self.backing.expect_store(&current.physical(range.clone()));
-        }
     }
 
     /// Encrypts zeroes over the blocks of logical `range`.
@@ -221,6 +264,15 @@ impl DataArea {
     ///
     /// What the medium says, and [`VolumeError::Locked`].
     pub(crate) fn extents(&self, range: Range<u64>) -> Result<Vec<BackingExtent>, VolumeError> {
+        let Some(Saved { part, .. }) = self.saved(&range) else { return self.extents_of_sides(range) };
+        let mut extents = self.extents_of_sides(range.start..part.start)?;
+        let after = part.end..range.end;
+        extents.push(BackingExtent { range: part, allocated: true });
+        extents.extend(self.extents_of_sides(after)?);
+        Ok(extents)
+    }
+
+    fn extents_of_sides(&self, range: Range<u64>) -> Result<Vec<BackingExtent>, VolumeError> {
         let mut extents = Vec::new();
         self.on_sides(range, |side, part| {
             extents.extend(self.backing.extents(side.physical(part))?);
@@ -265,6 +317,9 @@ impl DataArea {
                 return Ok(access(&sides.current, range)?);
             }
         }
+        if range.is_empty() {
+            return Ok(()); // not even where nothing could be accessed
+        }
         let _held = self.moving.shared(range.clone());
         for (side, part) in self.parts(range)?.into_iter().flatten() {
             access(&side, part)?;
@@ -277,7 +332,8 @@ impl DataArea {
         let sides = self.sides();
         let sides = sides.as_ref().ok_or(VolumeError::Locked)?;
         let Some(former) = &sides.former else { return Ok([Some((Arc::clone(&sides.current), range)), None]) };
-        if former.blocked.as_ref().is_some_and(|blocked| range.start < blocked.end && blocked.start < range.end) {
+        let blocked = former.blocked.as_ref().map(|blocked| &blocked.window);
+        if blocked.is_some_and(|blocked| range.start < blocked.end && blocked.start < range.end) {
             return Err(MediaError::Poisoned.into());
         }
         let boundary = former.boundary(self.size_bytes()).clamp(range.start, range.end);
@@ -321,9 +377,11 @@ impl DataArea {
         self.moving.exclusive(window)
     }
 
-    /// Fails every access to `window` from now on, until the boundary has passed it.
-    pub(crate) fn block(&self, window: Range<u64>) {
-        self.change_former(|former| former.blocked = Some(window));
+    /// Fails every access to `window` from now on, until the boundary has passed it; reads only where its ciphertext was
+    /// not `saved`.
+    pub(crate) fn block(&self, window: Range<u64>, saved: Option<Vec<u8>>) {
+        let saved = saved.map(Arc::from);
+        self.change_former(|former| former.blocked = Some(Blocked { window, saved }));
     }
 
     /// Moves the boundary over the window that is held.

@@ -13,7 +13,7 @@ use zeroize::Zeroize;
 
 use super::{BLOCK_BYTES, DataUnit, Direction, tweak};
 use crate::memory::{Source, Target};
-use crate::secret::SecretBox;
+use crate::secret::{self, SecretBox};
 
 /// Blocks in one call of the cipher: 64 of them are what the `aes` crate's widest code takes at a time.
 const BATCH_BLOCKS: usize = 64;
@@ -21,9 +21,6 @@ const BATCH_BYTES: usize = BATCH_BLOCKS * BLOCK_BYTES;
 
 /// Units whose first tweaks are encrypted together.
 const BATCH_UNITS: usize = 16;
-
-/// Bytes of stack that [`PortableKey::boxed`] wipes after the expansion: more than the widest expanded key takes.
-const SCRUB_BYTES: usize = 8192;
 
 /// Both halves of the key, expanded. There is one per key, on a page of its own, so the variants' sizes do not matter.
 #[allow(clippy::large_enum_variant)]
@@ -45,9 +42,8 @@ impl PortableKey {
     ///
     /// Panics for other lengths, which no volume key has.
     pub(super) fn boxed(data: &[u8], tweak: &[u8]) -> SecretBox<Self> {
-        let boxed = expand(data, tweak);
-        scrub_stack();
-        boxed
+        // The `aes` crate cannot expand a key in place.
+        secret::with_wiped_stack(|| expand(data, tweak))
     }
 
     /// Blocks `first_block..` of the unit whose tweak is `tweak`.
@@ -159,7 +155,6 @@ fn whiten(blocks: &mut [[u8; BLOCK_BYTES]], tweaks: &[u128]) {
     }
 }
 
-#[inline(never)]
 fn expand(data: &[u8], tweak: &[u8]) -> SecretBox<PortableKey> {
     let key = match data.len() {
         16 => PortableKey::Aes128(halves(data, tweak)),
@@ -172,12 +167,4 @@ fn expand(data: &[u8], tweak: &[u8]) -> SecretBox<PortableKey> {
 fn halves<C: KeyInit>(data: &[u8], tweak: &[u8]) -> Halves<C> {
     let expand = |half| C::new_from_slice(half).expect("the caller matched the length of the halves");
     Halves { data: expand(data), tweak: expand(tweak) }
-}
-
-/// Overwrites the stack that [`expand`] has just left: the `aes` crate cannot expand a key in place.
-#[inline(never)]
-fn scrub_stack() {
-    let mut stack = [0_u8; SCRUB_BYTES];
-    stack.zeroize();
-    std::hint::black_box(&stack);
 }

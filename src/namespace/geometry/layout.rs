@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::{DataUnit, Geometry, GeometryError, OutOfRange, SIZE_BYTES_MAX, TWEAK_STEP_BYTES, TweakValue};
+use super::{DataUnit, Geometry, GeometryError, OutOfRange, TWEAK_STEP_BYTES, TweakValue, check_size};
 
 /// A checked layout: all arithmetic on it is in range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,15 +26,7 @@ impl Layout {
     /// a data unit, and for sums of 2^64 or more.
     pub fn new(data_start: u64, first_address: u64, size_bytes: u64, unit: DataUnit) -> Result<Self, GeometryError> {
         let unit_bytes = unit.bytes();
-        if size_bytes == 0 {
-            return Err(GeometryError::Empty);
-        }
-        if !size_bytes.is_multiple_of(u64::from(unit_bytes)) {
-            return Err(GeometryError::SizeNotInUnits { size_bytes, unit_bytes });
-        }
-        if size_bytes > SIZE_BYTES_MAX {
-            return Err(GeometryError::SizeAboveKeyLimit { size_bytes, max_bytes: SIZE_BYTES_MAX });
-        }
+        check_size(size_bytes, unit)?;
         if !data_start.is_multiple_of(TWEAK_STEP_BYTES) {
             return Err(GeometryError::DataNotAligned { data_start, alignment_bytes: TWEAK_STEP_BYTES });
         }
@@ -113,7 +105,7 @@ impl Geometry {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Placement;
+    use super::super::{Placement, SIZE_BYTES_MAX};
     use super::*;
 
     const MIB: u64 = 1 << 20;

@@ -232,6 +232,39 @@ impl Region {
         Ok(range)
     }
 
+    /// Lets a namespace's partition begin at `start` already, in the free place before it, and gives its new range. What
+    /// is to be found there must be durable by now.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::find`]; [`RegionError::Full`] when what lies before it is taken, or begins at no multiple of 2 MiB;
+    /// [`RegionError::Media`].
+    pub fn begin_earlier(&mut self, name: &str, start: u64) -> Result<Range<u64>, RegionError> {
+        let present = self.find(name)?;
+        if start != self.earliest_start(&present.range) && start != present.range.start {
+            let wanted_bytes = present.range.start.saturating_sub(start);
+            return Err(RegionError::Full { wanted_bytes, free: self.free() });
+        }
+        let range = start..present.range.end;
+        let first_lba = self.table.sectors(&range).start;
+        self.change(|partitions| {
+            if let Some(partition) = partitions.get_mut(&present.number) {
+                partition.first_lba = first_lba;
+            }
+        })?;
+        Ok(range)
+    }
+
+    /// Where the free place right before the partition at `range` begins, a multiple of 2 MiB; the partition's own start
+    /// when there is none.
+    #[must_use]
+    pub fn earliest_start(&self, range: &Range<u64>) -> u64 {
+        // A partition that another program made may begin in the middle of an aligned piece, whose rest is not listed.
+        let aligned = range.start - range.start % REGION_ALIGNMENT_BYTES;
+        let before = self.free().into_iter().find(|free| free.end == aligned);
+        before.map_or(range.start, |free| free.start)
+    }
+
     fn change(
         &mut self,
         change: impl FnOnce(&mut std::collections::BTreeMap<u32, Partition>),

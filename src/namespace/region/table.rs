@@ -123,8 +123,8 @@ impl Table {
             if is_primary { header.write_primary(device, sector) } else { header.write_backup(device, sector) };
         written.map_err(GptError::from)?;
         let start = header.current_lba * sector.as_u64();
-        backing.persist(entries)?;
-        backing.persist(start..start + sector.as_u64())?;
+        // Header and entries are neighbours, and nobody relies on this copy before both are durable.
+        backing.persist(entries.start.min(start)..entries.end.max(start + sector.as_u64()))?;
         let (_, stored) = read_copy(backing, sector, header.current_lba).map_err(RegionError::ReadBack)?;
         if stored == self.partitions { Ok(()) } else { Err(RegionError::ReadBack(TableFault::Table)) }
     }

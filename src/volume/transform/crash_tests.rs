@@ -14,7 +14,7 @@ use crate::pmem::{Backing, Granularity};
 use crate::secret::SecretBytes;
 use crate::xts::Backend;
 
-const MIB: u64 = 1 << 20;
+pub(super) const MIB: u64 = 1 << 20;
 const SIZE: u64 = 40 << 10;
 const WINDOW: u64 = 16 << 10;
 /// How many barriers after the one that was left out its absence must show.
@@ -57,11 +57,11 @@ struct Story {
     handle: SimHandle,
 }
 
-fn key_file(byte: u8) -> Credential {
+pub(super) fn key_file(byte: u8) -> Credential {
     Credential::KeyFile(SecretBytes::copy_of(&[byte; 32]))
 }
 
-fn pattern(seed: usize, len: usize) -> Vec<u8> {
+pub(super) fn pattern(seed: usize, len: usize) -> Vec<u8> {
     (0..len).map(|index| ((index * 31 + seed * 7 + (index >> 8) * 13) % 251).to_le_bytes()[0]).collect()
 }
 
@@ -70,17 +70,17 @@ fn open(backing: &Arc<Backing>, key: u8) -> Result<Namespace, String> {
     locked.unlock_key(&key_file(key)).map_err(|error| error.to_string())
 }
 
-fn volume(namespace: Namespace) -> Volume {
+pub(super) fn volume(namespace: Namespace) -> Volume {
     Volume::new(namespace, Backend::detect())
 }
 
-fn content(volume: &Volume) -> Result<Vec<u8>, VolumeError> {
+pub(super) fn content(volume: &Volume) -> Result<Vec<u8>, VolumeError> {
     let mut all = vec![0; usize::try_from(volume.size()).unwrap()];
     volume.read_at(&mut all, 0)?;
     Ok(all)
 }
 
-fn media_of(backing: &Backing) -> Vec<u8> {
+pub(super) fn media_of(backing: &Backing) -> Vec<u8> {
     let mut media = vec![0; usize::try_from(backing.len_bytes()).unwrap()];
     backing.read(0..backing.len_bytes(), |source: Source<'_>| source.copy_to(&mut media)).unwrap();
     media
@@ -251,7 +251,7 @@ fn copies_contain(image: CrashImage<'_>, text: &[u8]) -> bool {
         .any(|start| image.media[start..start + 4096].windows(text.len()).any(|part| part == text))
 }
 
-fn bounds() -> Bounds {
+pub(super) fn bounds() -> Bounds {
     let samples: usize = std::env::var("DAXCRYPT_CRASH_SAMPLES").map_or(2, |samples| samples.parse().unwrap());
     Bounds { exhaustive_max: 4 * samples as u64, singles_max: samples.div_ceil(2), samples, ..Bounds::default() }
 }
@@ -281,8 +281,8 @@ fn survives(story: &Story, mutants: bool) {
     assert!(mutants.survivors.is_empty(), "{}: not noticed: {:?}", story.name, mutants.survivors);
 }
 
-const LINE: SimOptions = SimOptions::new(Granularity::CacheLine);
-const PAGE: SimOptions = SimOptions::new(Granularity::Page);
+pub(super) const LINE: SimOptions = SimOptions::new(Granularity::CacheLine);
+pub(super) const PAGE: SimOptions = SimOptions::new(Granularity::Page);
 
 #[test]
 fn a_rekey_in_place_survives_at_cache_line_granularity() {

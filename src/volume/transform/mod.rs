@@ -58,7 +58,13 @@ impl Engine {
         let done_bytes = pending.record().done_bytes;
         area.resume_transform(former, is_backward(area, pending), done_bytes);
         if pending.record().window_bytes > 0 {
-            area.block(window(area, pending, pending.record().window_bytes));
+            let mut saved = None;
+            if area.backing().access() == Access::ReadOnly {
+                // Who only reads cannot move it, and reads it from where it was saved.
+                let read = pending.journal().saved(&pending.record());
+                saved = read.inspect_err(|error| tracing::error!(%error, "the window being re-keyed is lost")).ok();
+            }
+            area.block(window(area, pending, pending.record().window_bytes), saved);
         }
         if area.backing().access() == Access::ReadWrite
             && let Err(error) = engine.recover(area)
@@ -147,7 +153,7 @@ impl Engine {
         let _held = area.hold(window.clone());
         area.read_former(window.clone(), saved)?;
         pending.journal().save(saved)?;
-        area.block(window.clone());
+        area.block(window.clone(), None);
         pending.advance(pending.record().moving(saved))?;
         area.store_moved(window, saved)?;
         pending.advance(pending.record().moved())?;
@@ -264,5 +270,7 @@ impl From<TransformError> for VolumeError {
 
 #[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+mod slide_crash_tests;
 #[cfg(test)]
 mod tests;

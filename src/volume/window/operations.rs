@@ -92,7 +92,7 @@ impl Volume {
             let pages = &mut scratch[..len(&piece)];
             let read = self.area.read(data.start, Target::from_slice(&mut pages[..len(&data)]));
             let installed = read.and_then(|()| {
-                // Whoever waits for a page goes on as soon as it is there, and may then sync or evict: the bit comes first.
+                // Whoever touches a page goes on as soon as it is there, and may then sync or evict: the bit comes first.
                 let mut absent = pages_of(&piece);
                 absent.clone().for_each(|page| {
                     window.resident.insert(page);

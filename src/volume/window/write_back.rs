@@ -10,6 +10,7 @@ use std::sync::PoisonError;
 use super::operations::blocks_of;
 use super::{PAGE_BYTES, Window, pages_of};
 use crate::memory::Target;
+use crate::pmem::Granularity;
 use crate::volume::{Volume, VolumeError, len};
 
 /// How pages are written back.
@@ -49,25 +50,28 @@ impl Volume {
         result
     }
 
-    /// [`Self::write_back`] of a range inside of one page, and what makes it durable: the short way for a word or a line.
+    /// [`Self::write_back`] of a range inside of one page, durable when it returns: the short way for a word or a line.
     ///
     /// # Errors
     ///
     /// As [`Self::write_back`].
     pub(crate) fn persist_within_page(&self, window: &Window, range: &Range<u64>) -> Result<(), VolumeError> {
         let blocks = blocks_of(range);
-        self.area.expect_write(&blocks);
+        let page = blocks.start / PAGE_BYTES;
         {
             let _held = self.blocks.exclusive(blocks.clone());
-            let page = blocks.start / PAGE_BYTES;
             if window.resident.contains(page) {
                 let written = self.area.write(blocks.start, window.memory.source(&blocks));
                 if written.is_err() {
                     window.unsynced.insert(page);
                 }
                 written?;
+                if self.backing().granularity() == Granularity::CacheLine {
+                    return Ok(()); // such a write is durable, and one more fence costs as much as the lock
+                }
             }
         }
+        // Also for what is absent: it may have been evicted to media since, and not be durable there.
         self.persist_media(blocks)
     }
 

@@ -1,0 +1,96 @@
+//! The empty namespace that a relocation fills, and what is taken back when it comes to nothing.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::super::error::Error;
+use super::super::new_place::{self, NewPlace, Prepared};
+use super::super::output::warning;
+use super::super::place::{self, PlaceArgs};
+use crate::namespace::{self, Credential, FormatOptions, Kdf, KdfCost, Namespace};
+use crate::pmem::{Allocation, Backing};
+
+/// A namespace like the source, whose header is withheld.
+pub(super) struct Target {
+    pub(super) namespace: Namespace,
+    pub(super) made: Made,
+}
+
+/// What did not exist before.
+pub(super) struct Made {
+    files: Vec<PathBuf>,
+    /// The region and the name of a partition.
+    partition: Option<(PathBuf, String)>,
+    /// Nobody else gets the place before it is taken back.
+    _held: Arc<Backing>,
+}
+
+impl Target {
+    /// Makes it at `place`. Blocks come as they are written: a full disk is an error then, and the source is still there.
+    pub(super) fn make(
+        place: &PlaceArgs,
+        source: &Namespace,
+        credential: &Credential,
+        force: bool,
+    ) -> Result<Self, Error> {
+        let size_bytes = Some(source.geometry().size_bytes());
+        let new_place = NewPlace { place, size_bytes, allocation: Allocation::Sparse, force };
+        Self::make_in(new_place.prepare()?, place, source, credential)
+    }
+
+    /// Empties the header area, and only then enters a new partition into its region: nothing that was there opens.
+    pub(super) fn make_in(
+        prepared: Prepared,
+        place: &PlaceArgs,
+        source: &Namespace,
+        credential: &Credential,
+    ) -> Result<Self, Error> {
+        let Prepared { data, range, header, made, region } = prepared;
+        let mut made = Made { files: made, partition: None, _held: Arc::clone(&data) };
+        let available_bytes = Some(range.end - range.start);
+        let options = FormatOptions { header, base: range.start, available_bytes, ..options_of(source) };
+        let namespace = namespace::format_withheld(data, options, credential).map_err(|source| {
+            made.take_back();
+            Error::Format { path: place.path.clone(), source }
+        })?;
+        if let (Some(mut region), Some((path, name))) = (region, place.region_and_name()) {
+            let added = region.add(name, range);
+            added.map_err(|source| Error::Region { path: path.into(), source }).inspect_err(|_| made.take_back())?;
+            made.partition = Some((path.into(), name.into()));
+        }
+        Ok(Self { namespace, made })
+    }
+}
+
+impl Made {
+    /// Without a header it is of no use to anybody.
+    pub(super) fn take_back(&self) {
+        new_place::remove_made(&self.files);
+        let Some((path, name)) = &self.partition else { return };
+        let failed = |source| Error::Region { path: path.clone(), source };
+        if let Err(error) = place::open_table(path).and_then(|mut table| table.remove(name).map_err(failed)) {
+            let path = path.display();
+            warning!("{}; the empty partition is left: `daxcrypt remove {path}#{name}` removes it", error.chain());
+        }
+    }
+}
+
+/// What the new namespace has in common with the source.
+fn options_of(source: &Namespace) -> FormatOptions {
+    let header = source.header();
+    let slot = header.slots.iter().find(|slot| Some(slot.id) == source.slot_id());
+    let kdf_cost = match slot.map(|slot| slot.kdf) {
+        Some(Kdf::Argon2id(cost)) => cost,
+        _ => KdfCost::default(),
+    };
+    FormatOptions {
+        cipher: source.cipher(),
+        unit: source.geometry().unit(),
+        label: header.label,
+        kdf_cost,
+        size_bytes: Some(source.geometry().size_bytes()),
+        bind_address: header.bound_address.is_some(),
+        allow_discards: header.discards,
+        ..FormatOptions::default()
+    }
+}
