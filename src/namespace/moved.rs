@@ -67,8 +67,8 @@ impl MovedNamespace {
     /// # Errors
     ///
     /// [`AdoptError`]; nothing on media changes.
-    pub fn open_at(backing: &Arc<Backing>, base: u64, available_bytes: u64) -> Result<Self, AdoptError> {
-        Self::open_in(Site::part(Arc::clone(backing), base, available_bytes))
+    pub fn open_at(backing: &Arc<Backing>, start: u64, available_bytes: u64) -> Result<Self, AdoptError> {
+        Self::open_in(Site::part(Arc::clone(backing), start, available_bytes))
     }
 
     /// Finds a moved namespace at a site, whose header may be detached.

@@ -206,7 +206,6 @@ impl KernelMedium {
         Ok(extents)
     }
 
-    /// Makes a file longer, or finds out how long a device has become.
     /// How long the file or device is now.
     pub(super) fn present_len_bytes(&self) -> Result<Option<u64>, MediaError> {
         match self.kind {
@@ -215,6 +214,7 @@ impl KernelMedium {
         }
     }
 
+    /// Makes a file longer, or finds out how long a device has become.
     pub(super) fn grow(&self, now_bytes: u64, len_bytes: u64, allocation: Allocation) -> Result<(), MediaError> {
         match self.kind {
             BackingKind::DevDax => return Err(MediaError::Unsupported),
