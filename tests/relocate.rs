@@ -72,6 +72,23 @@ fn a_namespace_moves_to_another_file_and_the_old_one_is_erased() {
 }
 
 #[test]
+fn holes_get_blocks_at_the_new_place_unless_it_is_to_be_sparse() {
+    let bench = Bench::new();
+    bench.format("vault.img", "8M", &["--allow-discards", "--sparse"]);
+    let image = File::create(bench.path("disk.img")).unwrap();
+    image.set_len(8 << 20).unwrap();
+    image.write_all_at(&noise(5, 300_000), 3 << 20).unwrap();
+    let bytes = fs::read(bench.path("disk.img")).unwrap();
+    run(&bench, &["import", "disk.img", "vault.img"]).succeeds();
+    for (name, more, range) in [("full.img", &[][..], 10 << 20..11 << 20), ("thin.img", &["--sparse"], 0..5 << 20)] {
+        run(&bench, &[&["relocate", "vault.img", name, "--keep-source"], more].concat()).succeeds();
+        assert!(content(&bench, name) == bytes, "{name}");
+        let allocated = fs::metadata(bench.path(name)).unwrap().blocks() * 512;
+        assert!(range.contains(&allocated), "{name}: {allocated} bytes of blocks");
+    }
+}
+
+#[test]
 fn a_copy_leaves_the_source_and_a_destination_in_use_is_refused() {
     let (bench, bytes) = vault("3M", &[]);
     let old = fs::read(bench.path("vault.img")).unwrap();

@@ -77,12 +77,14 @@ pub(crate) fn import(args: &ImportArgs) -> Result<(), Error> {
 fn import_from(plain: &Path, image: &mut Image, volume: &Volume, transfer: &Transfer<'_>) -> Result<Moved, Error> {
     let failed = |source| Error::Plain { path: plain.into(), source };
     let len_bytes = image.len_bytes.unwrap_or_else(|| volume.size());
+    let mut scratch = Vec::new();
     let imported = transfer.run("copied", len_bytes, |offset, piece| {
         let (len, hole) = image.read(offset, piece).map_err(failed)?;
         if hole {
             volume.punch_zeroes(offset, len as u64).map_err(|error| transfer.failed(error))?;
         } else {
-            volume.write_at(&piece[..len], offset).map_err(|error| transfer.failed(error))?;
+            let written = volume.write_once(&piece[..len], offset, &mut scratch);
+            written.map_err(|error| transfer.failed(error))?;
         }
         Ok(len)
     })?;

@@ -289,6 +289,41 @@ impl Backing {
         Ok(result)
     }
 
+    /// Copies the bytes from `start` on to `bytes`, as [`read`](Self::read) does. For much that is read once: pages of a file
+    /// that are not mapped yet stay so.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read), and `Io`.
+    pub fn read_bytes(&self, start: u64, bytes: &mut [u8]) -> Result<(), MediaError> {
+        let range = start..start.saturating_add(bytes.len() as u64);
+        let span = self.span(&range)?;
+        if let Medium::Kernel(medium) = &self.medium
+            && medium.read_file(start, bytes)?
+        {
+            return self.check_faults(&span);
+        }
+        self.read(range, |source| source.copy_to(bytes))
+    }
+
+    /// Stores `bytes` at `start`, as [`write`](Self::write) does. For much that nobody reads soon: pages of a file that are
+    /// not mapped yet are filled by a system call, which costs a fraction of mapping them.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write).
+    pub fn write_bytes(&self, start: u64, bytes: &[u8]) -> Result<(), MediaError> {
+        let range = start..start.saturating_add(bytes.len() as u64);
+        let span = self.span(&range)?;
+        self.check_writable()?;
+        if let Medium::Kernel(medium) = &self.medium
+            && medium.write_file(start, bytes)?
+        {
+            return self.check_faults(&span);
+        }
+        self.write(range, |mut target| target.copy_from(bytes))
+    }
+
     /// [`write`](Self::write), then [`persist`](Self::persist), with one look for media errors at the end: nothing is
     /// reported durable that is not, and a cache line costs little more than its write-back.
     ///

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fdatasync, fstat, ftruncate, seek};
-use rustix::io::Errno;
+use rustix::io::{Errno, pread, pwrite};
 
 use super::backing::{BackingExtent, BackingKind, EXTENTS_MAX};
 use super::bitmap::Bitmap;
@@ -145,6 +145,35 @@ impl KernelMedium {
             return Err(MediaError::Shrunk { now_bytes, len_bytes });
         }
         Ok(())
+    }
+
+    /// Writes `bytes` at `offset` by system calls. `false` where a mapping is the only way, or the better one.
+    pub(super) fn write_file(&self, offset: u64, bytes: &[u8]) -> Result<bool, MediaError> {
+        if self.kind != BackingKind::File || self.granularity == Granularity::CacheLine {
+            return Ok(false);
+        }
+        let mut done = 0;
+        while done < bytes.len() {
+            let written = retry_interrupted(|| pwrite(&self.file, &bytes[done..], offset + done as u64));
+            done += written.map_err(MediaError::from_errno)?;
+        }
+        Ok(true)
+    }
+
+    /// Reads `bytes` from `offset` by system calls. `false` where a mapping is the only way, or the better one.
+    pub(super) fn read_file(&self, offset: u64, bytes: &mut [u8]) -> Result<bool, MediaError> {
+        if self.kind != BackingKind::File || self.granularity == Granularity::CacheLine {
+            return Ok(false);
+        }
+        let mut done = 0;
+        while done < bytes.len() {
+            match retry_interrupted(|| pread(&self.file, &mut bytes[done..], offset + done as u64)) {
+                Ok(0) => return Ok(false), // the file is shorter now: the mapping tells of it as it always does
+                Ok(count) => done += count,
+                Err(errno) => return Err(MediaError::from_errno(errno)),
+            }
+        }
+        Ok(true)
     }
 
     pub(super) fn allocate(&self, range: &Range<u64>) -> Result<(), MediaError> {

@@ -232,6 +232,48 @@ impl DataArea {
         result
     }
 
+    /// As [`Self::read`], by way of `scratch`, which is at least as long as what is read.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::read`].
+    pub(crate) fn read_unmapped(&self, offset: u64, out: Target<'_>, scratch: &mut [u8]) -> Result<(), VolumeError> {
+        let mut out = out;
+        let len_bytes = out.len();
+        let range = offset..offset + len_bytes as u64;
+        if self.saved(&range).is_some() {
+            return self.read(offset, out);
+        }
+        let result = self.on_sides(range, |side, part| {
+            let out = out.reborrow().slice(relative(&part, offset));
+            let scratch = &mut scratch[..out.len()];
+            side.read_unmapped(&self.backing, self.holes, part.start, out, scratch)
+        });
+        scrub_after(len_bytes);
+        result
+    }
+
+    /// As [`Self::write`] at page granularity, by way of `scratch`, which is at least as long as the plaintext.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::write`].
+    pub(crate) fn write_unmapped(
+        &self,
+        offset: u64,
+        plaintext: Source<'_>,
+        scratch: &mut [u8],
+    ) -> Result<(), VolumeError> {
+        let len_bytes = plaintext.len();
+        let result = self.on_sides(offset..offset + len_bytes as u64, |side, part| {
+            let plaintext = plaintext.slice(relative(&part, offset));
+            let scratch = &mut scratch[..plaintext.len()];
+            side.store_unmapped(&self.backing, part.start, plaintext, scratch)
+        });
+        scrub_after(len_bytes);
+        result
+    }
+
     /// Encrypts zeroes over the blocks of logical `range`.
     ///
     /// # Errors

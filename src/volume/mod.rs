@@ -232,6 +232,27 @@ impl Volume {
         result
     }
 
+    /// As [`Self::read_at`], for much that is read once: the pages of a file are then not mapped, which is a good part of
+    /// what reading them costs. `scratch` ends as ciphertext.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::read_at`].
+    pub fn read_once(&self, buf: &mut [u8], offset: u64, scratch: &mut Vec<u8>) -> Result<(), VolumeError> {
+        let range = self.check(offset, buf.len() as u64)?;
+        let blocks = blocks_of(&range);
+        if self.granularity() == Granularity::CacheLine || blocks != range || self.window.get().is_some() {
+            return self.read_at(buf, offset);
+        }
+        let held = self.blocks.shared(blocks);
+        if self.window.get().is_some() {
+            drop(held);
+            return self.read_at(buf, offset);
+        }
+        scratch.resize(scratch.len().max(buf.len()), 0);
+        self.area.read_unmapped(offset, Target::from_slice(buf), scratch).inspect_err(|_| buf.fill(0))
+    }
+
     fn read_media(&self, range: Range<u64>, buf: &mut [u8]) -> Result<(), VolumeError> {
         let pieces = Pieces::of(range);
         let (head, rest) = buf.split_at_mut(len(&pieces.head));
@@ -268,6 +289,24 @@ impl Volume {
             Some(window) => self.write_coherent(window, range, data),
             None => self.write_media(range, data),
         }
+    }
+
+    /// As [`Self::write_at`], for much that is written once and by nobody else: the pages of a file are then not mapped,
+    /// which is a good part of what writing them costs. `scratch` ends as ciphertext.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::write_at`].
+    pub fn write_once(&self, data: &[u8], offset: u64, scratch: &mut Vec<u8>) -> Result<(), VolumeError> {
+        let range = self.check_write(offset, data.len() as u64)?;
+        let by_mapping = self.granularity() == Granularity::CacheLine || blocks_of(&range) != range;
+        let (held, window) = self.hold_for_write(&range)?;
+        if by_mapping || window.is_some() {
+            drop(held);
+            return self.write_at(data, offset);
+        }
+        scratch.resize(scratch.len().max(data.len()), 0);
+        self.area.write_unmapped(offset, Source::from_slice(data), scratch)
     }
 
     /// Holds the blocks of `range` as a write needs them, and tells of the window to keep coherent. A window that comes

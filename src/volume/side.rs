@@ -57,10 +57,42 @@ impl Side {
         })
     }
 
+    /// [`Self::read`] by way of `scratch`, which is as long and ends as ciphertext: for pages that are not mapped yet.
+    pub(crate) fn read_unmapped(
+        &self,
+        backing: &Backing,
+        holes: bool,
+        offset: u64,
+        out: Target<'_>,
+        scratch: &mut [u8],
+    ) -> Result<(), MediaError> {
+        let mut out = out;
+        let range = self.physical(offset..offset + out.len() as u64);
+        backing.read_bytes(range.start, scratch)?;
+        self.decrypt(offset, Source::from_slice(scratch), out.reborrow());
+        if holes {
+            zero_holes(scratch, out);
+        }
+        Ok(())
+    }
+
     /// Encrypts `plaintext` over the blocks at logical `offset`. Stores only: the caller makes them durable.
     pub(crate) fn store(&self, backing: &Backing, offset: u64, plaintext: Source<'_>) -> Result<(), MediaError> {
         let range = self.physical(offset..offset + plaintext.len() as u64);
         backing.write(range, |ciphertext| self.encrypt(offset, plaintext, ciphertext))
+    }
+
+    /// [`Self::store`] by way of `scratch`, which is as long and ends as ciphertext: for pages that are not mapped yet.
+    pub(crate) fn store_unmapped(
+        &self,
+        backing: &Backing,
+        offset: u64,
+        plaintext: Source<'_>,
+        scratch: &mut [u8],
+    ) -> Result<(), MediaError> {
+        let range = self.physical(offset..offset + plaintext.len() as u64);
+        self.key.encrypt(self.span(offset), plaintext, Target::from_slice(scratch), Store::Cached);
+        backing.write_bytes(range.start, scratch)
     }
 
     /// [`Self::store`], and makes it durable.

@@ -387,3 +387,36 @@ fn a_volume_changes_its_size_while_it_is_used_and_nothing_is_written_behind_the_
     volume.read_at(&mut found, 0).unwrap();
     assert!(found == bytes[..found.len()]);
 }
+
+#[test]
+fn what_is_read_or_written_once_is_what_everybody_else_sees() {
+    for (unit, discards) in [(Bytes4096, false), (Bytes512, true)] {
+        let fixture = Fixture::new(Cipher::Aes256Xts, unit, discards);
+        let (volume, _) = fixture.format();
+        let mut model = vec![0_u8; usize::try_from(SIZE).unwrap()];
+        volume.punch_zeroes(0, SIZE).unwrap();
+        let mut scratch = Vec::new();
+        for (seed, start, end) in [(1_u8, 0, 20_000), (2, 16, 48), (3, 4099, 8000), (4, 32_768, 65_536), (5, 512, 1024)]
+        {
+            let data: Vec<u8> = (seed..=250).cycle().take(end - start).collect();
+            volume.write_once(&data, start as u64, &mut scratch).unwrap();
+            model[start..end].copy_from_slice(&data);
+            let (mut once, mut found) = (vec![1; model.len()], vec![2; model.len()]);
+            volume.read_at(&mut found, 0).unwrap();
+            volume.read_once(&mut once, 0, &mut scratch).unwrap();
+            assert!(found == model && once == model, "after {start}..{end}");
+            let part = &mut once[start..end];
+            volume.read_once(part, start as u64, &mut scratch).unwrap();
+            assert!(part == &model[start..end]);
+        }
+        assert!(matches!(volume.write_once(&[0; 32], SIZE - 16, &mut scratch), Err(VolumeError::OutOfRange { .. })));
+        assert!(matches!(volume.read_once(&mut [0; 32], SIZE - 16, &mut scratch), Err(VolumeError::OutOfRange { .. })));
+        volume.flush().unwrap();
+        drop(volume);
+        let reader = fixture.reopen(Access::ReadOnly);
+        assert!(matches!(reader.write_once(&[0; 32], 0, &mut scratch), Err(VolumeError::ReadOnly)));
+        let mut found = vec![0; model.len()];
+        reader.read_once(&mut found, 0, &mut scratch).unwrap();
+        assert!(found == model);
+    }
+}

@@ -1,6 +1,8 @@
-//! The data of one namespace into another one, whose header is withheld until every byte is durable and has been read back.
+//! The data of one namespace into another one, whose header is withheld until every byte has been read back and is durable.
 
 use std::path::Path;
+
+use zeroize::Zeroizing;
 
 use super::super::error::Error;
 use super::super::rekey::PaceArgs;
@@ -20,7 +22,8 @@ pub(super) struct Copy<'a> {
 }
 
 impl Copy<'_> {
-    /// Copies, makes durable, compares, and only then writes the header of the target. The source is given back.
+    /// Copies and compares piece by piece, makes durable, and only then writes the header of the target. The source is
+    /// given back.
     pub(super) fn run(
         &self,
         source: Namespace,
@@ -30,24 +33,32 @@ impl Copy<'_> {
         let (source, target) = (Volume::new(source, backend), Volume::new(target, backend));
         let from = Transfer::new(self.from, self.pace)?;
         let to = Transfer::new(self.to, self.pace)?;
-        let mut holes = Holes::default();
-        let moved = from.run("copied", source.size(), |offset, piece| {
+        let (mut holes, mut scratch) = (Holes::default(), Vec::new());
+        let mut found = Zeroizing::new(Vec::new());
+        let moved = from.run("verified", source.size(), |offset, piece| {
             let (len, hole) = holes.at(&source, offset, piece.len()).map_err(|error| from.failed(error))?;
             let piece = &mut piece[..len];
             if hole {
                 piece.fill(0);
                 self.make_hole(&target, offset, len as u64).map_err(|error| to.failed(error))?;
             } else {
-                source.read_at(piece, offset).map_err(|error| from.failed(error))?;
-                target.write_at(piece, offset).map_err(|error| to.failed(error))?;
+                source.read_once(piece, offset, &mut scratch).map_err(|error| from.failed(error))?;
+                target.write_once(piece, offset, &mut scratch).map_err(|error| to.failed(error))?;
             }
-            Ok(len)
+            // While it is in the cache: what the medium makes of it later, no reading now could tell.
+            found.resize(len, 0);
+            target.read_once(&mut found, offset, &mut scratch).map_err(|error| to.failed(error))?;
+            if *found != *piece { Err(self.differs(piece, &found)) } else { Ok(len) }
         })?;
         target.flush().map_err(|error| to.failed(error))?;
-        to.verify(&target, &moved)?;
         let mut target = target.into_namespace().expect("nobody has locked it");
         target.publish().map_err(|error| Error::Update { path: self.to.into(), source: error })?;
         Ok((source.into_namespace().expect("nobody has locked it"), moved))
+    }
+
+    fn differs(&self, piece: &[u8], found: &[u8]) -> Error {
+        let (written, found) = (crc32fast::hash(piece), crc32fast::hash(found));
+        Error::NotVerified { path: self.to.into(), written, found }
     }
 
     /// Makes bytes of the target read as zeroes, like the hole that they come from; with blocks unless it is to be sparse.

@@ -83,7 +83,8 @@ pub(crate) struct ServeArgs {
     /// Clients at a time [default: 4096]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_connections: Option<u32>,
-    /// Memory for the large requests and replies of all clients together: what a server keeps of plaintext at a time [default: 128M]
+    /// Memory for the large requests and replies of all clients together, which is all the plaintext that a server keeps
+    /// [default: 128M]
     #[arg(long, value_name = "SIZE", visible_alias = "resident-max")]
     max_buffer: Option<ByteSize>,
     /// Microseconds to poll for the next request before sleeping; 0 turns polling off [default: 50]
