@@ -119,6 +119,49 @@ fn maps_and_requests_see_each_other_at_once() {
 }
 
 #[test]
+fn discards_under_a_live_map_show_at_once_and_later_stores_stay() {
+    for (options, _, _) in all_options() {
+        let (vault, volume) = Vault::made(64 * PAGE, true);
+        volume.write_at(&vec![3; 64 * PAGE as usize], 0).unwrap();
+        let map = volume.map(0..64 * PAGE, &options).unwrap();
+        for page in 0..16 {
+            store(&map, page * PAGE, 4);
+        }
+        // Touched and untouched pages, and the second half of one that stays.
+        volume.discard(8 * PAGE, 24 * PAGE).unwrap();
+        volume.discard(40 * PAGE + 2048, 2048).unwrap();
+        let expected = |offset: u64| match offset {
+            offset if (8 * PAGE..32 * PAGE).contains(&offset) => 0,
+            offset if (40 * PAGE + 2048..41 * PAGE).contains(&offset) => 0,
+            offset if offset < 16 * PAGE && offset % PAGE == 0 => 4,
+            _ => 3,
+        };
+        for offset in (0..64 * PAGE).step_by(512) {
+            assert_eq!(load(&map, offset), expected(offset), "{offset}");
+        }
+        store(&map, 9 * PAGE + 5, 6);
+        store(&map, 30 * PAGE, 7);
+        map.evict(0..64 * PAGE).unwrap();
+        store(&map, 20 * PAGE, 8);
+        map.persist(20 * PAGE..20 * PAGE + 1).unwrap();
+        map.close().unwrap();
+        drop(volume);
+        let volume = Vault::open(&vault.path(), Access::ReadOnly);
+        let mut found = vec![0; 64 * PAGE as usize];
+        volume.read_at(&mut found, 0).unwrap();
+        for (offset, byte) in found.iter().enumerate() {
+            let expected = match offset as u64 {
+                offset if offset == 9 * PAGE + 5 => 6,
+                offset if offset == 30 * PAGE => 7,
+                offset if offset == 20 * PAGE => 8,
+                offset => expected(offset),
+            };
+            assert_eq!(*byte, expected, "{offset}");
+        }
+    }
+}
+
+#[test]
 fn safe_copies_move_bytes_and_refuse_what_is_outside() {
     let (_vault, volume) = Vault::new(1 << 20);
     let map = volume.map(16 * PAGE..32 * PAGE + 100, &writable()).unwrap();

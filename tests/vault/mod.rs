@@ -48,10 +48,15 @@ impl Vault {
 
     /// A volume of `size` bytes that nobody has written.
     pub(crate) fn empty(size: u64) -> (Self, Arc<Volume>) {
+        Self::made(size, false)
+    }
+
+    /// The same, with discards allowed on request.
+    pub(crate) fn made(size: u64, allow_discards: bool) -> (Self, Arc<Volume>) {
         let vault = Self { dir: tempfile::tempdir_in("/dev/shm").unwrap() };
         let backing = Backing::create(&vault.path(), DATA + size.next_multiple_of(4096), Allocation::Full).unwrap();
-        let options =
-            FormatOptions { size_bytes: Some(size), unit: namespace::DataUnit::Bytes512, ..FormatOptions::default() };
+        let unit = namespace::DataUnit::Bytes512;
+        let options = FormatOptions { size_bytes: Some(size), unit, allow_discards, ..FormatOptions::default() };
         let namespace = namespace::format(Arc::new(backing), options, &credential()).unwrap();
         (vault, Arc::new(Volume::new(namespace, Backend::detect())))
     }
