@@ -1,4 +1,5 @@
-//! The real program, killed with SIGKILL while it re-keys: offline, and while it serves and somebody writes.
+//! The real program, killed with SIGKILL while it re-keys, offline and while it serves and somebody writes, and while it
+//! relocates.
 //!
 //! `DAXCRYPT_KILLS` is how often each test kills (25 in the gate; `tools/soak rekey --kills 1000` for more).
 #![allow(clippy::unwrap_used)]
@@ -177,4 +178,51 @@ fn rekeys_of_a_served_namespace_survive_being_killed_while_somebody_writes() {
     }
     println!("kills while serving: {} kills, {begun} re-keys begun, {mid_way} found mid way", kills());
     assert!(mid_way > 0, "no kill has met a re-key mid way");
+}
+
+/// The content of `name`, if a namespace opens there.
+fn content_if_it_opens(bench: &Bench, name: &str) -> Option<Vec<u8>> {
+    let path = bench.path(name);
+    if !path.exists() {
+        return None;
+    }
+    let locked = LockedNamespace::open(Arc::new(open_when_free(&path))).ok()?;
+    Some(content(&locked.unlock(&credential(bench)).unwrap()))
+}
+
+#[test]
+fn relocations_survive_being_killed() {
+    let (bench, bytes) = vault();
+    let mut patience = Patience { max_us: 150_000 };
+    let (mut source, mut destination) = ("vault.img", "other.img");
+    let (mut stayed, mut arrived, mut half_way) = (0, 0, 0);
+    for round in 0..kills() {
+        let args = [&["relocate", source, destination, "--force"], &KEY[..]].concat();
+        let mut child = bench.command(&args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        thread::sleep(patience.next(round));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let found = [source, destination].map(|name| content_if_it_opens(&bench, name));
+        assert!(found.iter().flatten().all(|found| *found == bytes), "round {round}: something else opens");
+        match found {
+            [Some(_), other] => {
+                stayed += 1;
+                half_way += u64::from(bench.path(destination).exists() && other.is_none());
+                patience.learn(true);
+                fs::remove_file(bench.path(destination)).ok();
+            }
+            [None, Some(_)] => {
+                arrived += 1;
+                patience.learn(false);
+                fs::remove_file(bench.path(source)).unwrap();
+                (source, destination) = (destination, source);
+            }
+            [None, None] => panic!("round {round}: neither opens"),
+        }
+    }
+    println!(
+        "kills while relocating: {} kills, {stayed} stayed, {half_way} of them half way, {arrived} arrived",
+        kills()
+    );
+    assert!(half_way > 0, "no kill has met a relocation half way");
 }
