@@ -86,6 +86,12 @@ fn the_partition_of_the_kernel_and_the_name_in_the_region_are_one_namespace() {
     let info: Value = serde_json::from_str(&bench.run(&["info", &partition, "--json"]).succeeds().stdout).unwrap();
     assert_eq!((&info["base"], &info["data_offset"]), (&(2 * MIB).into(), &(2 * MIB).into()));
     assert!(content(&bench, &partition) == bytes);
+    let by_name = format!("{}#a", disk.device);
+    for (served, other) in [(&partition, &by_name), (&by_name, &partition)] {
+        let server = serve(&bench, served);
+        bench.run(&["key", "change", other, KEY[0], KEY[1], "--new-key-file", "vault.key"]).fails(5, &["busy"]);
+        server.stop();
+    }
     // The tweaks are those of the disk; the place is that of the device that is named.
     let table = bench.run(&["dmtable", &partition, KEY[0], KEY[1]]).succeeds().stdout;
     assert!(table.contains(&format!(" 8192 {partition} 4096 1 ")), "{table}");

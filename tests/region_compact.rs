@@ -143,6 +143,11 @@ fn what_cannot_move_is_named_and_nothing_changes() {
     bench.run(&["region", "compact", "region.img#b", "--key-file", "b.key", "--keep-slots"]).succeeds();
     run(&bench, &["key", "test", "region.img#b"], "c").succeeds();
     assert_content(&bench, "b", len, "with both slots");
+    // A wrong key of its own is a mistake, also when the others move.
+    let keys = ["--key", "a=wrong.key", "--key", "b=b.key", "--key", "c=c.key", "--keep-slots"];
+    let said = bench.run(&[&["region", "compact", "region.img"], &keys[..]].concat()).fails(2, &["cannot unlock"]);
+    assert!(said.stdout.contains("#c: moved from"), "{}", said.stdout);
+    NAMES.iter().for_each(|name| assert_content(&bench, name, len, "but for one"));
 }
 
 #[test]

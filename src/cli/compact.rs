@@ -76,7 +76,7 @@ pub(crate) fn run(args: &CompactArgs) -> Result<(), Error> {
     let names: Vec<String> = partitions.into_iter().map(|partition| partition.name).collect();
     let keys = Keys::read(args, path, &names)?;
     let compaction = Compaction { args, path, stop: &*catch_signals()? };
-    let (mut opened, mut first_refusal) = (0, None);
+    let (mut opened, mut no_key, mut first_refusal) = (0, None, None);
     for name in &names {
         match compaction.one(name, keys.of(name)) {
             Ok(outcome) => {
@@ -85,14 +85,21 @@ pub(crate) fn run(args: &CompactArgs) -> Result<(), Error> {
             }
             Err(error) if only.is_none() && stays(&error) => {
                 compaction.report_left(name, &error.chain())?;
-                first_refusal = first_refusal.or(Some(error));
+                // A key for all that is not that of this one is like none.
+                let no_key_of_its_own = matches!(error, Error::Unlock { .. }) && !keys.named.contains_key(name);
+                if no_key_of_its_own || matches!(error, Error::NoKeyGiven { .. }) {
+                    no_key = no_key.or(Some(error));
+                } else {
+                    first_refusal = first_refusal.or(Some(error));
+                }
             }
             Err(error) => return Err(error),
         }
     }
-    match first_refusal {
-        Some(error) if opened == 0 => Err(error),
-        _ => compaction.report_free(),
+    compaction.report_free()?;
+    match first_refusal.or_else(|| no_key.filter(|_| opened == 0)) {
+        Some(error) => Err(error),
+        None => Ok(()),
     }
 }
 
@@ -234,6 +241,12 @@ impl Compaction<'_> {
         let needed_bytes = needed_bytes(namespace.geometry());
         let mut table = place::open_table(self.path)?;
         let range = table.find(name).map_err(|source| failed(self.path, source))?.range;
+        let site = namespace.site();
+        if range.start != site.start() {
+            let opened = site.start()..site.start() + site.available_bytes();
+            let changed = SlideError::Changed { actual: range, opened };
+            return Err(Error::Slide { path: self.path.into(), source: changed.into() });
+        }
         if range.end - range.start > needed_bytes {
             table.resize(name, needed_bytes).map_err(|source| failed(self.path, source))?;
         }

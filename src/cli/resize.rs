@@ -15,7 +15,7 @@ use super::open;
 use super::output::outln;
 use super::place::{self, PlaceArgs};
 use super::size::ByteSize;
-use crate::namespace::{UpdateError, size_that_fits};
+use crate::namespace::{Geometry, Placement, UpdateError, size_that_fits};
 use crate::pmem::{Access, Allocation, BackingKind};
 use crate::volume::{Volume, VolumeError};
 use crate::xts::Backend;
@@ -104,6 +104,8 @@ pub(crate) fn apply(place: &PlaceArgs, volume: &Volume, wanted: Wanted) -> Resul
     if new_bytes < old_bytes && !wanted.even_smaller {
         return Err(update(UpdateError::Shrinks { old_bytes, new_bytes }));
     }
+    let placement = Placement { size_bytes: new_bytes, ..volume.geometry().placement() };
+    Geometry::new(&placement, u64::MAX).map_err(|source| update(UpdateError::Geometry(source)))?;
     let needed_bytes = data_offset.saturating_add(new_bytes);
     if needed_bytes > available_bytes {
         make_room(place, volume, needed_bytes, wanted.sparse)?;
@@ -149,7 +151,14 @@ fn make_room(place: &PlaceArgs, volume: &Volume, needed_bytes: u64, sparse: bool
 fn resize_partition(place: &PlaceArgs, volume: &Volume, needed_bytes: u64) -> Result<(), Error> {
     let Some((path, name)) = place.in_region() else { return Ok(()) };
     let failed = |source| Error::Region { path: path.into(), source };
-    let range = place::open_table(path)?.resize(name, needed_bytes).map_err(failed)?;
-    volume.set_available_bytes(range.end - range.start);
-    volume.backing().lock_range(range).map_err(|source| Error::Open { path: path.into(), source })
+    let mut table = place::open_table(path)?; // nobody else changes it before the new range is locked
+    let old = table.find(name).map_err(failed)?.range;
+    let range = table.resize(name, needed_bytes).map_err(failed)?;
+    let len_bytes = range.end - range.start;
+    if let Err(source) = volume.backing().lock_range(range) {
+        table.resize(name, old.end - old.start).map_err(failed)?;
+        return Err(Error::Open { path: path.into(), source });
+    }
+    volume.set_available_bytes(len_bytes);
+    Ok(())
 }

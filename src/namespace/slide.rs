@@ -5,7 +5,8 @@
 //! in force is changed but once, by the table, which is old or new at every instant:
 //!
 //! 1. The new header, with a transform of which nothing is done, goes to the new start, which is free space: nobody looks
-//!    there. The old header is in force, and a crash leaves it and some bytes in free space.
+//!    there. The old header is in force, and a crash leaves it and, in free space, a header that opens the volume key in force
+//!    with the credential of the slide: the same slide again overwrites it. An error leaves none.
 //! 2. The table lets the partition begin at the new start and end at the old end. Before that instant the old header opens,
 //!    after it the new one does, and both find all data where it was: the new one by its transform.
 //! 3. The transform begins like every other: before the first window moves, the old header is wiped (`former_base` in the new
@@ -88,7 +89,22 @@ pub fn begin_slide(
         return Err(SlideError::NoRoom { start, present });
     }
     let new_site = Site::part(Arc::clone(site.data()), start, opened.end - start);
-    let moving = namespace.begin_at(new_site, credential, options)?;
-    region.begin_earlier(name, start)?;
-    Ok(moving)
+    let area = new_site.area();
+    let result = namespace.begin_at(new_site, credential, options).map_err(SlideError::from).and_then(|moving| {
+        region.begin_earlier(name, start)?;
+        Ok(moving)
+    });
+    if let (Err(_), Some(area)) = (&result, area)
+        && is_still_at(region, name, present)
+    {
+        // The header there opens the volume key that stays in force.
+        let _ = area.clear(); // the first error is the one to report
+    }
+    result
+}
+
+/// Whether the table on media has the namespace where it was.
+fn is_still_at(region: &Region, name: &str, start: u64) -> bool {
+    let on_media = Region::open(Arc::clone(region.backing()));
+    on_media.and_then(|region| region.find(name)).is_ok_and(|partition| partition.range.start == start)
 }

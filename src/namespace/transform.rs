@@ -481,9 +481,15 @@ impl Namespace {
         // When a window has moved it is wiped, and there may be data in its place.
         let nothing_moved = self.pending.as_ref().is_some_and(|pending| pending.record == Record::default());
         let Some(base) = former_base.filter(|_| nothing_moved) else { return Ok(()) };
-        let start = base.checked_sub(self.site.origin());
-        let former = start.and_then(|start| HeaderArea::new(Arc::clone(self.site.data()), start));
-        Ok(former.map_or(Ok(()), |area| area.clear()).map_err(UpdateError::Write)?)
+        // It lies behind the new header and within what belongs to this namespace; anything else is not ours to wipe.
+        let (site, header_bytes) = (&self.site, HEADER_AREA_BYTES);
+        let own = site.start().saturating_add(header_bytes)..site.start().saturating_add(site.available_bytes());
+        let start = base.checked_sub(site.origin());
+        let start = start.filter(|start| own.start <= *start && start.saturating_add(header_bytes) <= own.end);
+        let former = start.and_then(|start| HeaderArea::new(Arc::clone(site.data()), start));
+        let available_bytes = site.available_bytes();
+        let former = former.ok_or(GeometryError::NoRoom { available_bytes, header_bytes })?;
+        Ok(former.clear().map_err(UpdateError::Write)?)
     }
 
     /// Ends the transform, all of whose bytes have arrived: both header copies forget the old volume key, it is wiped from

@@ -204,9 +204,11 @@ impl Namespace {
             let rewrapped = slot.rewrapped(&self.volume_key, &old, &self.volume_key, &new)?;
             *slot = rewrapped.ok_or(UpdateError::RewrapFailed { id })?;
         }
-        self.update(metadata)?;
-        self.geometry = geometry;
-        Ok(())
+        let updated = self.update(metadata);
+        if self.metadata.size_bytes == size_bytes {
+            self.geometry = geometry; // it is in force with the first copy that is durable
+        }
+        updated
     }
 
     /// Writes both copies of the header, as after [`format_withheld`](super::format_withheld).

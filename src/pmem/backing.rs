@@ -54,6 +54,8 @@ pub struct Backing {
     access: Access,
     reason: GranularityReason,
     disk_offset: u64,
+    /// Holds the lock on the disk of a partition.
+    _disk: Option<std::fs::File>,
     sector_bytes: Option<u64>,
     physical_address: Option<u64>,
     len_bytes: AtomicU64,
@@ -106,7 +108,7 @@ impl Backing {
     ) -> Result<Self, OpenError> {
         let (mapping, finding) = map(&opened, access)?;
         let reason = GranularityReason::new(finding, forced);
-        let OpenedFile { file, kind, len_bytes, disk_offset, sector_bytes, physical_address } = opened;
+        let OpenedFile { file, disk, kind, len_bytes, disk_offset, sector_bytes, physical_address } = opened;
         let medium = KernelMedium::new(file, kind, reason.granularity(), mapping.len_bytes() as u64);
         Ok(Self {
             path: path.to_path_buf(),
@@ -114,6 +116,7 @@ impl Backing {
             access,
             reason,
             disk_offset,
+            _disk: disk,
             sector_bytes,
             physical_address,
             len_bytes: AtomicU64::new(len_bytes),
@@ -151,6 +154,7 @@ impl Backing {
             access: Access::ReadWrite,
             reason: GranularityReason::new(Finding::Simulated(options.granularity()), None),
             disk_offset: 0,
+            _disk: None,
             sector_bytes: None,
             physical_address: None,
             len_bytes: AtomicU64::new(len_bytes as u64),
@@ -179,6 +183,7 @@ impl Backing {
             access: Access::ReadWrite,
             reason: GranularityReason::new(Finding::Volatile, None),
             disk_offset: 0,
+            _disk: None,
             sector_bytes: None,
             physical_address: None,
             len_bytes: AtomicU64::new(len_bytes),
@@ -317,7 +322,7 @@ impl Backing {
         let span = self.span(&range)?;
         self.check_writable()?;
         if let Medium::Kernel(medium) = &self.medium
-            && medium.write_file(start, bytes)?
+            && medium.write_file(start, bytes, self.len_bytes())?
         {
             return self.check_faults(&span);
         }

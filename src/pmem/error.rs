@@ -47,6 +47,9 @@ pub enum OpenError {
     /// A device-DAX device whose size or alignment the kernel does not tell.
     #[error("sysfs does not tell the size of the device")]
     UnknownSize,
+    /// A block device of which the kernel does not tell where on its disk it begins.
+    #[error("sysfs does not tell where on its disk the device begins: /sys has to be mounted")]
+    UnknownStart,
     /// The handler that turns a media error into an error of one access could not be installed.
     #[error("cannot install the handler for media errors (SIGBUS)")]
     Handler(#[source] io::Error),

@@ -147,11 +147,13 @@ impl KernelMedium {
         Ok(())
     }
 
-    /// Writes `bytes` at `offset` by system calls. `false` where a mapping is the only way, or the better one.
-    pub(super) fn write_file(&self, offset: u64, bytes: &[u8]) -> Result<bool, MediaError> {
+    /// Writes `bytes` at `offset` by system calls. `false` where a mapping is the only way, or the better one. A file that
+    /// has become shorter than `len_bytes` is not made long again: what it has lost would read as a hole.
+    pub(super) fn write_file(&self, offset: u64, bytes: &[u8], len_bytes: u64) -> Result<bool, MediaError> {
         if self.kind != BackingKind::File || self.granularity == Granularity::CacheLine {
             return Ok(false);
         }
+        self.check_length(len_bytes)?;
         let mut done = 0;
         while done < bytes.len() {
             let written = retry_interrupted(|| pwrite(&self.file, &bytes[done..], offset + done as u64));

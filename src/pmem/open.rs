@@ -24,6 +24,8 @@ const GROWTH_ROOM_BYTES: u64 = 64 << 30;
 #[derive(Debug)]
 pub(super) struct OpenedFile {
     pub(super) file: File,
+    /// The disk of a partition, locked where the partition lies on it.
+    pub(super) disk: Option<File>,
     pub(super) kind: BackingKind,
     pub(super) len_bytes: u64,
     pub(super) disk_offset: u64,
@@ -63,10 +65,14 @@ pub(super) fn open_locked(path: &Path, access: Access, range: &LockRange) -> Res
         return Err(OpenError::Empty);
     }
     let (disk_offset, sector_bytes) = match kind {
-        BackingKind::BlockDevice => (sysfs.block_start_bytes(device), sysfs.block_sector_bytes(device)),
+        BackingKind::BlockDevice => {
+            (sysfs.block_start_bytes(device).ok_or(OpenError::UnknownStart)?, sysfs.block_sector_bytes(device))
+        }
         _ => (0, None),
     };
-    Ok(OpenedFile { file, kind, len_bytes, disk_offset, sector_bytes, physical_address })
+    let disk = sysfs.disk_node(device).filter(|_| disk_offset > 0);
+    let disk = disk.map(|path| lock_on_disk(&path, access, disk_offset, len_bytes, range)).transpose()?.flatten();
+    Ok(OpenedFile { file, disk, kind, len_bytes, disk_offset, sector_bytes, physical_address })
 }
 
 /// Creates, locks and sizes a new file. On failure no file is left.
@@ -86,6 +92,7 @@ pub(super) fn create_locked(path: &Path, len_bytes: u64, allocation: Allocation)
     }
     Ok(OpenedFile {
         file,
+        disk: None,
         kind: BackingKind::File,
         len_bytes,
         disk_offset: 0,
@@ -164,6 +171,29 @@ fn file_finding(file: &File) -> Finding {
     } else {
         Finding::DaxUnknown
     }
+}
+
+/// Locks what a partition (or `range` of it) is on its disk: the namespaces of a region are opened by way of the disk, and
+/// neither way may find free what the other one has. `None` for a disk that this user may not open.
+fn lock_on_disk(
+    path: &Path,
+    access: Access,
+    disk_offset: u64,
+    len_bytes: u64,
+    range: &LockRange,
+) -> Result<Option<File>, OpenError> {
+    let disk = fs::OpenOptions::new().read(true).write(access == Access::ReadWrite).open(path);
+    let disk = match disk.map_err(OpenError::from_io) {
+        Err(OpenError::NotFound | OpenError::PermissionDenied(_)) => return Ok(None),
+        disk => disk?,
+    };
+    let part = match range {
+        LockRange::Whole => 0..len_bytes,
+        LockRange::Bytes(range) => range.clone(),
+    };
+    let on_disk = |offset: u64| disk_offset.saturating_add(offset);
+    take_lock(&disk, access, &LockRange::Bytes(on_disk(part.start)..on_disk(part.end)))?;
+    Ok(Some(disk))
 }
 
 fn take_lock(file: &File, access: Access, range: &LockRange) -> Result<(), OpenError> {

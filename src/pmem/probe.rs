@@ -32,8 +32,15 @@ impl Sysfs {
     }
 
     /// Where on its disk a block device begins, in bytes: not 0 for a partition.
-    pub(super) fn block_start_bytes(&self, device: Dev) -> u64 {
-        self.disk(device).map_or(0, |(_, start_bytes)| start_bytes)
+    pub(super) fn block_start_bytes(&self, device: Dev) -> Option<u64> {
+        self.disk(device).map(|(_, start_bytes)| start_bytes)
+    }
+
+    /// The device node of the disk that a block device is, or is a partition of.
+    pub(super) fn disk_node(&self, device: Dev) -> Option<PathBuf> {
+        let (disk, _) = self.disk(device)?;
+        let name = disk.file_name()?.to_str()?.replace('!', "/"); // as sysfs spells a slash
+        Some(Path::new("/dev").join(name))
     }
 
     /// Bytes of the sectors that a block device is addressed by.
@@ -149,7 +156,9 @@ mod tests {
         let (_root, sysfs) = tree();
         assert_eq!(sysfs.block_physical_address(makedev(259, 0)), Some(0x1_4000_0000));
         assert_eq!(sysfs.block_physical_address(makedev(259, 1)), Some(0x1_4000_0000 + 4096 * 512));
-        assert_eq!([0, 1].map(|minor| sysfs.block_start_bytes(makedev(259, minor))), [0, 4096 * 512]);
+        assert_eq!([0, 1].map(|minor| sysfs.block_start_bytes(makedev(259, minor))), [Some(0), Some(4096 * 512)]);
+        assert_eq!([0, 1].map(|minor| sysfs.disk_node(makedev(259, minor))), [0, 1].map(|_| Some("/dev/pmem0".into())));
+        assert_eq!(sysfs.block_start_bytes(makedev(7, 7)), None);
         assert_eq!(sysfs.block_physical_address(makedev(8, 0)), None);
         assert_eq!(sysfs.block_sector_bytes(makedev(8, 0)), Some(4096));
         assert_eq!(sysfs.block_sector_bytes(makedev(259, 1)), None);

@@ -139,6 +139,8 @@ impl DataArea {
     /// Gives the area the size of `side`, which is the present one but for that. Waits for all accesses; those that come
     /// later and reach past the end fail.
     pub(crate) fn resize(&self, side: Side, size_bytes: u64) {
+        // Accesses that began during a transform which has ended since hold this, and not `sides`.
+        let _ended = self.moving.exclusive(0..u64::MAX);
         let mut sides = self.sides_mut();
         if let Some(sides) = sides.as_mut() {
             debug_assert!(sides.former.is_none(), "a transform keeps its size");
@@ -373,6 +375,7 @@ impl DataArea {
     fn parts(&self, range: Range<u64>) -> Result<[Option<Part>; 2], VolumeError> {
         let sides = self.sides();
         let sides = sides.as_ref().ok_or(VolumeError::Locked)?;
+        self.check(&range)?;
         let Some(former) = &sides.former else { return Ok([Some((Arc::clone(&sides.current), range)), None]) };
         let blocked = former.blocked.as_ref().map(|blocked| &blocked.window);
         if blocked.is_some_and(|blocked| range.start < blocked.end && blocked.start < range.end) {

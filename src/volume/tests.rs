@@ -420,3 +420,21 @@ fn what_is_read_or_written_once_is_what_everybody_else_sees() {
         assert!(found == model);
     }
 }
+
+#[test]
+fn a_resize_waits_for_accesses_that_a_transform_has_left_behind() {
+    let fixture = Fixture::new(Cipher::Aes256Xts, Bytes4096, false);
+    let volume = Arc::new(fixture.format().0);
+    let held = volume.area.hold(SIZE - 4096..SIZE);
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let resizing = Arc::clone(&volume);
+    let thread = thread::spawn(move || {
+        resizing.resize(SIZE / 2, true).unwrap();
+        sender.send(()).unwrap();
+    });
+    assert!(receiver.recv_timeout(std::time::Duration::from_millis(100)).is_err(), "it did not wait");
+    drop(held);
+    receiver.recv().unwrap();
+    thread.join().unwrap();
+    assert_eq!(volume.size(), SIZE / 2);
+}

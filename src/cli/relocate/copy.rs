@@ -5,9 +5,10 @@ use std::path::Path;
 use zeroize::Zeroizing;
 
 use super::super::error::Error;
+use super::super::output::warning;
 use super::super::rekey::PaceArgs;
 use super::super::transfer::{Holes, Moved, Transfer};
-use crate::namespace::{Namespace, OutOfRange};
+use crate::namespace::{Chain, Namespace, OutOfRange};
 use crate::volume::{Volume, VolumeError};
 use crate::xts::Backend;
 
@@ -52,7 +53,13 @@ impl Copy<'_> {
         })?;
         target.flush().map_err(|error| to.failed(error))?;
         let mut target = target.into_namespace().expect("nobody has locked it");
-        target.publish().map_err(|error| Error::Update { path: self.to.into(), source: error })?;
+        if let Err(error) = target.publish() {
+            // One copy may be there already, and would open.
+            if let Err(error) = target.erase() {
+                warning!("{}: its header could not be taken back: {}", self.to.display(), Chain(&error));
+            }
+            return Err(Error::Update { path: self.to.into(), source: error });
+        }
         Ok((source.into_namespace().expect("nobody has locked it"), moved))
     }
 

@@ -81,6 +81,11 @@ impl Region {
         Ok(region)
     }
 
+    /// The backing that it is on.
+    pub(super) const fn backing(&self) -> &Arc<Backing> {
+        &self.backing
+    }
+
     /// The state of the primary and of the backup table, with the number of partitions as sequence.
     #[must_use]
     pub fn copies(&self) -> [CopyState; 2] {

@@ -359,3 +359,14 @@ fn concurrent_syncs_all_succeed() {
         }
     });
 }
+
+#[test]
+fn bytes_that_are_written_by_system_calls_do_not_make_a_shortened_file_long_again() {
+    let (_dir, backing) = new_backing(4 * PAGE, Allocation::Full);
+    backing.write_bytes(0, &[1; 5000]).unwrap();
+    truncate(&backing, PAGE);
+    let result = backing.write_bytes(3 * PAGE, &[2; 100]);
+    assert!(matches!(result, Err(MediaError::Shrunk { now_bytes: PAGE, .. })), "{result:?}");
+    assert_eq!(fs::metadata(backing.path()).unwrap().len(), PAGE);
+    assert!(matches!(backing.sync_all(), Err(MediaError::Poisoned)));
+}

@@ -93,10 +93,13 @@ impl Engine {
 
     /// Changes the size, first in the header and then in use.
     pub(super) fn resize(&mut self, area: &DataArea, size_bytes: u64, even_smaller: bool) -> Result<(), UpdateError> {
-        self.namespace.resize(size_bytes, even_smaller)?;
+        let resized = self.namespace.resize(size_bytes, even_smaller);
         let layout = self.namespace.geometry().layout();
-        area.resize(Side::new(layout, self.namespace.volume_key(), area.backend()), size_bytes);
-        Ok(())
+        // Also when only one header copy could be written: nothing may be written behind the end that it tells.
+        if layout.size_bytes() != area.size_bytes() {
+            area.resize(Side::new(layout, self.namespace.volume_key(), area.backend()), layout.size_bytes());
+        }
+        resized
     }
 
     fn progress(&self) -> Option<TransformProgress> {
