@@ -29,6 +29,10 @@ enum RegionCommand {
     /// Show the namespaces of a region, and what is free
     List(ListArgs),
     /// Move the namespaces of a region together, towards its start, each under a new volume key
+    #[command(after_help = "\
+Examples:
+  daxcrypt region compact region.img --key tenant-a=a.key --key tenant-b=b.key   # others stay
+  daxcrypt region compact region.img#tenant-b --key-file b.key                   # into the free place before it")]
     Compact(CompactArgs),
 }
 
