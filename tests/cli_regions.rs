@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::FileExt;
 
-use common::{Bench, Run, Server, noise, tool, tool_command};
+use common::{Bench, Run, Server, loop_device, noise, tool, tool_command};
 use serde_json::Value;
 
 const MIB: usize = 1 << 20;
@@ -339,14 +339,8 @@ fn a_table_has_the_sectors_of_its_device_or_those_that_were_asked_for() {
     bench.run(&[&create[..], &["4096"]].concat()).succeeds();
     bench.run(&["format", "region.img#a", "--size", "4M", KEY[0], KEY[1]]).succeeds();
     bench.run(&["resize", "region.img#a", "--size", "6M", KEY[0], KEY[1]]).succeeds();
-    let image = bench.path("region.img");
-    let image = image.to_str().unwrap();
-    let losetup = Run::of(tool_command("losetup", &["--find", "--show", "--sector-size", "4096", image]));
-    if !losetup.status.success() {
-        eprintln!("skipped: a loop device needs root");
-        return;
-    }
-    let device = losetup.stdout.trim();
+    let device = loop_device(&bench.path("region.img"), &["--sector-size", "4096"]);
+    let Some(device) = device.as_deref() else { return };
     let sfdisk = |option: &str| Run::of(tool_command("sfdisk", &[option, device]));
     let done = [
         sfdisk("--json"),

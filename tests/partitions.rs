@@ -1,6 +1,6 @@
 //! Partitions that the kernel has made of a block device, as namespaces: the base is the offset on the disk.
 //!
-//! Without root (or without loop devices) each test says so and passes.
+//! Without root each test says so and passes.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -9,7 +9,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use common::{Bench, Server, noise, tool};
+use common::{Bench, Server, loop_device, noise, tool};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -24,13 +24,7 @@ impl Disk {
     /// Of `region.img`, with the partitions `(start, length)` in bytes. The kernel is told of them, because not every kernel
     /// looks for a table by itself.
     fn new(bench: &Bench, partitions: &[(u64, u64)]) -> Option<Self> {
-        let output = Command::new("losetup").args(["--find", "--show"]).arg(bench.path("region.img")).output().ok()?;
-        let device = String::from_utf8(output.stdout).unwrap().trim().to_owned();
-        if !output.status.success() {
-            eprintln!("skipped: a loop device needs root");
-            return None;
-        }
-        let disk = Self { device };
+        let disk = Self { device: loop_device(&bench.path("region.img"), &[])? };
         for (number, (start, len)) in (1..).zip(partitions) {
             let sectors = [start, len].map(|bytes| (bytes / 512).to_string());
             tool("addpart", &[&disk.device, &format!("{number}"), &sectors[0], &sectors[1]]);

@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 
-use common::{Bench, Server, tool, tool_command};
+use common::{Bench, Server, loop_device, tool, tool_command};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -314,11 +314,7 @@ fn a_block_device_that_has_become_longer_is_used_while_it_is_served() {
     let bench = Bench::new();
     let disk = File::create(bench.path("disk.img")).unwrap();
     disk.set_len(8 * MIB).unwrap();
-    let losetup = tool_command("losetup", &["--find", "--show", bench.path("disk.img").to_str().unwrap()]).output();
-    let Some(losetup) = losetup.ok().filter(|output| output.status.success()) else {
-        return eprintln!("skipped: a loop device needs root");
-    };
-    let device = Detach(String::from_utf8(losetup.stdout).unwrap().trim().to_owned());
+    let Some(device) = loop_device(&bench.path("disk.img"), &[]).map(Detach) else { return };
     std::os::unix::fs::symlink(&device.0, bench.path("vault.img")).unwrap();
     bench.run(&["format", "vault.img", "--key-file", "vault.key"]).succeeds();
     let server = serve(&bench, &["--control", "control"]);

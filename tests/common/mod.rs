@@ -161,6 +161,17 @@ pub fn tool_command<S: AsRef<OsStr>>(program: &str, args: &[S]) -> Command {
     command
 }
 
+/// A loop device of `image`, to be detached by the caller. `None`, with a word about it, without root; root has them.
+#[track_caller]
+pub fn loop_device(image: &Path, more: &[&str]) -> Option<String> {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: a loop device needs root");
+        return None;
+    }
+    let made = tool("losetup", &[&["--find", "--show"], more, &[image.to_str().unwrap()]].concat());
+    Some(made.stdout.trim().to_owned())
+}
+
 /// A served namespace; killed when dropped, so that a failing test leaves nothing behind.
 pub struct Server {
     pub child: Child,

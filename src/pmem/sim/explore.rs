@@ -64,6 +64,13 @@ pub struct Explored {
     pub unique_media: usize,
 }
 
+impl fmt::Display for Explored {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { crash_points, states, unique_media } = self;
+        write!(f, "{crash_points} crash points, {states} states, {unique_media} unique media")
+    }
+}
+
 /// A power cut after which the check failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure<E> {
