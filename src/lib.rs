@@ -56,6 +56,7 @@
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64", target_endian = "little")))]
 compile_error!("daxcrypt supports 64-bit little-endian Linux only");
 
+mod barrier;
 pub mod cli;
 pub mod dax;
 pub mod luks2;

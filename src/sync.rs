@@ -1,8 +1,9 @@
 //! The synchronisation that the range lock and the page sets are made of, named in one place: `tests/dax_states.rs` compiles
 //! the same files over a scheduler that tries interleavings.
 
+pub(crate) use crate::barrier;
 pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 pub(crate) mod atomic {
-    pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
+    pub(crate) use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 }

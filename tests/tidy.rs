@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 /// xts, pmem} -> {secret, memory}).
 const LAYERS: &[(&str, &[&str])] = &[
     ("memory", &[]),
-    ("sync", &[]),
+    ("barrier", &[]),
+    ("sync", &["barrier"]),
     ("secret", &[]),
     ("xts", &["memory", "secret"]),
-    ("pmem", &["memory"]),
+    ("pmem", &["memory", "barrier"]),
     ("namespace", &["pmem", "secret", "memory"]),
     ("luks2", &["namespace", "xts", "pmem", "secret", "memory"]),
     ("volume", &["luks2", "namespace", "xts", "pmem", "secret", "memory", "sync"]),
@@ -33,6 +34,7 @@ const UNSAFE: &[&str] = &[
     "src/pmem/mapping.rs",
     "src/pmem/persist.rs",
     "src/pmem/sigbus.rs",
+    "src/volume/range_locked.rs",
     "src/volume/window/memory.rs",
     "src/xts/dispatch.rs",
     "src/xts/tests/guard.rs",

@@ -13,7 +13,6 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::ptr;
-use std::sync::atomic::{Ordering, fence};
 
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::io::Errno;
@@ -23,6 +22,7 @@ use super::bitmap::Bitmap;
 use super::options::Access;
 use super::persist;
 use super::sigbus::Registration;
+use crate::barrier;
 use crate::memory::{Source, Target};
 
 /// A shared mapping that is registered with the SIGBUS handler. Ranges are bytes from its start.
@@ -138,10 +138,11 @@ impl Mapping {
 
     /// The first byte of the first bad page that `range` touches, as far as accesses so far have found.
     ///
-    /// Called after an access, it tells whether the access was sound. The full fence puts the access before the question
-    /// even for stores, so that a store that went to a covered page cannot miss the mark.
+    /// Called after an access, it tells whether the access was sound. The barrier puts the access before the question even
+    /// for stores, so that a store that went to a covered page cannot miss the mark: the handler has the other half of it
+    /// between marking a page and covering it.
     pub(super) fn first_bad(&self, range: &Range<usize>) -> Option<usize> {
-        fence(Ordering::SeqCst);
+        barrier::light();
         if self.registration.faults() == 0 || range.is_empty() {
             return None;
         }

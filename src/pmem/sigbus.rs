@@ -12,9 +12,9 @@
 //! page finds the mark after its access, whichever thread took the signal. Were a page ever declared good again, a slow
 //! thread could miss the time in which it was bad.
 //!
-//! The handler does nothing but atomic loads and stores, the `mmap` system call and, for foreign signals, `sigaction` and
-//! `raise`: all async-signal-safe. It keeps `errno`. It must not be blocked: a synchronous signal that is blocked ends the
-//! process.
+//! The handler does nothing but atomic loads and stores, the `membarrier` and `mmap` system calls and, for foreign signals,
+//! `sigaction` and `raise`: all async-signal-safe. It keeps `errno`. It must not be blocked: a synchronous signal that is
+//! blocked ends the process.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};
@@ -25,6 +25,7 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::bitmap;
+use crate::barrier;
 
 /// One mapping as the handler sees it. Slots are never freed, so that the handler can walk the list without a lock; a
 /// slot whose mapping is gone is used again.
@@ -152,6 +153,7 @@ fn install_handler() -> io::Result<()> {
     if *installed {
         return Ok(());
     }
+    barrier::prepare();
     // The previous handler is stored before ours can run.
     let previous = swap_action(None)?;
     let _ = PREVIOUS.set(previous);
@@ -208,6 +210,7 @@ fn absorb(address: usize) -> bool {
         // the registration: the bitmap is alive, and it has a bit for each page of the mapping.
         unsafe { bitmap::insert_raw(bad_pages, page) };
         slot.faults.fetch_add(1, Ordering::SeqCst);
+        barrier::heavy(); // before anybody can find the cover
         if cover(start + page * page_bytes, page_bytes) {
             return true;
         }
@@ -216,6 +219,7 @@ fn absorb(address: usize) -> bool {
         let whole = (end - start).div_ceil(page_bytes);
         // SAFETY: as above; the bitmap has one bit more than there are pages.
         unsafe { bitmap::insert_raw(bad_pages, whole) };
+        barrier::heavy();
         return cover(start, end - start);
     }
     false

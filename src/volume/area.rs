@@ -4,27 +4,27 @@
 //! granularity what is written is also flushed here (write-through), so that [`DataArea::sync`] has little left to do.
 //!
 //! While the volume is being re-keyed the area has two sides, and a boundary between them that moves window by window.
-//! Every access is cut at the boundary. It holds its range in `moving` meanwhile, and the window that moves is held there
+//! Every access is cut at the boundary. It holds its range in `sides` meanwhile, and the window that moves is held there
 //! exclusively: so the boundary never passes through an access, and an access waits for no more than the window that it
-//! touches. Without a transform `moving` is not asked; an access then holds `sides` instead, and a transform begins when
-//! all of those have ended. Both are taken last and given back before anything else is asked for. A locked volume has no
-//! sides, and so no keys.
+//! touches. Sides come and go when nobody holds anything. A range there is taken last and given back before anything else is
+//! asked for. A locked volume has no sides, and so no keys.
 //!
-//! The size can change, when no transform is under way: the side is then replaced by one of the new size, when all accesses
-//! to the present one have ended. So each access is checked against the size here too, under the same guard.
+//! The size can change, when no transform is under way: the side is then replaced by one of the new size. So each access is
+//! checked against the size here too, under the same hold.
 //!
 //! With discards, a block whose ciphertext is all zero bytes stands for a hole and reads as zeroes. Real data looks so
 //! with a probability of 2^-128 a block, and no other place can forget which units are holes.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use zeroize::Zeroizing;
 
 use super::error::VolumeError;
-use super::range_lock::{RangeGuard, RangeLock};
+use super::range_locked::{Held, RangeLocked};
 use super::side::{Side, zero_holes};
+use super::sides::{Former, Saved, Sides};
 use crate::memory::{Source, Target};
 use crate::namespace::Geometry;
 use crate::pmem::{Backing, BackingExtent, Granularity, MediaError};
@@ -49,77 +49,29 @@ pub(crate) struct DataArea {
     backing: Arc<Backing>,
     /// As it was when the volume was opened; the size is the next field.
     geometry: Geometry,
-    /// Changes only under `sides`, held for writing.
+    /// Changes only while all of `sides` is held.
     size_bytes: AtomicU64,
     backend: Backend,
     /// Whether all-zero ciphertext blocks are holes.
     holes: bool,
-    /// `None` when the volume is locked.
-    sides: RwLock<Option<Sides>>,
-    /// Over logical offsets; asked only while there is a former side.
-    moving: RangeLock,
+    /// By ranges of logical offsets; `None` when the volume is locked.
+    sides: RangeLocked<Option<Sides>>,
 }
 
-#[derive(Debug)]
-struct Sides {
-    current: Arc<Side>,
-    former: Option<Former>,
-}
-
-/// The side that data is leaving.
-#[derive(Debug)]
-struct Former {
-    side: Arc<Side>,
-    /// Whether the last byte moved first.
-    backward: bool,
-    done_bytes: u64,
-    blocked: Option<Blocked>,
-}
-
-/// A window of which nobody knows what is old and what is new on media.
-#[derive(Debug)]
-struct Blocked {
+/// A window that moves, and that nobody else reads or writes meanwhile.
+pub(super) struct MovingWindow<'a> {
+    area: &'a DataArea,
+    held: Held<'a, Option<Sides>>,
     window: Range<u64>,
-    /// Its ciphertext on the former side, where that is known and nobody can move the window: it can be read then.
-    saved: Option<Arc<[u8]>>,
 }
-
-/// A part of a range that is in a blocked window.
-struct Saved {
-    former: Arc<Side>,
-    part: Range<u64>,
-    ciphertext: Arc<[u8]>,
-    /// Where the part begins in the ciphertext.
-    skip: usize,
-}
-
-impl Saved {
-    fn read(&self, holes: bool, out: Target<'_>) {
-        let mut out = out;
-        let ciphertext = &self.ciphertext[self.skip..self.skip + out.len()];
-        self.former.decrypt(self.part.start, Source::from_slice(ciphertext), out.reborrow());
-        if holes {
-            zero_holes(ciphertext, out);
-        }
-    }
-}
-
-impl Former {
-    fn boundary(&self, size_bytes: u64) -> u64 {
-        if self.backward { size_bytes - self.done_bytes } else { self.done_bytes }
-    }
-}
-
-/// A part of a range, and the side that it is on.
-type Part = (Arc<Side>, Range<u64>);
 
 impl DataArea {
     /// The area with one side.
     pub(crate) fn new(backing: Arc<Backing>, geometry: Geometry, side: Side, holes: bool) -> Self {
         let backend = side.key().backend();
-        let sides = RwLock::new(Some(Sides { current: Arc::new(side), former: None }));
+        let sides = RangeLocked::new(Some(Sides { current: side, former: None }));
         let size_bytes = AtomicU64::new(geometry.size_bytes());
-        Self { backing, geometry, size_bytes, backend, holes, sides, moving: RangeLock::default() }
+        Self { backing, geometry, size_bytes, backend, holes, sides }
     }
 
     pub(crate) fn backing(&self) -> &Arc<Backing> {
@@ -139,17 +91,15 @@ impl DataArea {
     /// Gives the area the size of `side`, which is the present one but for that. Waits for all accesses; those that come
     /// later and reach past the end fail.
     pub(crate) fn resize(&self, side: Side, size_bytes: u64) {
-        // Accesses that began during a transform which has ended since hold this, and not `sides`.
-        let _ended = self.moving.exclusive(0..u64::MAX);
-        let mut sides = self.sides_mut();
+        let mut sides = self.sides.alone();
         if let Some(sides) = sides.as_mut() {
             debug_assert!(sides.former.is_none(), "a transform keeps its size");
-            sides.current = Arc::new(side);
+            sides.current = side;
         }
         self.size_bytes.store(size_bytes, Ordering::Release);
     }
 
-    /// Checks a range once more, under `sides`: the size may have changed since the volume did.
+    /// Checks a range once more, which is held: the size may have changed since the volume did.
     fn check(&self, range: &Range<u64>) -> Result<(), VolumeError> {
         let size_bytes = self.size_bytes();
         if range.end <= size_bytes {
@@ -165,7 +115,7 @@ impl DataArea {
 
     /// Wipes the keys, once every access has ended. All that come later fail.
     pub(crate) fn forget_keys(&self) {
-        self.sides_mut().take();
+        self.sides.alone().take();
     }
 
     pub(crate) const fn holes(&self) -> bool {
@@ -179,39 +129,30 @@ impl DataArea {
     /// What the medium says, and [`VolumeError::Locked`]; `out` may then hold anything that was read before, so the caller
     /// must not pass it on.
     pub(crate) fn read(&self, offset: u64, out: Target<'_>) -> Result<(), VolumeError> {
-        let mut out = out;
         let len_bytes = out.len();
         let range = offset..offset + len_bytes as u64;
-        let result = match self.saved(&range) {
-            None => self.read_sides(range, out),
-            Some(saved) => {
-                let (before, after) = (range.start..saved.part.start, saved.part.end..range.end);
-                saved.read(self.holes, out.reborrow().slice(relative(&saved.part, offset)));
-                self.read_sides(before.clone(), out.reborrow().slice(relative(&before, offset)))
-                    .and_then(|()| self.read_sides(after.clone(), out.reborrow().slice(relative(&after, offset))))
-            }
-        };
+        let result = self.access(range.clone(), |sides| self.read_held(sides, range, out));
         scrub_after(len_bytes);
         result
     }
 
-    fn read_sides(&self, range: Range<u64>, out: Target<'_>) -> Result<(), VolumeError> {
+    fn read_held(&self, sides: &Sides, range: Range<u64>, out: Target<'_>) -> Result<(), VolumeError> {
         let (mut out, offset) = (out, range.start);
-        self.on_sides(range, |side, part| {
-            let out = out.reborrow().slice(relative(&part, offset));
-            side.read(&self.backing, self.holes, part.start, out)
-        })
+        let Some(saved) = sides.saved(&range) else { return self.read_parts(sides, range, out) };
+        saved.read(self.holes, out.reborrow().slice(relative(&saved.part, offset)));
+        for rest in [range.start..saved.part.start, saved.part.end..range.end] {
+            self.read_parts(sides, rest.clone(), out.reborrow().slice(relative(&rest, offset)))?;
+        }
+        Ok(())
     }
 
-    /// What of `range` can be read from the saved ciphertext of a blocked window only.
-    fn saved(&self, range: &Range<u64>) -> Option<Saved> {
-        let sides = self.sides();
-        let former = sides.as_ref()?.former.as_ref()?;
-        let Blocked { window, saved: Some(ciphertext) } = former.blocked.as_ref()? else { return None };
-        let part = range.start.max(window.start)..range.end.min(window.end);
-        let skip = usize::try_from(part.start - window.start).expect("a window is in memory");
-        let (former, ciphertext) = (Arc::clone(&former.side), Arc::clone(ciphertext));
-        (part.start < part.end).then_some(Saved { former, part, ciphertext, skip })
+    fn read_parts(&self, sides: &Sides, range: Range<u64>, out: Target<'_>) -> Result<(), VolumeError> {
+        let (mut out, offset) = (out, range.start);
+        for (side, part) in sides.parts(range, self.size_bytes())?.into_iter().flatten() {
+            let out = out.reborrow().slice(relative(&part, offset));
+            side.read(&self.backing, self.holes, part.start, out)?;
+        }
+        Ok(())
     }
 
     /// Encrypts `plaintext` over the blocks at logical `offset`; both are multiples of 16 bytes, checked to be in range.
@@ -243,13 +184,16 @@ impl DataArea {
         let mut out = out;
         let len_bytes = out.len();
         let range = offset..offset + len_bytes as u64;
-        if self.saved(&range).is_some() {
-            return self.read(offset, out);
-        }
-        let result = self.on_sides(range, |side, part| {
-            let out = out.reborrow().slice(relative(&part, offset));
-            let scratch = &mut scratch[..out.len()];
-            side.read_unmapped(&self.backing, self.holes, part.start, out, scratch)
+        let result = self.access(range.clone(), |sides| {
+            if sides.saved(&range).is_some() {
+                return self.read_held(sides, range, out);
+            }
+            for (side, part) in sides.parts(range, self.size_bytes())?.into_iter().flatten() {
+                let out = out.reborrow().slice(relative(&part, offset));
+                let scratch = &mut scratch[..out.len()];
+                side.read_unmapped(&self.backing, self.holes, part.start, out, scratch)?;
+            }
+            Ok(())
         });
         scrub_after(len_bytes);
         result
@@ -308,21 +252,25 @@ impl DataArea {
     ///
     /// What the medium says, and [`VolumeError::Locked`].
     pub(crate) fn extents(&self, range: Range<u64>) -> Result<Vec<BackingExtent>, VolumeError> {
-        let Some(Saved { part, .. }) = self.saved(&range) else { return self.extents_of_sides(range) };
-        let mut extents = self.extents_of_sides(range.start..part.start)?;
-        let after = part.end..range.end;
-        extents.push(BackingExtent { range: part, allocated: true });
-        extents.extend(self.extents_of_sides(after)?);
-        Ok(extents)
-    }
-
-    fn extents_of_sides(&self, range: Range<u64>) -> Result<Vec<BackingExtent>, VolumeError> {
-        let mut extents = Vec::new();
-        self.on_sides(range, |side, part| {
-            extents.extend(self.backing.extents(side.physical(part))?);
-            Ok(())
-        })?;
-        Ok(extents)
+        self.access(range.clone(), |sides| {
+            let mut extents = Vec::new();
+            let add = |extents: &mut Vec<_>, range: Range<u64>| -> Result<(), VolumeError> {
+                for (side, part) in sides.parts(range, self.size_bytes())?.into_iter().flatten() {
+                    extents.extend(self.backing.extents(side.physical(part))?);
+                }
+                Ok(())
+            };
+            match sides.saved(&range) {
+                None => add(&mut extents, range)?,
+                Some(Saved { part, .. }) => {
+                    let after = part.end..range.end;
+                    add(&mut extents, range.start..part.start)?;
+                    extents.push(BackingExtent { range: part, allocated: true });
+                    add(&mut extents, after)?;
+                }
+            }
+            Ok(extents)
+        })
     }
 
     /// Makes what was written to logical `range` durable.
@@ -353,46 +301,24 @@ impl DataArea {
         range: Range<u64>,
         mut access: impl FnMut(&Side, Range<u64>) -> Result<(), MediaError>,
     ) -> Result<(), VolumeError> {
-        {
-            let sides = self.sides();
-            let sides = sides.as_ref().ok_or(VolumeError::Locked)?;
-            self.check(&range)?;
-            if sides.former.is_none() {
-                return Ok(access(&sides.current, range)?);
+        self.access(range.clone(), |sides| {
+            for (side, part) in sides.parts(range, self.size_bytes())?.into_iter().flatten() {
+                access(side, part)?;
             }
-        }
-        if range.is_empty() {
-            return Ok(()); // not even where nothing could be accessed
-        }
-        let _held = self.moving.shared(range.clone());
-        for (side, part) in self.parts(range)?.into_iter().flatten() {
-            access(&side, part)?;
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
-    /// Cuts `range`, which is held, at the boundary.
-    fn parts(&self, range: Range<u64>) -> Result<[Option<Part>; 2], VolumeError> {
-        let sides = self.sides();
-        let sides = sides.as_ref().ok_or(VolumeError::Locked)?;
+    /// Runs `access` while logical `range` is held.
+    fn access<R>(
+        &self,
+        range: Range<u64>,
+        access: impl FnOnce(&Sides) -> Result<R, VolumeError>,
+    ) -> Result<R, VolumeError> {
+        let held = self.sides.shared(range.clone());
+        let sides = held.as_ref().ok_or(VolumeError::Locked)?;
         self.check(&range)?;
-        let Some(former) = &sides.former else { return Ok([Some((Arc::clone(&sides.current), range)), None]) };
-        let blocked = former.blocked.as_ref().map(|blocked| &blocked.window);
-        if blocked.is_some_and(|blocked| range.start < blocked.end && blocked.start < range.end) {
-            return Err(MediaError::Poisoned.into());
-        }
-        let boundary = former.boundary(self.size_bytes()).clamp(range.start, range.end);
-        let (low, high) = if former.backward { (&former.side, &sides.current) } else { (&sides.current, &former.side) };
-        let part = |side: &Arc<Side>, range: Range<u64>| (!range.is_empty()).then(|| (Arc::clone(side), range));
-        Ok([part(low, range.start..boundary), part(high, boundary..range.end)])
-    }
-
-    fn sides(&self) -> RwLockReadGuard<'_, Option<Sides>> {
-        self.sides.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn sides_mut(&self) -> RwLockWriteGuard<'_, Option<Sides>> {
-        self.sides.write().unwrap_or_else(PoisonError::into_inner)
+        access(sides)
     }
 }
 
@@ -400,70 +326,41 @@ impl DataArea {
 impl DataArea {
     /// The present side becomes the former one, nothing of which has moved to `side` yet. Waits for all accesses.
     pub(crate) fn begin_transform(&self, side: Side, backward: bool) {
-        if let Some(sides) = self.sides_mut().as_mut() {
-            let former = std::mem::replace(&mut sides.current, Arc::new(side));
-            sides.former = Some(Former { side: former, backward, done_bytes: 0, blocked: None });
+        if let Some(sides) = self.sides.alone().as_mut() {
+            let former = std::mem::replace(&mut sides.current, side);
+            sides.former = Some(Former::new(former, backward, 0));
         }
     }
 
     /// Goes on with a transform: the area was made with its new side. Before anybody else has the area.
     pub(crate) fn resume_transform(&self, former: Side, backward: bool, done_bytes: u64) {
-        if let Some(sides) = self.sides_mut().as_mut() {
-            sides.former = Some(Former { side: Arc::new(former), backward, done_bytes, blocked: None });
+        if let Some(sides) = self.sides.alone().as_mut() {
+            sides.former = Some(Former::new(former, backward, done_bytes));
         }
     }
 
     pub(crate) fn is_transforming(&self) -> bool {
-        self.sides().as_ref().is_some_and(|sides| sides.former.is_some())
+        self.sides.shared(0..0).as_ref().is_some_and(|sides| sides.former.is_some())
     }
 
-    /// Holds a window that moves: nobody reads or writes it until the guard is dropped.
-    pub(crate) fn hold(&self, window: Range<u64>) -> RangeGuard<'_> {
-        self.moving.exclusive(window)
-    }
-
-    /// Fails every access to `window` from now on, until the boundary has passed it; reads only where its ciphertext was
-    /// not `saved`.
+    /// Fails every access to `window`, the first one of a transform that was resumed, until it has moved; reads only where
+    /// its ciphertext was not `saved`.
     pub(crate) fn block(&self, window: Range<u64>, saved: Option<Vec<u8>>) {
-        let saved = saved.map(Arc::from);
-        self.change_former(|former| former.blocked = Some(Blocked { window, saved }));
-    }
-
-    /// Moves the boundary over the window that is held.
-    pub(crate) fn advance(&self, done_bytes: u64) {
-        self.change_former(|former| {
-            former.done_bytes = done_bytes;
-            former.blocked = None;
-        });
-    }
-
-    fn change_former(&self, change: impl FnOnce(&mut Former)) {
-        if let Some(former) = self.sides_mut().as_mut().and_then(|sides| sides.former.as_mut()) {
-            change(former);
+        if let Some(former) = self.sides.shared(window.clone()).as_ref().and_then(|sides| sides.former.as_ref()) {
+            former.block(window, saved);
         }
     }
 
-    /// Everything has arrived: the former side and its key are wiped as soon as the last access has dropped them.
+    /// Everything has arrived: the former side and its key are wiped. Waits for all accesses.
     pub(crate) fn end_transform(&self) {
-        if let Some(sides) = self.sides_mut().as_mut() {
+        if let Some(sides) = self.sides.alone().as_mut() {
             sides.former = None;
         }
     }
 
-    /// The ciphertext of `window`, which is held, on the former side.
-    pub(crate) fn read_former(&self, window: Range<u64>, ciphertext: &mut [u8]) -> Result<(), MediaError> {
-        let (former, _) = self.both_sides();
-        self.backing.read(former.physical(window), |source| source.copy_to(ciphertext))
-    }
-
-    /// Encrypts `window`, which is held, for the new side from its ciphertext on the former one, and makes it durable.
-    /// The same again gives the same.
-    pub(crate) fn store_moved(&self, window: Range<u64>, ciphertext: &[u8]) -> Result<(), MediaError> {
-        let (former, current) = self.both_sides();
-        let result = self.store_pieces(&former, &current, window.start, ciphertext);
-        secret::scrub_stack();
-        result?;
-        self.backing.persist(current.physical(window))
+    /// Holds a window that is to move.
+    pub(super) fn hold(&self, window: Range<u64>) -> MovingWindow<'_> {
+        MovingWindow { area: self, held: self.sides.exclusive(window.clone()), window }
     }
 
     fn store_pieces(&self, former: &Side, current: &Side, start: u64, ciphertext: &[u8]) -> Result<(), MediaError> {
@@ -487,12 +384,39 @@ impl DataArea {
         }
         Ok(())
     }
+}
 
-    fn both_sides(&self) -> (Arc<Side>, Arc<Side>) {
-        let sides = self.sides();
-        let both = sides.as_ref().and_then(|sides| Some((sides.former.as_ref()?, &sides.current)));
-        let (former, current) = both.expect("the engine moves windows only while there is a former side");
-        (Arc::clone(&former.side), Arc::clone(current))
+/// Each function is called during a transform.
+impl MovingWindow<'_> {
+    fn sides(&self) -> (&Former, &Side) {
+        let sides = self.held.as_ref().and_then(|sides| Some((sides.former.as_ref()?, &sides.current)));
+        sides.expect("the engine moves windows only while there is a former side")
+    }
+
+    /// The window's ciphertext on the former side.
+    pub(super) fn read_former(&self, ciphertext: &mut [u8]) -> Result<(), MediaError> {
+        let (former, _) = self.sides();
+        self.area.backing.read(former.side.physical(self.window.clone()), |source| source.copy_to(ciphertext))
+    }
+
+    /// Fails every access to the window once it is not held any more, unless it has [arrived](Self::arrive).
+    pub(super) fn block(&self) {
+        self.sides().0.block(self.window.clone(), None);
+    }
+
+    /// Encrypts the window for the new side from its ciphertext on the former one, and makes it durable. The same again
+    /// gives the same.
+    pub(super) fn store(&self, ciphertext: &[u8]) -> Result<(), MediaError> {
+        let (former, current) = self.sides();
+        let result = self.area.store_pieces(&former.side, current, self.window.start, ciphertext);
+        secret::scrub_stack();
+        result?;
+        self.area.backing.persist(current.physical(self.window.clone()))
+    }
+
+    /// Moves the boundary over the window.
+    pub(super) fn arrive(&self, done_bytes: u64) {
+        self.sides().0.advance(done_bytes);
     }
 }
 

@@ -14,7 +14,9 @@ mod claims;
 mod error;
 mod life;
 mod range_lock;
+mod range_locked;
 mod side;
+mod sides;
 mod transform;
 pub(crate) mod window;
 

@@ -140,10 +140,10 @@ impl Engine {
         }
         let window = window(area, pending, record.window_bytes);
         let saved = pending.journal().saved(&record)?;
-        let _held = area.hold(window.clone());
-        area.store_moved(window, &saved)?;
+        let moving = area.hold(window);
+        moving.store(&saved)?;
         pending.advance(record.moved())?;
-        area.advance(record.moved().done_bytes);
+        moving.arrive(record.moved().done_bytes);
         Ok(())
     }
 
@@ -153,14 +153,14 @@ impl Engine {
         let window = window(area, pending, window_bytes.clamp(WINDOW_STEP_BYTES, WINDOW_BYTES_MAX));
         saved.resize(usize::try_from(window.end - window.start).expect("at most the journal's room"), 0);
 
-        let _held = area.hold(window.clone());
-        area.read_former(window.clone(), saved)?;
+        let moving = area.hold(window);
+        moving.read_former(saved)?;
         pending.journal().save(saved)?;
-        area.block(window.clone(), None);
+        moving.block();
         pending.advance(pending.record().moving(saved))?;
-        area.store_moved(window, saved)?;
+        moving.store(saved)?;
         pending.advance(pending.record().moved())?;
-        area.advance(pending.record().done_bytes);
+        moving.arrive(pending.record().done_bytes);
         Ok(())
     }
 }
