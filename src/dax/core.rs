@@ -5,10 +5,13 @@
 //! lock. A store that is made while a page is written back lands either before the encryption reads the page, or after
 //! the page was marked clean and so marks it dirty again: marks are always taken before the page is read.
 
+use std::error::Error;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use super::ahead::FaultAhead;
 use super::error::DaxError;
@@ -27,6 +30,9 @@ const SCAN_GAP_BYTES: u64 = 32 * PAGE_BYTES;
 /// The most pages that one fault of a sequential run brings in: the thread that touches goes on after the first batch,
 /// while the others come.
 const AHEAD_PAGES_MAX: u64 = 256;
+
+/// Before a touch that found no room is let go to try again.
+const ROOM_RETRY: Duration = Duration::from_millis(5);
 
 /// Plaintext on its way to a map: as much as the nearer caches hold.
 const SCRATCH_BYTES: usize = 64 << 10;
@@ -62,11 +68,13 @@ enum Dirt {
 pub(super) struct Server {
     ahead: FaultAhead,
     scratch: SecretBytes,
+    /// Whether the last fault found no room: one warning is enough.
+    no_room: bool,
 }
 
 impl Server {
     pub(super) fn new() -> Self {
-        Self { ahead: FaultAhead::default(), scratch: SecretBytes::zeroed(SCRATCH_BYTES) }
+        Self { ahead: FaultAhead::default(), scratch: SecretBytes::zeroed(SCRATCH_BYTES), no_room: false }
     }
 }
 
@@ -129,7 +137,7 @@ impl Core {
             Some(faults) => faults.register(&core.addresses(core.view.range()), writable).map_err(DaxError::Os),
             None => core.bring(core.view.range()),
         };
-        match ready {
+        match ready.and_then(|()| Ok(core.volume.evict_to_bound(&core.window)?)) {
             Ok(()) => Ok(core),
             Err(error) => {
                 let _ = core.leave(); // the first error is the one to report; nothing was stored yet
@@ -210,7 +218,17 @@ impl Core {
         let brought = self
             .bring_with(&(start..end), &mut server.scratch)
             .or_else(|_| self.bring_with(&(start..start + PAGE_BYTES), &mut server.scratch));
-        if brought.is_err() {
+        let no_room = matches!(brought, Err(DaxError::Volume(VolumeError::WindowFull { .. })));
+        if let (Err(error), true, false) = (&brought, no_room, server.no_room) {
+            tracing::warn!("a touch of a direct map waits for room: {error}: {:?}", error.source());
+        }
+        server.no_room = no_room;
+        if no_room {
+            // Nothing is wrong with this page. Whoever waits for it faults again, behind the others, until there is room or
+            // the map ends; an error would be a SIGBUS, and with it the end of what the program could not write yet.
+            thread::sleep(ROOM_RETRY);
+            let _ = faults.wake(&here); // fails when the map is gone, and the waiter with it
+        } else if brought.is_err() {
             // A mark of the dirty tracking may be in the way. What else fails means that the page came meanwhile or the map
             // is gone: trying again is right for both.
             let poisoned = faults.poison(&here).or_else(|_| {

@@ -32,6 +32,9 @@ pub enum VolumeError {
     WindowFull {
         /// The bound in bytes.
         resident_max: u64,
+        /// Why a page that is resident could not be evicted; nothing when all room was others' for too long.
+        #[source]
+        cause: Option<Box<Self>>,
     },
     /// The volume was locked: its key is gone.
     #[error("the volume is locked")]

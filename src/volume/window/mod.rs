@@ -149,6 +149,22 @@ impl Window {
         }
     }
 
+    /// Cuts `range`, which is not empty, where views of this `kind` begin or end: the first piece, and whether one shows it.
+    fn shown(&self, range: &Range<u64>, kind: impl Fn(&View) -> bool) -> (Range<u64>, bool) {
+        let views = self.views();
+        let shown = || views.iter().filter(|view| kind(view)).map(|view| view.range());
+        if let Some(end) = shown().filter(|view| view.contains(&range.start)).map(|view| view.end).max() {
+            return (range.start..end.min(range.end), true);
+        }
+        let end = shown().map(|view| view.start).filter(|&start| start > range.start).min();
+        (range.start..end.map_or(range.end, |end| end.min(range.end)), false)
+    }
+
+    /// How many pages of `range`, whole pages, are absent. It may change unless the caller holds the range.
+    fn absent_count(&self, range: &Range<u64>) -> u64 {
+        pages_of(range).map(|page| u64::from(!self.resident.contains(page))).sum()
+    }
+
     /// Calls `with` for the resident runs of `range`, at most [`BATCH_PAGES`] pages each.
     fn each_batch(&self, range: &Range<u64>, mut with: impl FnMut(Range<u64>)) {
         let mut rest = range.clone();

@@ -8,14 +8,23 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use super::{BATCH_PAGES, PAGE_BYTES, View, Window, WriteBack, pages_of};
 use crate::memory::{Source, Target};
 use crate::volume::area::BLOCK_BYTES;
+use crate::volume::range_lock::RangeGuard;
 use crate::volume::{Volume, VolumeError, block_start, len};
 
-/// How often room is looked for before a fill gives up; others' fills end within microseconds.
-const ROOM_ATTEMPTS_MAX: u32 = 10_000;
+/// How long a fill waits for room while nothing can be evicted, because others' fills have all of it. They end as fast as
+/// media answer, so this is longer than any stall of media that is not a failure of theirs.
+const ROOM_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long it looks again at once; most fills end within microseconds.
+const ROOM_SPIN: Duration = Duration::from_millis(1);
+
+/// Between two looks after that.
+const ROOM_PAUSE: Duration = Duration::from_micros(200);
 
 /// Puts pages where a map can reach them. It is called by a holder of the pages in the range lock, so it must not touch
 /// the memory of a map.
@@ -57,16 +66,34 @@ impl Volume {
         range: &Range<u64>,
         through: Option<Through<'_>>,
     ) -> Result<(), VolumeError> {
-        let page_count = (range.end - range.start) / PAGE_BYTES;
-        self.make_room(window, page_count)?;
-        let _held = self.blocks.exclusive(range.clone());
+        let (_held, room) = self.hold_with_room(window, range)?;
         let mut new_pages = 0;
         let filled = match through {
             Some(through) => self.fill_through(window, range, through, &mut new_pages),
             None => self.fill_in_place(window, range, &mut new_pages),
         };
-        window.reserved.fetch_sub(page_count - new_pages, Ordering::AcqRel);
+        window.reserved.fetch_sub(room - new_pages, Ordering::AcqRel);
         filled
+    }
+
+    /// Holds `range` exclusively, with room for what is absent of it: how many pages were reserved. What is resident takes
+    /// no room, so that touching it through another map evicts nothing.
+    fn hold_with_room(&self, window: &Window, range: &Range<u64>) -> Result<(RangeGuard<'_>, u64), VolumeError> {
+        let mut room = window.absent_count(range);
+        loop {
+            if room > 0 {
+                self.make_room(window, room)?;
+            }
+            let held = self.blocks.exclusive(range.clone());
+            let absent = window.absent_count(range);
+            if absent <= room {
+                return Ok((held, room));
+            }
+            // Some of it was evicted before it was held. Who waits for room must hold neither pages nor room.
+            drop(held);
+            window.reserved.fetch_sub(room, Ordering::AcqRel);
+            room = absent;
+        }
     }
 
     /// Fills and maps, under the caller's exclusive hold. `new_pages` counts those that became resident.
@@ -134,35 +161,64 @@ impl Volume {
         Ok(())
     }
 
+    /// Evicts pages until no more are resident than the bound allows, when it came after them.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError::WindowFull`] when that is not possible.
+    pub(crate) fn evict_to_bound(&self, window: &Window) -> Result<(), VolumeError> {
+        self.make_room(window, 0)
+    }
+
     /// Reserves `page_count` pages, evicting others where the bound asks for it.
     fn make_room(&self, window: &Window, page_count: u64) -> Result<(), VolumeError> {
-        let mut attempts = 0;
+        let mut waiting_since = None;
         loop {
             let max = window.page_count_max();
             let reserve = |now: u64| now.checked_add(page_count).filter(|&then| then <= max);
             if window.reserved.fetch_update(Ordering::AcqRel, Ordering::Acquire, reserve).is_ok() {
                 return Ok(());
             }
-            attempts += 1;
-            if page_count > max || attempts > ROOM_ATTEMPTS_MAX {
-                return Err(VolumeError::WindowFull { resident_max: max.saturating_mul(PAGE_BYTES) });
+            let full = |cause| VolumeError::WindowFull { resident_max: max.saturating_mul(PAGE_BYTES), cause };
+            if page_count > max {
+                return Err(full(None));
             }
-            if self.evict_next(window)? == 0 {
-                thread::yield_now();
+            match self.evict_next(window) {
+                Ok(0) => {
+                    let waited = waiting_since.get_or_insert_with(Instant::now).elapsed();
+                    if waited > ROOM_PATIENCE {
+                        return Err(full(None));
+                    }
+                    if waited < ROOM_SPIN { thread::yield_now() } else { thread::sleep(ROOM_PAUSE) }
+                }
+                Ok(_) => waiting_since = None,
+                Err(error) => return Err(full(Some(Box::new(error)))),
             }
         }
     }
 
-    /// Evicts the next run of pages round the volume. How many pages went.
+    /// Evicts the next pages round the volume that can be: what is pinned, or cannot be written, is passed over. How many
+    /// pages went.
+    ///
+    /// # Errors
+    ///
+    /// The first one, when no page went on a whole round because of it.
     fn evict_next(&self, window: &Window) -> Result<u64, VolumeError> {
         let hand = window.hand.load(Ordering::Acquire) % window.page_count.max(1);
-        let runs = [hand..window.page_count, 0..hand];
-        let Some(run) = runs.iter().find_map(|part| window.resident.next_run(part)) else {
-            return Ok(0);
-        };
-        let run = run.start..run.end.min(run.start + BATCH_PAGES / 2);
-        window.hand.store(run.end, Ordering::Release);
-        self.evict_batch(window, &(run.start * PAGE_BYTES..run.end * PAGE_BYTES))
+        let mut result = Ok(());
+        for mut rest in [hand..window.page_count, 0..hand] {
+            while let Some(run) = window.resident.next_run(&rest) {
+                let run = run.start..run.end.min(run.start + BATCH_PAGES / 2);
+                rest.start = run.end;
+                window.hand.store(run.end, Ordering::Release);
+                let (evicted, done) = self.evict_batch(window, &(run.start * PAGE_BYTES..run.end * PAGE_BYTES));
+                if evicted > 0 {
+                    return Ok(evicted);
+                }
+                result = result.and(done);
+            }
+        }
+        result.map(|()| 0)
     }
 
     /// Puts the resident pages of `range` on media where they differ, overwrites them in memory and gives them back.
@@ -170,38 +226,60 @@ impl Volume {
     ///
     /// # Errors
     ///
-    /// [`VolumeError::Media`] for the first batch that could not be written; it stays resident, the others go.
+    /// [`VolumeError::Media`] for the first page that could not be written; such pages stay resident, the others go.
     pub(crate) fn evict(&self, window: &Window, range: &Range<u64>) -> Result<u64, VolumeError> {
         let mut evicted = 0;
         let mut result = Ok(());
-        window.each_batch(range, |batch| match self.evict_batch(window, &batch) {
-            Ok(page_count) => evicted += page_count,
-            Err(error) if result.is_ok() => result = Err(error),
-            Err(_) => {}
+        window.each_batch(range, |batch| {
+            let (page_count, done) = self.evict_batch(window, &batch);
+            evicted += page_count;
+            note(&mut result, done);
         });
         result.map(|()| evicted)
     }
 
-    /// One batch of whole pages.
-    fn evict_batch(&self, window: &Window, batch: &Range<u64>) -> Result<u64, VolumeError> {
+    /// One batch of whole pages. How many went, also with an error.
+    fn evict_batch(&self, window: &Window, batch: &Range<u64>) -> (u64, Result<(), VolumeError>) {
         let _held = self.blocks.exclusive(batch.clone());
-        let views = window.views();
-        let overlaps = |view: &View| view.range().start.max(batch.start) < view.range().end.min(batch.end);
-        if views.iter().any(|view| view.pinned() && overlaps(view)) {
-            return Ok(0);
-        }
-        for view in views.iter() {
-            view.zap(batch).map_err(VolumeError::Window)?;
-        }
-        drop(views);
         let mut evicted = 0;
+        let mut result = Ok(());
         let mut rest = batch.clone();
-        while let Some(run) = window.next_resident(&rest) {
-            rest.start = run.end;
-            self.write_back_held(window, &run, WriteBack::IfDifferent)?;
-            evicted += window.wipe_held(&run).map_err(VolumeError::Window)?;
+        while !rest.is_empty() {
+            let (part, pinned) = window.shown(&rest, View::pinned);
+            rest.start = part.end;
+            if pinned {
+                continue;
+            }
+            if let Err(error) = window.views().iter().try_for_each(|view| view.zap(&part)) {
+                note(&mut result, Err(VolumeError::Window(error)));
+                continue;
+            }
+            self.write_back_each(window, &part, |pages, written| {
+                let wiped = written.and_then(|()| window.wipe_held(pages).map_err(VolumeError::Window));
+                note(&mut result, wiped.map(|page_count| evicted += page_count));
+            });
         }
-        Ok(evicted)
+        (evicted, result)
+    }
+
+    /// Writes back the resident pages of `part` where they differ, and tells what became of them: in runs, or one by one
+    /// where a run could not be written, so that one bad page harms no other. The caller holds `part` exclusively.
+    fn write_back_each(
+        &self,
+        window: &Window,
+        part: &Range<u64>,
+        mut done: impl FnMut(&Range<u64>, Result<(), VolumeError>),
+    ) {
+        let mut rest = part.clone();
+        while let Some(mut pages) = window.next_resident(&rest) {
+            let mut written = self.write_back_held(window, &pages, WriteBack::IfDifferent);
+            if written.is_err() && pages.end - pages.start > PAGE_BYTES {
+                pages.end = pages.start + PAGE_BYTES;
+                written = self.write_back_held(window, &pages, WriteBack::IfDifferent);
+            }
+            rest.start = pages.end;
+            done(&pages, written);
+        }
     }
 
     /// Takes the pages of `range` out of memory without writing them anywhere, when they could not be and nobody maps
@@ -234,21 +312,18 @@ impl Volume {
         let mut windows = self.claims.windows();
         windows.extend(self.window.get().cloned());
         let mut result = Ok(());
-        let mut note = |done: Result<(), VolumeError>| {
-            if result.is_ok() {
-                result = done;
-            }
-        };
         for window in &windows {
-            window.views().iter().for_each(|view| note(view.revoke().map_err(VolumeError::Window)));
+            for view in window.views().iter() {
+                note(&mut result, view.revoke().map_err(VolumeError::Window));
+            }
             window.each_batch(&window.whole(), |batch| {
-                note(self.write_back_held(window, &batch, WriteBack::IfDifferent));
+                self.write_back_each(window, &batch, |_, written| note(&mut result, written));
             });
         }
-        note(self.area.sync().map_err(VolumeError::from));
+        note(&mut result, self.area.sync().map_err(VolumeError::from));
         for window in &windows {
             window.each_batch(&window.whole(), |batch| {
-                note(window.wipe_held(&batch).map(|_| ()).map_err(VolumeError::Window));
+                note(&mut result, window.wipe_held(&batch).map(|_| ()).map_err(VolumeError::Window));
             });
         }
         self.area.forget_keys();
@@ -347,6 +422,13 @@ impl Volume {
             window.memory.target(&run).fill(0);
             rest.start = run.end;
         }
+    }
+}
+
+/// Keeps the first error.
+fn note(result: &mut Result<(), VolumeError>, done: Result<(), VolumeError>) {
+    if result.is_ok() {
+        *result = done;
     }
 }
 
