@@ -62,13 +62,25 @@ enum Mistake {
     PersistWithoutLock,
     /// Two syncs of one map do not wait for each other.
     SyncsTogether,
+    /// A trapped store is noted and let through in two steps that a sync can come between.
+    TrapInTwoSteps,
+}
+
+/// How the maps know what was stored to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tracking {
+    /// The kernel marks the entry.
+    Async,
+    /// The store waits until the page is noted and its protection taken away.
+    Trap,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Entry {
     None,
-    /// Write-protected: a store marks it.
+    /// Write-protected: a store marks it, or is trapped.
     Clean,
+    /// Marked, or free to be stored to.
     Written,
 }
 
@@ -82,10 +94,13 @@ struct KernelPage {
 
 struct World {
     mistake: Mistake,
+    tracking: Tracking,
     blocks: RangeLock,
     resident: PageSet,
     /// One for each map.
     syncing: [Mutex<()>; VIEWS],
+    /// `Traps` of each map.
+    trapped: [(PageSet, Mutex<()>); VIEWS],
     kernel: Vec<Mutex<KernelPage>>,
     media: Vec<[AtomicU64; 2]>,
 }
@@ -97,12 +112,14 @@ fn whole(page: u64) -> std::ops::Range<u64> {
 }
 
 impl World {
-    fn new(mistake: Mistake) -> Self {
+    fn new(mistake: Mistake, tracking: Tracking) -> Self {
         Self {
             mistake,
+            tracking,
             blocks: RangeLock::default(),
             resident: PageSet::new(PAGES),
             syncing: std::array::from_fn(|_| Mutex::default()),
+            trapped: std::array::from_fn(|_| (PageSet::new(PAGES), Mutex::default())),
             kernel: (0..PAGES)
                 .map(|_| Mutex::new(KernelPage { content: None, entries: [Entry::None; VIEWS] }))
                 .collect(),
@@ -127,23 +144,55 @@ impl World {
         self.kernel(page, |page| page.content.expect("a resident page is no hole"))
     }
 
-    /// A program adds one to the count, and faults as long as the page is not mapped. The new count.
+    /// A program adds one to the count, and faults as long as the page is not mapped or its stores are trapped. The new
+    /// count.
     fn count_up(&self, view: usize, page: u64) -> u64 {
         loop {
-            let counted = self.kernel(page, |page| {
-                (page.entries[view] != Entry::None).then(|| {
+            let counted = self.kernel(page, |page| match page.entries[view] {
+                Entry::None => Err(Entry::None),
+                Entry::Clean if self.tracking == Tracking::Trap => Err(Entry::Clean),
+                _ => {
                     let content = page.content.as_mut().expect("a mapped page is no hole");
                     assert!(content[0] >= START[0], "a program sees wiped bytes");
                     content[0] += 1;
                     page.entries[view] = Entry::Written;
-                    content[0]
-                })
+                    Ok(content[0])
+                }
             });
             match counted {
-                Some(count) => return count,
-                None => self.fault(view, page),
+                Ok(count) => return count,
+                Err(Entry::None) => self.fault(view, page),
+                Err(_) => self.allow_stores(view, page),
             }
         }
+    }
+
+    /// `Core::allow_stores`.
+    fn allow_stores(&self, view: usize, page: u64) {
+        let (trapped, changing) = &self.trapped[view];
+        let _changing = (self.mistake != Mistake::TrapInTwoSteps).then(|| changing.lock().unwrap());
+        trapped.insert(page);
+        self.kernel(page, |page| {
+            if page.entries[view] == Entry::Clean {
+                page.entries[view] = Entry::Written;
+            }
+        });
+    }
+
+    /// `Core::take_trapped` of one page: whether it is to be written back.
+    fn take_trapped(&self, view: usize, page: u64) -> bool {
+        let (trapped, changing) = &self.trapped[view];
+        if !trapped.contains(page) {
+            return false;
+        }
+        let _changing = changing.lock().unwrap();
+        self.kernel(page, |page| {
+            if page.entries[view] == Entry::Written {
+                page.entries[view] = Entry::Clean;
+            }
+        });
+        trapped.remove(page);
+        true
     }
 
     /// `Volume::fill` through a map.
@@ -205,6 +254,10 @@ impl World {
             })
         };
         let _syncing = (self.mistake != Mistake::SyncsTogether).then(|| self.syncing[view].lock().unwrap());
+        if self.tracking == Tracking::Trap {
+            (0..PAGES).filter(|&page| self.take_trapped(view, page)).for_each(|page| self.write_back(page));
+            return;
+        }
         for page in (0..PAGES).filter(|&page| self.resident.contains(page)) {
             if self.mistake == Mistake::MarkAfterRead {
                 let written = self.kernel(page, |page| page.entries[view] != Entry::Clean);
@@ -262,8 +315,8 @@ fn random_page() -> u64 {
 }
 
 /// Three programs, an evictor, and requests; then everything is looked at on media.
-fn run(mistake: Mistake) {
-    let world = Arc::new(World::new(mistake));
+fn run(mistake: Mistake, tracking: Tracking) {
+    let world = Arc::new(World::new(mistake, tracking));
     let mut threads = Vec::new();
     let counts = Arc::new((0..PAGES).map(|_| AtomicU64::new(0)).collect::<Vec<_>>());
     for view in [0, 1, 0] {
@@ -302,20 +355,25 @@ fn run(mistake: Mistake) {
 
 fn main() {
     const ITERATIONS: usize = 3000;
-    shuttle::check_random(|| run(Mistake::None), ITERATIONS);
-    shuttle::check_pct(|| run(Mistake::None), ITERATIONS, 3);
-    println!("{} interleavings are right", 2 * ITERATIONS);
+    for tracking in [Tracking::Async, Tracking::Trap] {
+        shuttle::check_random(move || run(Mistake::None, tracking), ITERATIONS);
+        shuttle::check_pct(move || run(Mistake::None, tracking), ITERATIONS, 3);
+        println!("{tracking:?}: {} interleavings are right", 2 * ITERATIONS);
+    }
     let mistakes = [
-        Mistake::NoZap,
-        Mistake::BitAfterInstall,
-        Mistake::MarkAfterRead,
-        Mistake::PersistWithoutLock,
-        Mistake::SyncsTogether,
+        (Mistake::NoZap, Tracking::Async),
+        (Mistake::BitAfterInstall, Tracking::Async),
+        (Mistake::MarkAfterRead, Tracking::Async),
+        (Mistake::PersistWithoutLock, Tracking::Async),
+        (Mistake::SyncsTogether, Tracking::Async),
+        (Mistake::SyncsTogether, Tracking::Trap),
+        (Mistake::TrapInTwoSteps, Tracking::Trap),
     ];
-    for mistake in mistakes {
+    for (mistake, tracking) in mistakes {
         std::panic::set_hook(Box::new(|_| {})); // what is expected needs no report
         // The search ends with the first hit; the rarest has one in about ten thousand interleavings.
-        let found = catch_unwind(AssertUnwindSafe(|| shuttle::check_random(move || run(mistake), 200 * ITERATIONS)));
+        let search = || shuttle::check_random(move || run(mistake, tracking), 200 * ITERATIONS);
+        let found = catch_unwind(AssertUnwindSafe(search));
         let _ = std::panic::take_hook();
         assert!(found.is_err(), "{mistake:?} was not found");
         println!("{mistake:?} is found");

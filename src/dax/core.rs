@@ -9,7 +9,7 @@ use std::error::Error;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -58,9 +58,27 @@ pub(super) struct Core {
 #[derive(Debug)]
 enum Dirt {
     Kernel(PageMap),
-    /// By page of the view.
-    Trapped(PageSet),
+    Trapped(Traps),
     Unknown,
+}
+
+/// The pages that were stored to, by page of the view. A page that is not among them is write-protected.
+#[derive(Debug)]
+struct Traps {
+    pages: PageSet,
+    /// Held while a page and its protection change together: a sync between the two would leave a page that is neither in
+    /// the set nor protected, and a store to it that nobody hears of.
+    changing: Mutex<()>,
+}
+
+impl Traps {
+    fn new(page_count: u64) -> Self {
+        Self { pages: PageSet::new(page_count), changing: Mutex::default() }
+    }
+
+    fn change(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What the fault thread keeps between faults.
@@ -118,7 +136,7 @@ impl Core {
         let view = window.attach(range, writable, opened.is_none(), options.resident_max).map_err(DaxError::Os)?;
         let (faults, dirt) = match opened {
             Some((faults, Some(map))) => (Some(faults), Dirt::Kernel(map)),
-            Some((faults, None)) => (Some(faults), Dirt::Trapped(PageSet::new(len_bytes / PAGE_BYTES))),
+            Some((faults, None)) => (Some(faults), Dirt::Trapped(Traps::new(len_bytes / PAGE_BYTES))),
             None => (None, Dirt::Unknown),
         };
         let volume = Arc::clone(volume);
@@ -207,10 +225,9 @@ impl Core {
         let here = page_address..page_address + PAGE_BYTES;
         let start = page_address - self.start_address() + self.view.range().start;
         if fault.write_protected {
-            if let Dirt::Trapped(pages) = &self.dirt {
-                pages.insert((start - self.view.range().start) / PAGE_BYTES);
-            }
-            let _ = faults.write_protect(&here, false); // fails only when the map is gone, and the waiter with it
+            // It fails when the volume was locked meanwhile, and the waiter must go on to its SIGBUS; or when the map is gone,
+            // and the waiter with it.
+            let _ = self.allow_stores(faults, &here).or_else(|_| faults.wake(&here));
             return;
         }
         let page_count = server.ahead.pages(start / PAGE_BYTES, AHEAD_PAGES_MAX.min(self.window.page_count_max() / 4));
@@ -232,11 +249,19 @@ impl Core {
             // A mark of the dirty tracking may be in the way. What else fails means that the page came meanwhile or the map
             // is gone: trying again is right for both.
             let poisoned = faults.poison(&here).or_else(|_| {
-                faults.write_protect(&here, false)?;
+                self.allow_stores(faults, &here)?;
                 faults.poison(&here)
             });
             let _ = poisoned.or_else(|_| faults.wake(&here));
         }
+    }
+
+    /// Takes the write protection of the page at addresses `here` away, noting that it may be stored to.
+    fn allow_stores(&self, faults: &Uffd, here: &Range<u64>) -> io::Result<()> {
+        let Dirt::Trapped(traps) = &self.dirt else { return faults.write_protect(here, false) };
+        let _changing = traps.change();
+        traps.pages.insert((here.start - self.start_address()) / PAGE_BYTES);
+        faults.write_protect(here, false)
     }
 
     /// Writes back what may have changed in `range` (whole pages of the view) and makes it durable.
@@ -257,7 +282,7 @@ impl Core {
         };
         match &self.dirt {
             Dirt::Kernel(map) => self.take_written(map, range, |pages| write_back(pages, WriteBack::Always))?,
-            Dirt::Trapped(set) => self.take_trapped(set, range, |pages| write_back(pages, WriteBack::Always))?,
+            Dirt::Trapped(traps) => self.take_trapped(traps, range, |pages| write_back(pages, WriteBack::Always))?,
             Dirt::Unknown => write_back(range.clone(), WriteBack::IfDifferent),
         }
         let mut rest = range.clone();
@@ -292,20 +317,23 @@ impl Core {
 
     fn take_trapped(
         &self,
-        set: &PageSet,
+        traps: &Traps,
         range: &Range<u64>,
         mut found: impl FnMut(Range<u64>),
     ) -> Result<(), DaxError> {
+        let Some(faults) = &self.faults else { return Ok(()) };
         let first = self.view.range().start / PAGE_BYTES;
         let mut rest = range.start / PAGE_BYTES - first..range.end / PAGE_BYTES - first;
-        while let Some(run) = set.next_run(&rest) {
+        while let Some(run) = traps.pages.next_run(&rest) {
             rest.start = run.end;
-            run.clone().for_each(|page| {
-                set.remove(page);
-            });
             let pages = (run.start + first) * PAGE_BYTES..(run.end + first) * PAGE_BYTES;
-            if let Some(faults) = &self.faults {
+            {
+                let _changing = traps.change();
+                // The mark goes once the protection is there: what cannot be protected stays marked.
                 faults.write_protect(&self.addresses(&pages), true).map_err(DaxError::Os)?;
+                run.for_each(|page| {
+                    traps.pages.remove(page);
+                });
             }
             found(pages);
         }
