@@ -341,19 +341,17 @@ impl Core {
     }
 
     /// Ends every access through the view (the next touch raises SIGBUS, also of a thread that waits for a page), detaches
-    /// it, so that its pages can be evicted, and evicts them. With an error what could not be written is lost, unless
+    /// it, and takes out of memory what no other view shows. With an error what could not be written is lost, unless
     /// another map shows it.
     pub(super) fn leave(&self) -> Result<(), DaxError> {
-        self.view.revoke().map_err(DaxError::Os)?;
+        let revoked = self.view.revoke();
         if let Some(faults) = &self.faults {
             let _ = faults.wake(&self.addresses(self.view.range())); // who waits runs into the SIGBUS
         }
-        let last = self.window.detach(&self.view);
-        let evicted = self.volume.evict(&self.window, self.view.range());
-        if evicted.is_err() && last {
-            self.volume.discard_window(&self.window, self.view.range())?;
-        }
-        Ok(evicted.map(|_| ())?)
+        self.window.detach(&self.view);
+        let left = self.volume.leave_window(&self.window, self.view.range());
+        revoked.map_err(DaxError::Os)?;
+        Ok(left?)
     }
 
     fn start_address(&self) -> u64 {

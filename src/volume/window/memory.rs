@@ -13,6 +13,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr;
+use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::mm::{Advice, MapFlags, MlockFlags, ProtFlags, madvise, mlock_with, mmap, munmap};
@@ -26,6 +27,8 @@ const MADV_DONTNEED_LOCKED: libc::c_int = 24;
 #[derive(Debug)]
 pub(crate) struct WindowMemory {
     file: OwnedFd,
+    /// An empty memfd, made while there are descriptors to be had.
+    nothing: Arc<OwnedFd>,
     own: Mapped,
 }
 
@@ -36,7 +39,8 @@ impl WindowMemory {
         ftruncate(&file, len_bytes)?;
         fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
         let own = Mapped::new(&file, ProtFlags::READ | ProtFlags::WRITE, &(0..len_bytes))?;
-        Ok(Self { file, own })
+        let nothing = Arc::new(memfd_create("daxcrypt-gone", MemfdFlags::CLOEXEC)?);
+        Ok(Self { file, nothing, own })
     }
 
     /// The bytes at `range`, whose pages are resident and held.
@@ -65,6 +69,8 @@ impl WindowMemory {
 pub(crate) struct View {
     range: Range<u64>,
     pinned: bool,
+    /// What is mapped in its place in the end.
+    nothing: Arc<OwnedFd>,
     mapped: Mapped,
 }
 
@@ -73,7 +79,7 @@ impl View {
     pub(crate) fn new(memory: &WindowMemory, range: Range<u64>, writable: bool, pinned: bool) -> io::Result<Self> {
         let protection = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
         let mapped = Mapped::new(&memory.file, protection, &range)?;
-        Ok(Self { range, pinned, mapped })
+        Ok(Self { range, pinned, nothing: Arc::clone(&memory.nothing), mapped })
     }
 
     /// The logical offsets that it shows: whole pages.
@@ -99,13 +105,14 @@ impl View {
     }
 
     /// Ends every access through this view for good, those that wait for a fault too once they are woken: the next touch
-    /// raises SIGBUS, because there is no file behind it any more.
+    /// raises SIGBUS, because there is no file behind it any more. It takes no new descriptor, of which a process may have
+    /// no more.
     pub(crate) fn revoke(&self) -> io::Result<()> {
-        let nothing = memfd_create("daxcrypt-gone", MemfdFlags::CLOEXEC)?;
         let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
+        let protection = ProtFlags::READ | ProtFlags::WRITE; // a store raises SIGBUS too, and not SIGSEGV
         let start = self.mapped.start.cast::<c_void>();
         // SAFETY: the range is this view's own; whoever holds its address was told that the memory may end.
-        unsafe { mmap(start, self.mapped.len_bytes, ProtFlags::READ, flags, &nothing, 0) }?;
+        unsafe { mmap(start, self.mapped.len_bytes, protection, flags, &*self.nothing, 0) }?;
         Ok(())
     }
 

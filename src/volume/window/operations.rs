@@ -282,14 +282,29 @@ impl Volume {
         }
     }
 
-    /// Takes the pages of `range` out of memory without writing them anywhere, when they could not be and nobody maps
-    /// them any more.
-    pub(crate) fn discard_window(&self, window: &Window, range: &Range<u64>) -> Result<(), VolumeError> {
+    /// What the end of a map of `range`, which is detached, does with its pages: those that no other view shows are written
+    /// back where they differ and leave memory, also when they cannot be written, because nobody could reach them any more
+    /// and they would hide what is written there later. The others are only written back: that they were stored to may be
+    /// known to the map that ends alone.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError::Media`] for the first page that could not be written.
+    pub(crate) fn leave_window(&self, window: &Window, range: &Range<u64>) -> Result<(), VolumeError> {
         let mut result = Ok(());
         window.each_batch(range, |batch| {
             let _held = self.blocks.exclusive(batch.clone());
-            if let Err(error) = window.wipe_held(&batch) {
-                result = Err(VolumeError::Window(error));
+            let mut rest = batch;
+            while !rest.is_empty() {
+                // A view that is attached from here on has nothing of the batch before it is given back.
+                let (part, is_shown) = window.shown(&rest, |_| true);
+                rest.start = part.end;
+                self.write_back_each(window, &part, |pages, written| {
+                    note(&mut result, written);
+                    if !is_shown {
+                        note(&mut result, window.wipe_held(pages).map(|_| ()).map_err(VolumeError::Window));
+                    }
+                });
             }
         });
         result
