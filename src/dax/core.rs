@@ -123,9 +123,6 @@ impl Core {
     ) -> Result<Self, DaxError> {
         let opened = options.lazy.then(|| open_faults(options.write_async)).flatten();
         let len_bytes = range.end - range.start;
-        if let (None, Some(resident_max)) = (&opened, options.resident_max.filter(|&max| max < len_bytes)) {
-            return Err(DaxError::Eager { len_bytes, resident_max });
-        }
         let window = if exclusive {
             Arc::new(Window::new(volume.size()).map_err(DaxError::Os)?)
         } else {
@@ -133,7 +130,7 @@ impl Core {
         };
         let claim = ClaimGuard::enter(volume, &range, exclusive.then(|| Arc::clone(&window)))?;
         let writable = options.writable;
-        let view = window.attach(range, writable, opened.is_none(), options.resident_max).map_err(DaxError::Os)?;
+        let view = window.attach(range, writable, opened.is_none(), options.resident_max)?;
         let (faults, dirt) = match opened {
             Some((faults, Some(map))) => (Some(faults), Dirt::Kernel(map)),
             Some((faults, None)) => (Some(faults), Dirt::Trapped(Traps::new(len_bytes / PAGE_BYTES))),

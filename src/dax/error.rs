@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::volume::VolumeError;
+use crate::volume::window::AttachError;
 
 /// Why a direct map could not be made or used.
 #[derive(Debug, thiserror::Error)]
@@ -27,12 +28,11 @@ pub enum DaxError {
     /// The map, or the volume, is for reading only.
     #[error("the map is for reading only")]
     ReadOnly,
-    /// All plaintext of an eager map is resident, and the bound does not allow for so much.
-    #[error(
-        "without userfaultfd all {len_bytes} bytes of the map would be resident, and at most {resident_max} may be"
-    )]
+    /// All plaintext of an eager map stays resident. The bound does not allow for so much, or, with lazy maps beside it, not
+    /// for 256 KiB more.
+    #[error("eager maps keep {len_bytes} bytes resident, and at most {resident_max} may be, lazy maps included")]
     Eager {
-        /// Bytes to map.
+        /// Bytes that all eager maps of the volume show, with the new one.
         len_bytes: u64,
         /// The bound in bytes.
         resident_max: u64,
@@ -43,4 +43,13 @@ pub enum DaxError {
     /// The operating system refused memory, a thread or a page-table operation.
     #[error("the direct map failed")]
     Os(#[source] io::Error),
+}
+
+impl From<AttachError> for DaxError {
+    fn from(error: AttachError) -> Self {
+        match error {
+            AttachError::Os(error) => Self::Os(error),
+            AttachError::Pinned { pinned_bytes, resident_max } => Self::Eager { len_bytes: pinned_bytes, resident_max },
+        }
+    }
 }
