@@ -13,6 +13,8 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr;
 
+use zeroize::Zeroizing;
+
 /// How ciphertext is stored at a destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Store {
@@ -86,10 +88,10 @@ impl<'a> Source<'a> {
         Self { start, len_bytes: range.len(), lifetime: PhantomData }
     }
 
-    /// Whether the bytes equal `other`, each byte read once.
+    /// Whether the bytes equal `other`, each byte read once. Nothing of them is left on the stack.
     #[must_use]
     pub(crate) fn equals(self, other: &[u8]) -> bool {
-        let mut chunk = [0; 64];
+        let mut chunk = Zeroizing::new([0; 64]);
         let same = self.len_bytes == other.len();
         same && other.chunks(chunk.len()).enumerate().all(|(index, expected)| {
             let start = index * chunk.len();
