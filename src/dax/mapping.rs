@@ -111,7 +111,8 @@ impl DaxMapping {
     ///
     /// - nobody stores to these bytes: no thread through a pointer or a safe call of any map, and no request of the volume
     ///   or of an NBD client;
-    /// - the volume is not locked, and media can read the bytes ([`Self::prefetch`] tells): a touch would raise SIGBUS.
+    /// - the volume is not locked, and media can read the bytes ([`Self::prefetch`] tells): a touch would raise SIGBUS;
+    /// - the slice is given to no call that reads or writes the same volume: the call could wait for ever.
     ///
     /// # Panics
     ///
@@ -151,7 +152,8 @@ impl DaxMapping {
         (self.as_ptr().wrapping_add(position(range.start)), position(range.end - range.start))
     }
 
-    /// Copies bytes at `offset` out, without bringing their pages in.
+    /// Copies bytes at `offset` out, without bringing their pages in. `out` must not lie in a map of the same volume: the
+    /// fault of a page of it could wait for ever for the pages that the call holds.
     ///
     /// # Errors
     ///
@@ -161,7 +163,8 @@ impl DaxMapping {
         Ok(self.core().volume.load(&self.core().window, out, range.start)?)
     }
 
-    /// Stores `data` at `offset`; [`Self::persist`] makes it durable.
+    /// Stores `data` at `offset`; [`Self::persist`] makes it durable. `data` must not lie in a map of the same volume, as for
+    /// [`Self::read`]; [`Self::copy_within`] copies inside of one map.
     ///
     /// # Errors
     ///

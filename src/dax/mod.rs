@@ -34,6 +34,9 @@
 //! - At page granularity (no DAX below) a crash of the machine can tear pages as the disk does.
 //! - **A page that cannot be read raises SIGBUS** in the thread that touches it through the pointer; the safe calls return
 //!   the error instead. Nothing else is harmed.
+//! - With a bound on plaintext, a page comes in when another one has gone. While media refuse to take those that were stored
+//!   to (a disk that is full), a touch through the pointer waits, until they do or the map ends; the safe calls return
+//!   [`VolumeError::WindowFull`] instead.
 //! - A forked child does not have the map: touching it there is SIGSEGV. System calls may read and write the map, but
 //!   direct I/O and other pins (`O_DIRECT`, registered buffers, VFIO) store past all tracking: do not use them on it.
 //! - Plaintext is left out of core dumps, and locked in memory where `RLIMIT_MEMLOCK` allows

@@ -278,7 +278,8 @@ impl Volume {
     }
 
     /// Writes `data` at `offset`. Under cache-line granularity it is durable on return; under page granularity
-    /// [`Self::persist`] or [`Self::flush`] makes it so.
+    /// [`Self::persist`] or [`Self::flush`] makes it so. `data` must not lie in a direct map of this volume, as for
+    /// [`Self::read_at`]: the call could wait for ever.
     ///
     /// # Errors
     ///
