@@ -11,8 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use daxcrypt::dax::{DaxError, MapMode, MapOptions, Tracking};
+use daxcrypt::dax::{DaxError, DaxMapping, MapMode, MapOptions, Tracking};
 use daxcrypt::pmem::{Access, Backing, OpenError};
+use daxcrypt::volume::Volume;
 use vault::{DATA, PAGE, Random, Vault, child_argument, child_command, load, pattern, store, writable};
 
 /// What the child does wrong, and the signals that may end it: after `close` the address is nobody's, so a thread that
@@ -22,8 +23,10 @@ const CASES: &[(&str, &[i32])] = &[
     ("load a page that media cannot read, after a sync", &[libc::SIGBUS]),
     ("load after lock", &[libc::SIGBUS]),
     ("load an eager map after lock", &[libc::SIGBUS]),
+    ("load an eager map after lock without descriptors", &[libc::SIGBUS]),
     ("load in a thread while the map is dropped", &[libc::SIGBUS, libc::SIGSEGV]),
     ("wait for a page while the volume is locked", &[libc::SIGBUS]),
+    ("wait to store while the volume is locked", &[libc::SIGBUS]),
     ("store to a read-only map", &[libc::SIGSEGV]),
     ("load from an exclusive map after lock", &[libc::SIGBUS]),
 ];
@@ -80,9 +83,12 @@ fn commit(case: &str) {
             volume.lock().unwrap();
             load(&map, 0);
         }
-        "load an eager map after lock" => {
+        "load an eager map after lock" | "load an eager map after lock without descriptors" => {
             let eager = volume.map(0..1 << 20, &writable().eager()).unwrap();
             load(&eager, 0);
+            if case.ends_with("without descriptors") {
+                no_more_descriptors();
+            }
             volume.lock().unwrap();
             load(&eager, 0);
         }
@@ -94,18 +100,10 @@ fn commit(case: &str) {
             map.close().unwrap();
             thread::sleep(Duration::from_secs(30));
         }
-        "wait for a page while the volume is locked" => {
-            thread::scope(|scope| {
-                scope.spawn(|| {
-                    for page in 0..u64::MAX {
-                        load(&map, page * 37 % 256 * PAGE);
-                    }
-                });
-                for _ in 0..20 {
-                    map.evict(0..1 << 20).unwrap();
-                }
-                volume.lock().unwrap();
-            });
+        "wait for a page while the volume is locked" => load_while_locking(&map, &volume),
+        "wait to store while the volume is locked" => {
+            drop(map);
+            store_in_many_threads();
         }
         "store to a read-only map" => {
             let map = volume.map(0..1 << 20, &MapOptions::new()).unwrap();
@@ -122,6 +120,85 @@ fn commit(case: &str) {
         }
         _ => panic!("no such case: {case}"),
     }
+}
+
+fn no_more_descriptors() {
+    // SAFETY: sets a limit of this process: it can open nothing from now on.
+    let limited = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &libc::rlimit { rlim_cur: 0, rlim_max: 0 }) };
+    assert_eq!((limited, std::fs::File::open("/dev/null").is_err()), (0, true));
+}
+
+/// Loads from pages that come and go, in another thread, while the volume is locked.
+fn load_while_locking(map: &DaxMapping, volume: &Volume) {
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for page in 0..u64::MAX {
+                load(map, page * 37 % 256 * PAGE);
+            }
+        });
+        for _ in 0..20 {
+            map.evict(0..1 << 20).unwrap();
+        }
+        volume.lock().unwrap();
+    });
+}
+
+static STOPPED: AtomicU64 = AtomicU64::new(0);
+
+extern "C" fn stop_this_thread(_: libc::c_int) {
+    STOPPED.fetch_add(1, Ordering::SeqCst);
+    loop {
+        // SAFETY: waits for a signal; it may be called in a handler.
+        unsafe { libc::pause() };
+    }
+}
+
+/// Threads store to page after page, each of which is absent at first and write-protected then, while the volume is locked.
+/// Every one of them must get its SIGBUS. The last one is that of this thread, which ends the process.
+fn store_in_many_threads() {
+    const THREADS: u64 = 12;
+    const SIZE: u64 = 64 << 20;
+    let (_vault, volume) = Vault::empty(SIZE);
+    let map = volume.map(0..SIZE, &writable().trap_stores()).unwrap();
+    // SAFETY: the handler touches an atomic and waits.
+    unsafe { libc::signal(libc::SIGBUS, stop_this_thread as extern "C" fn(libc::c_int) as libc::sighandler_t) };
+    thread::scope(|scope| {
+        for id in 0..THREADS {
+            let map = &map;
+            scope.spawn(move || {
+                for page in (0..u64::MAX).map(|index| (index * THREADS + id) * 37 % (SIZE / PAGE)) {
+                    store(map, page * PAGE, 1);
+                }
+            });
+        }
+        thread::sleep(Duration::from_millis(20));
+        volume.lock().unwrap();
+        while STOPPED.load(Ordering::SeqCst) < THREADS {
+            thread::sleep(Duration::from_millis(1));
+        }
+        // SAFETY: the default action again.
+        unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+        load(&map, 0);
+    });
+}
+
+#[test]
+fn a_map_ends_in_order_without_descriptors() {
+    const NAME: &str = "a_map_ends_in_order_without_descriptors";
+    if child_argument().is_none() {
+        let output = child_command(NAME, "limited").output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        return;
+    }
+    let (_vault, volume) = Vault::new(1 << 20);
+    let map = volume.map(0..1 << 20, &writable()).unwrap();
+    store(&map, 77, 0x77);
+    no_more_descriptors();
+    map.close().unwrap();
+    assert_eq!(volume.resident_bytes(), 0);
+    let mut byte = [0];
+    volume.read_at(&mut byte, 77).unwrap();
+    assert_eq!(byte, [0x77]);
 }
 
 /// Loads from random pages of 1 MiB at `start` in a thread that knows nothing of the map's end.
