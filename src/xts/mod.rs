@@ -185,6 +185,7 @@ impl XtsKey {
         self.run(Direction::Decrypt, span, src, dst, Store::Cached);
     }
 
+    #[inline]
     fn run(&self, direction: Direction, span: Span, src: Source<'_>, dst: Target<'_>, store: Store) {
         let len_bytes = check_run(&span, src, &dst);
         let within_unit = len_bytes <= span.unit.len_bytes() - span.skip_bytes;

@@ -11,8 +11,8 @@ use std::thread;
 
 use super::{BATCH_PAGES, PAGE_BYTES, View, Window, WriteBack, pages_of};
 use crate::memory::{Source, Target};
-use crate::volume::area::BLOCK_BYTES;
-use crate::volume::{Volume, VolumeError, block_start, len};
+use crate::volume::area::{BLOCK_BYTES, HeldBlocks};
+use crate::volume::{Volume, VolumeError, block_start, len, read_media, write_media};
 
 /// How often room is looked for before a fill gives up; others' fills end within microseconds.
 const ROOM_ATTEMPTS_MAX: u32 = 10_000;
@@ -59,11 +59,11 @@ impl Volume {
     ) -> Result<(), VolumeError> {
         let page_count = (range.end - range.start) / PAGE_BYTES;
         self.make_room(window, page_count)?;
-        let _held = self.blocks.exclusive(range.clone());
+        let held = self.area.exclusive(range.clone());
         let mut new_pages = 0;
         let filled = match through {
-            Some(through) => self.fill_through(window, range, through, &mut new_pages),
-            None => self.fill_in_place(window, range, &mut new_pages),
+            Some(through) => self.fill_through(held.blocks(), window, range, through, &mut new_pages),
+            None => self.fill_in_place(held.blocks(), window, range, &mut new_pages),
         };
         window.reserved.fetch_sub(page_count - new_pages, Ordering::AcqRel);
         filled
@@ -72,6 +72,7 @@ impl Volume {
     /// Fills and maps, under the caller's exclusive hold. `new_pages` counts those that became resident.
     fn fill_through(
         &self,
+        held: HeldBlocks<'_>,
         window: &Window,
         range: &Range<u64>,
         through: Through<'_>,
@@ -90,7 +91,7 @@ impl Volume {
             rest.start = piece.end;
             let data = piece.start..piece.end.min(self.size());
             let pages = &mut scratch[..len(&piece)];
-            let read = self.area.read(data.start, Target::from_slice(&mut pages[..len(&data)]));
+            let read = held.read(data.start, Target::from_slice(&mut pages[..len(&data)]));
             let installed = read.and_then(|()| {
                 // Whoever touches a page goes on as soon as it is there, and may then sync or evict: the bit comes first.
                 let mut absent = pages_of(&piece);
@@ -112,7 +113,13 @@ impl Volume {
     }
 
     /// Fills what is absent in `range` through the window's own mapping, under the caller's exclusive hold.
-    fn fill_in_place(&self, window: &Window, range: &Range<u64>, new_pages: &mut u64) -> Result<(), VolumeError> {
+    fn fill_in_place(
+        &self,
+        held: HeldBlocks<'_>,
+        window: &Window,
+        range: &Range<u64>,
+        new_pages: &mut u64,
+    ) -> Result<(), VolumeError> {
         let mut rest = range.clone();
         while !rest.is_empty() {
             let (piece, resident) = window.piece(&rest);
@@ -121,7 +128,7 @@ impl Volume {
                 continue;
             }
             let data = piece.start..piece.end.min(self.size());
-            if let Err(error) = self.area.read(data.start, window.memory.target(&data)) {
+            if let Err(error) = held.read(data.start, window.memory.target(&data)) {
                 window.memory.target(&piece).fill(0);
                 let _ = window.memory.punch(&piece); // the media error is the one to report
                 return Err(error);
@@ -184,7 +191,7 @@ impl Volume {
 
     /// One batch of whole pages.
     fn evict_batch(&self, window: &Window, batch: &Range<u64>) -> Result<u64, VolumeError> {
-        let _held = self.blocks.exclusive(batch.clone());
+        let held = self.area.exclusive(batch.clone());
         let views = window.views();
         let overlaps = |view: &View| view.range().start.max(batch.start) < view.range().end.min(batch.end);
         if views.iter().any(|view| view.pinned() && overlaps(view)) {
@@ -198,7 +205,7 @@ impl Volume {
         let mut rest = batch.clone();
         while let Some(run) = window.next_resident(&rest) {
             rest.start = run.end;
-            self.write_back_held(window, &run, WriteBack::IfDifferent)?;
+            self.write_back_held(held.blocks(), window, &run, WriteBack::IfDifferent)?;
             evicted += window.wipe_held(&run).map_err(VolumeError::Window)?;
         }
         Ok(evicted)
@@ -209,7 +216,7 @@ impl Volume {
     pub(crate) fn discard_window(&self, window: &Window, range: &Range<u64>) -> Result<(), VolumeError> {
         let mut result = Ok(());
         window.each_batch(range, |batch| {
-            let _held = self.blocks.exclusive(batch.clone());
+            let _held = self.area.exclusive(batch.clone());
             if let Err(error) = window.wipe_held(&batch) {
                 result = Err(VolumeError::Window(error));
             }
@@ -227,7 +234,7 @@ impl Volume {
     /// same.
     pub fn lock(&self) -> Result<(), VolumeError> {
         let mut engine = self.engine();
-        let _all = self.blocks.exclusive(0..u64::MAX);
+        let mut all = self.area.alone();
         if self.locked() {
             return Ok(());
         }
@@ -242,7 +249,7 @@ impl Volume {
         for window in &windows {
             window.views().iter().for_each(|view| note(view.revoke().map_err(VolumeError::Window)));
             window.each_batch(&window.whole(), |batch| {
-                note(self.write_back_held(window, &batch, WriteBack::IfDifferent));
+                note(self.write_back_held(all.blocks(), window, &batch, WriteBack::IfDifferent));
             });
         }
         note(self.area.sync().map_err(VolumeError::from));
@@ -251,7 +258,7 @@ impl Volume {
                 note(window.wipe_held(&batch).map(|_| ()).map_err(VolumeError::Window));
             });
         }
-        self.area.forget_keys();
+        all.forget_keys();
         engine.take();
         self.locked.store(true, Ordering::SeqCst);
         result
@@ -269,7 +276,7 @@ impl Volume {
         while start < range.end {
             let page = start / PAGE_BYTES;
             let part = start..range.end.min((page + 1) * PAGE_BYTES);
-            let _held = self.blocks.exclusive(blocks_of(&part));
+            let _held = self.area.exclusive(blocks_of(&part));
             if !window.resident.contains(page) {
                 break;
             }
@@ -288,8 +295,8 @@ impl Volume {
     /// As [`Volume::read_at`].
     pub(crate) fn load(&self, window: &Window, buf: &mut [u8], offset: u64) -> Result<(), VolumeError> {
         let range = self.check(offset, buf.len() as u64)?;
-        let _held = self.blocks.shared(blocks_of(&range));
-        let result = self.read_coherent(window, range, buf);
+        let held = self.area.shared(blocks_of(&range));
+        let result = Self::read_coherent(held.blocks(), window, range, buf);
         if result.is_err() {
             buf.fill(0);
         }
@@ -298,7 +305,7 @@ impl Volume {
 
     /// Reads what the caller holds: resident pages from the window, absent ones from media, and these stay absent.
     pub(in crate::volume) fn read_coherent(
-        &self,
+        held: HeldBlocks<'_>,
         window: &Window,
         range: Range<u64>,
         buf: &mut [u8],
@@ -311,7 +318,7 @@ impl Volume {
             if resident {
                 window.memory.source(&piece).copy_to(out);
             } else {
-                self.read_media(piece, out)?;
+                read_media(held, piece, out)?;
             }
         }
         Ok(())
@@ -321,6 +328,7 @@ impl Volume {
     /// window where it is resident.
     pub(in crate::volume) fn write_coherent(
         &self,
+        held: HeldBlocks<'_>,
         window: &Window,
         range: Range<u64>,
         data: &[u8],
@@ -332,9 +340,9 @@ impl Volume {
             rest = (piece.end..rest.0.end, after);
             if resident {
                 window.memory.target(&piece).copy_from(part);
-                self.write_back_held(window, &blocks_of(&piece), WriteBack::Always)?;
+                self.write_back_held(held, window, &blocks_of(&piece), WriteBack::Always)?;
             } else {
-                self.write_media(piece, part)?;
+                write_media(held, piece, part)?;
             }
         }
         Ok(())
