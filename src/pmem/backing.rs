@@ -335,17 +335,17 @@ impl Backing {
     /// # Errors
     ///
     /// As of both.
+    #[inline]
     pub fn write_through<R>(&self, range: Range<u64>, f: impl FnOnce(Target<'_>) -> R) -> Result<R, MediaError> {
         let span = self.span(&range)?;
         match &self.medium {
             Medium::Kernel(medium) if self.granularity() == Granularity::CacheLine => {
                 self.check_writable()?;
-                let len_bytes = self.len_bytes();
-                medium.prepare_store(&range, len_bytes)?;
+                medium.prepare_store(&range, self.len_bytes())?;
                 let result = f(self.mapping.target(&span));
-                medium.flush(&self.mapping, &span, len_bytes)?;
-                medium.drain()?;
+                medium.flush_lines(&self.mapping, &span)?;
                 self.check_faults(&span)?;
+                medium.drain()?; // last: what follows a fence waits for it
                 Ok(result)
             }
             _ => {
@@ -560,6 +560,7 @@ impl Backing {
     }
 
     /// The one check that turns offsets into positions in the mapping.
+    #[inline]
     fn span(&self, range: &Range<u64>) -> Result<Range<usize>, MediaError> {
         let len_bytes = self.len_bytes();
         let out_of_range = || MediaError::OutOfRange { start: range.start, end: range.end, len_bytes };
@@ -571,6 +572,7 @@ impl Backing {
         Ok(start..end)
     }
 
+    #[inline]
     fn check_faults(&self, span: &Range<usize>) -> Result<(), MediaError> {
         match self.mapping.first_bad(span) {
             None => Ok(()),

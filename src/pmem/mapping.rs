@@ -130,6 +130,7 @@ impl Mapping {
     }
 
     /// The bytes at `range`, for writing. The caller has opened the backing for writing.
+    #[inline]
     pub(super) fn target(&self, range: &Range<usize>) -> Target<'_> {
         let start = self.address(range);
         // SAFETY: the range is mapped and writable as long as `self` is borrowed, and everyone uses raw pointers.
@@ -141,9 +142,14 @@ impl Mapping {
     /// Called after an access, it tells whether the access was sound. The barrier puts the access before the question even
     /// for stores, so that a store that went to a covered page cannot miss the mark: the handler has the other half of it
     /// between marking a page and covering it.
+    #[inline]
     pub(super) fn first_bad(&self, range: &Range<usize>) -> Option<usize> {
         barrier::light();
-        if self.registration.faults() == 0 || range.is_empty() {
+        if self.registration.faults() == 0 { None } else { self.look_up(range) }
+    }
+
+    fn look_up(&self, range: &Range<usize>) -> Option<usize> {
+        if range.is_empty() {
             return None;
         }
         let pages = range.start / self.page_bytes..range.end.div_ceil(self.page_bytes);
@@ -154,6 +160,7 @@ impl Mapping {
     }
 
     /// Starts the write-back of the cache lines of `range`.
+    #[inline]
     pub(super) fn write_back(&self, range: &Range<usize>) {
         let start = self.address(range);
         // SAFETY: the range is mapped and readable.
@@ -169,6 +176,7 @@ impl Mapping {
         unsafe { msync(start.cast::<c_void>(), pages.len(), MsyncFlags::SYNC) }
     }
 
+    #[inline]
     fn address(&self, range: &Range<usize>) -> *mut u8 {
         let len_bytes = self.memory.len_bytes();
         assert!(range.start <= range.end && range.end <= len_bytes, "{range:?} is outside of {len_bytes} mapped bytes");

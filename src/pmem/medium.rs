@@ -74,8 +74,13 @@ impl KernelMedium {
     /// Makes sure that a store to `range` finds its blocks.
     ///
     /// On a file system without `fallocate` nothing can be promised, and a full disk shows as a media error.
+    #[inline]
     pub(super) fn prepare_store(&self, range: &Range<u64>, len_bytes: u64) -> Result<(), MediaError> {
-        if !self.sparse.load(Ordering::Acquire) || range.is_empty() {
+        if self.sparse.load(Ordering::Acquire) { self.allocate_steps(range, len_bytes) } else { Ok(()) }
+    }
+
+    fn allocate_steps(&self, range: &Range<u64>, len_bytes: u64) -> Result<(), MediaError> {
+        if range.is_empty() {
             return Ok(());
         }
         for step in range.start / ALLOCATION_STEP_BYTES..range.end.div_ceil(ALLOCATION_STEP_BYTES) {
@@ -92,6 +97,14 @@ impl KernelMedium {
             }
             self.allocated_steps.insert(bit);
         }
+        Ok(())
+    }
+
+    /// [`Self::flush`] at cache-line granularity.
+    #[inline]
+    pub(super) fn flush_lines(&self, mapping: &Mapping, range: &Range<usize>) -> Result<(), MediaError> {
+        self.syncs.check()?;
+        mapping.write_back(range);
         Ok(())
     }
 
@@ -113,6 +126,7 @@ impl KernelMedium {
         }
     }
 
+    #[inline]
     pub(super) fn drain(&self) -> Result<(), MediaError> {
         self.syncs.check()?;
         if self.granularity == Granularity::CacheLine {

@@ -35,6 +35,7 @@ enum WriteBack {
 /// # Safety
 ///
 /// The range is mapped and readable.
+#[inline]
 pub(super) unsafe fn write_back(start: *const u8, len_bytes: usize) {
     if len_bytes == 0 {
         return;
@@ -49,6 +50,7 @@ pub(super) unsafe fn write_back(start: *const u8, len_bytes: usize) {
 }
 
 /// Waits until the write-backs and non-temporal stores that this thread has started are durable.
+#[inline]
 pub(super) fn fence() {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: SFENCE is part of SSE, which every x86-64 has.

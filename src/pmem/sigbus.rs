@@ -81,6 +81,7 @@ impl Registration {
     }
 
     /// How many faults the mapping has had. When it is 0, no page is bad. Acquires the marks.
+    #[inline]
     pub(super) fn faults(&self) -> u64 {
         self.slot.faults.load(Ordering::Acquire)
     }

@@ -1,16 +1,16 @@
 //! The data area: whole 16-byte blocks between ciphertext on media and plaintext in memory.
 //!
-//! Everything here is aligned to blocks; byte granularity and the order of writers are the volume's part. Under cache-line
+//! Everything here is aligned to blocks; byte granularity and the order of writers are the volume's part. Who reads or writes
+//! holds the range, and has an [`HeldBlocks`] from that. Under cache-line
 //! granularity what is written is also flushed here (write-through), so that [`DataArea::sync`] has little left to do.
 //!
 //! While the volume is being re-keyed the area has two sides, and a boundary between them that moves window by window.
-//! Every access is cut at the boundary. It holds its range in `sides` meanwhile, and the window that moves is held there
-//! exclusively: so the boundary never passes through an access, and an access waits for no more than the window that it
-//! touches. Sides come and go when nobody holds anything. A range there is taken last and given back before anything else is
-//! asked for. A locked volume has no sides, and so no keys.
+//! Every access is cut at the boundary. The window that moves is held exclusively: so the boundary never passes through an
+//! access, and an access waits for no more than the window that it touches. Sides come and go when nobody holds anything. A
+//! locked volume has no sides, and so no keys.
 //!
 //! The size can change, when no transform is under way: the side is then replaced by one of the new size. So each access is
-//! checked against the size here too, under the same hold.
+//! checked against the size here too.
 //!
 //! With discards, a block whose ciphertext is all zero bytes stands for a hole and reads as zeroes. Real data looks so
 //! with a probability of 2^-128 a block, and no other place can forget which units are holes.
@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use zeroize::Zeroizing;
 
 use super::error::VolumeError;
-use super::range_locked::{Held, RangeLocked};
+use super::range_locked::{Held, HeldAlone, RangeLocked};
 use super::side::{Side, zero_holes};
 use super::sides::{Former, Saved, Sides};
 use crate::memory::{Source, Target};
@@ -56,6 +56,27 @@ pub(crate) struct DataArea {
     holes: bool,
     /// By ranges of logical offsets; `None` when the volume is locked.
     sides: RangeLocked<Option<Sides>>,
+}
+
+/// A range that is held, shared or exclusively.
+#[must_use = "the range is free again as soon as this is dropped"]
+pub(super) struct HeldRange<'a> {
+    area: &'a DataArea,
+    sides: Held<'a, Option<Sides>>,
+}
+
+/// Everything is held.
+#[must_use = "everything is free again as soon as this is dropped"]
+pub(super) struct HeldArea<'a> {
+    area: &'a DataArea,
+    sides: HeldAlone<'a, Option<Sides>>,
+}
+
+/// What may be done to what is held.
+#[derive(Clone, Copy)]
+pub(super) struct HeldBlocks<'a> {
+    area: &'a DataArea,
+    sides: Option<&'a Sides>,
 }
 
 /// A window that moves, and that nobody else reads or writes meanwhile.
@@ -99,58 +120,87 @@ impl DataArea {
         self.size_bytes.store(size_bytes, Ordering::Release);
     }
 
-    /// Checks a range once more, which is held: the size may have changed since the volume did.
-    fn check(&self, range: &Range<u64>) -> Result<(), VolumeError> {
-        let size_bytes = self.size_bytes();
-        if range.end <= size_bytes {
-            return Ok(());
-        }
-        let (offset, len_bytes) = (range.start, range.end.saturating_sub(range.start));
-        Err(VolumeError::OutOfRange { offset, len_bytes, size_bytes })
-    }
-
     pub(crate) const fn backend(&self) -> Backend {
         self.backend
-    }
-
-    /// Wipes the keys, once every access has ended. All that come later fail.
-    pub(crate) fn forget_keys(&self) {
-        self.sides.alone().take();
     }
 
     pub(crate) const fn holes(&self) -> bool {
         self.holes
     }
 
+    /// Makes everything that was written durable.
+    ///
+    /// # Errors
+    ///
+    /// What the medium says, after which the backing is poisoned until it is reopened.
+    pub(crate) fn sync(&self) -> Result<(), MediaError> {
+        self.backing.sync_all()
+    }
+
+    /// Holds logical `range` together with others who share it.
+    pub(super) fn shared(&self, range: Range<u64>) -> HeldRange<'_> {
+        HeldRange { area: self, sides: self.sides.shared(range) }
+    }
+
+    /// Holds logical `range` alone.
+    pub(super) fn exclusive(&self, range: Range<u64>) -> HeldRange<'_> {
+        HeldRange { area: self, sides: self.sides.exclusive(range) }
+    }
+
+    /// Holds everything alone.
+    pub(super) fn alone(&self) -> HeldArea<'_> {
+        HeldArea { area: self, sides: self.sides.alone() }
+    }
+}
+
+impl HeldRange<'_> {
+    pub(super) fn blocks(&self) -> HeldBlocks<'_> {
+        HeldBlocks { area: self.area, sides: self.sides.as_ref() }
+    }
+}
+
+impl HeldArea<'_> {
+    pub(super) fn blocks(&self) -> HeldBlocks<'_> {
+        HeldBlocks { area: self.area, sides: self.sides.as_ref() }
+    }
+
+    /// Wipes the keys. Every access from now on fails.
+    pub(super) fn forget_keys(&mut self) {
+        self.sides.take();
+    }
+}
+
+/// Ranges are logical, and held.
+impl HeldBlocks<'_> {
     /// Decrypts the blocks at logical `offset` to `out`; both are multiples of 16 bytes, checked to be in range.
     ///
     /// # Errors
     ///
     /// What the medium says, and [`VolumeError::Locked`]; `out` may then hold anything that was read before, so the caller
     /// must not pass it on.
-    pub(crate) fn read(&self, offset: u64, out: Target<'_>) -> Result<(), VolumeError> {
+    pub(super) fn read(self, offset: u64, out: Target<'_>) -> Result<(), VolumeError> {
         let len_bytes = out.len();
         let range = offset..offset + len_bytes as u64;
-        let result = self.access(range.clone(), |sides| self.read_held(sides, range, out));
+        let result = self.sides(&range).and_then(|sides| self.read_held(sides, range, out));
         scrub_after(len_bytes);
         result
     }
 
-    fn read_held(&self, sides: &Sides, range: Range<u64>, out: Target<'_>) -> Result<(), VolumeError> {
+    fn read_held(self, sides: &Sides, range: Range<u64>, out: Target<'_>) -> Result<(), VolumeError> {
         let (mut out, offset) = (out, range.start);
         let Some(saved) = sides.saved(&range) else { return self.read_parts(sides, range, out) };
-        saved.read(self.holes, out.reborrow().slice(relative(&saved.part, offset)));
+        saved.read(self.area.holes, out.reborrow().slice(relative(&saved.part, offset)));
         for rest in [range.start..saved.part.start, saved.part.end..range.end] {
             self.read_parts(sides, rest.clone(), out.reborrow().slice(relative(&rest, offset)))?;
         }
         Ok(())
     }
 
-    fn read_parts(&self, sides: &Sides, range: Range<u64>, out: Target<'_>) -> Result<(), VolumeError> {
+    fn read_parts(self, sides: &Sides, range: Range<u64>, out: Target<'_>) -> Result<(), VolumeError> {
         let (mut out, offset) = (out, range.start);
-        for (side, part) in sides.parts(range, self.size_bytes())?.into_iter().flatten() {
+        for (side, part) in sides.parts(range, self.area.size_bytes())?.into_iter().flatten() {
             let out = out.reborrow().slice(relative(&part, offset));
-            side.read(&self.backing, self.holes, part.start, out)?;
+            side.read(&self.area.backing, self.area.holes, part.start, out)?;
         }
         Ok(())
     }
@@ -160,15 +210,15 @@ impl DataArea {
     /// # Errors
     ///
     /// What the medium says, and [`VolumeError::Locked`]; the blocks then hold old or new ciphertext, each.
-    pub(crate) fn write(&self, offset: u64, plaintext: Source<'_>) -> Result<(), VolumeError> {
+    pub(super) fn write(self, offset: u64, plaintext: Source<'_>) -> Result<(), VolumeError> {
         let len_bytes = plaintext.len();
         let result = self.on_sides(offset..offset + len_bytes as u64, |side, part| {
             let plaintext = plaintext.slice(relative(&part, offset));
-            match self.backing.granularity() {
-                Granularity::Page => side.store(&self.backing, part.start, plaintext),
+            match self.area.backing.granularity() {
+                Granularity::Page => side.store(&self.area.backing, part.start, plaintext),
                 // Not every backend has non-temporal stores, and none uses them at ragged ends. Writing back a line that
                 // is not in the cache costs little; believing that it is on media when it is not costs the data.
-                Granularity::CacheLine => side.store_through(&self.backing, part.start, plaintext),
+                Granularity::CacheLine => side.store_through(&self.area.backing, part.start, plaintext),
             }
         });
         scrub_after(len_bytes);
@@ -180,18 +230,18 @@ impl DataArea {
     /// # Errors
     ///
     /// As [`Self::read`].
-    pub(crate) fn read_unmapped(&self, offset: u64, out: Target<'_>, scratch: &mut [u8]) -> Result<(), VolumeError> {
+    pub(super) fn read_unmapped(self, offset: u64, out: Target<'_>, scratch: &mut [u8]) -> Result<(), VolumeError> {
         let mut out = out;
         let len_bytes = out.len();
         let range = offset..offset + len_bytes as u64;
-        let result = self.access(range.clone(), |sides| {
+        let result = self.sides(&range).and_then(|sides| {
             if sides.saved(&range).is_some() {
                 return self.read_held(sides, range, out);
             }
-            for (side, part) in sides.parts(range, self.size_bytes())?.into_iter().flatten() {
+            for (side, part) in sides.parts(range, self.area.size_bytes())?.into_iter().flatten() {
                 let out = out.reborrow().slice(relative(&part, offset));
                 let scratch = &mut scratch[..out.len()];
-                side.read_unmapped(&self.backing, self.holes, part.start, out, scratch)?;
+                side.read_unmapped(&self.area.backing, self.area.holes, part.start, out, scratch)?;
             }
             Ok(())
         });
@@ -204,8 +254,8 @@ impl DataArea {
     /// # Errors
     ///
     /// As [`Self::write`].
-    pub(crate) fn write_unmapped(
-        &self,
+    pub(super) fn write_unmapped(
+        self,
         offset: u64,
         plaintext: Source<'_>,
         scratch: &mut [u8],
@@ -214,18 +264,18 @@ impl DataArea {
         let result = self.on_sides(offset..offset + len_bytes as u64, |side, part| {
             let plaintext = plaintext.slice(relative(&part, offset));
             let scratch = &mut scratch[..plaintext.len()];
-            side.store_unmapped(&self.backing, part.start, plaintext, scratch)
+            side.store_unmapped(&self.area.backing, part.start, plaintext, scratch)
         });
         scrub_after(len_bytes);
         result
     }
 
-    /// Encrypts zeroes over the blocks of logical `range`.
+    /// Encrypts zeroes over the blocks of `range`.
     ///
     /// # Errors
     ///
     /// As [`Self::write`].
-    pub(crate) fn write_zeroes(&self, range: Range<u64>) -> Result<(), VolumeError> {
+    pub(super) fn write_zeroes(self, range: Range<u64>) -> Result<(), VolumeError> {
         let mut offset = range.start;
         while offset < range.end {
             let len_bytes = (range.end - offset).min(ZEROES.len() as u64);
@@ -241,9 +291,9 @@ impl DataArea {
     /// # Errors
     ///
     /// What the medium says, [`MediaError::Unsupported`] included, and [`VolumeError::Locked`].
-    pub(crate) fn punch(&self, range: Range<u64>) -> Result<(), VolumeError> {
-        debug_assert!(self.holes, "without the flag a hole would read as noise");
-        self.on_sides(range, |side, part| self.backing.punch_hole(side.physical(part)))
+    pub(super) fn punch(self, range: Range<u64>) -> Result<(), VolumeError> {
+        debug_assert!(self.area.holes, "without the flag a hole would read as noise");
+        self.on_sides(range, |side, part| self.area.backing.punch_hole(side.physical(part)))
     }
 
     /// Where the backing has blocks and where not, in logical `range`: runs in order.
@@ -251,26 +301,25 @@ impl DataArea {
     /// # Errors
     ///
     /// What the medium says, and [`VolumeError::Locked`].
-    pub(crate) fn extents(&self, range: Range<u64>) -> Result<Vec<BackingExtent>, VolumeError> {
-        self.access(range.clone(), |sides| {
-            let mut extents = Vec::new();
-            let add = |extents: &mut Vec<_>, range: Range<u64>| -> Result<(), VolumeError> {
-                for (side, part) in sides.parts(range, self.size_bytes())?.into_iter().flatten() {
-                    extents.extend(self.backing.extents(side.physical(part))?);
-                }
-                Ok(())
-            };
-            match sides.saved(&range) {
-                None => add(&mut extents, range)?,
-                Some(Saved { part, .. }) => {
-                    let after = part.end..range.end;
-                    add(&mut extents, range.start..part.start)?;
-                    extents.push(BackingExtent { range: part, allocated: true });
-                    add(&mut extents, after)?;
-                }
+    pub(super) fn extents(self, range: Range<u64>) -> Result<Vec<BackingExtent>, VolumeError> {
+        let sides = self.sides(&range)?;
+        let mut extents = Vec::new();
+        let add = |extents: &mut Vec<_>, range: Range<u64>| -> Result<(), VolumeError> {
+            for (side, part) in sides.parts(range, self.area.size_bytes())?.into_iter().flatten() {
+                extents.extend(self.area.backing.extents(side.physical(part))?);
             }
-            Ok(extents)
-        })
+            Ok(())
+        };
+        match sides.saved(&range) {
+            None => add(&mut extents, range)?,
+            Some(Saved { part, .. }) => {
+                let after = part.end..range.end;
+                add(&mut extents, range.start..part.start)?;
+                extents.push(BackingExtent { range: part, allocated: true });
+                add(&mut extents, after)?;
+            }
+        }
+        Ok(extents)
     }
 
     /// Makes what was written to logical `range` durable.
@@ -278,47 +327,41 @@ impl DataArea {
     /// # Errors
     ///
     /// What the medium says, after which the backing is poisoned until it is reopened, and [`VolumeError::Locked`].
-    pub(crate) fn persist(&self, range: Range<u64>) -> Result<(), VolumeError> {
-        match self.backing.granularity() {
+    pub(super) fn persist(self, range: Range<u64>) -> Result<(), VolumeError> {
+        match self.area.backing.granularity() {
             // Writes are durable already; holes that were punched are metadata, which only a sync makes so.
-            Granularity::CacheLine => Ok(self.backing.sync_all()?),
-            Granularity::Page => self.on_sides(range, |side, part| self.backing.persist(side.physical(part))),
+            Granularity::CacheLine => Ok(self.area.backing.sync_all()?),
+            Granularity::Page => self.on_sides(range, |side, part| self.area.backing.persist(side.physical(part))),
         }
     }
 
-    /// Makes everything that was written durable.
-    ///
-    /// # Errors
-    ///
-    /// What the medium says, after which the backing is poisoned until it is reopened.
-    pub(crate) fn sync(&self) -> Result<(), MediaError> {
-        self.backing.sync_all()
-    }
-
-    /// Runs `access` on the parts of logical `range`, one on each side that it touches.
+    /// Runs `access` on the parts of `range`, one on each side that it touches.
+    #[inline]
     fn on_sides(
-        &self,
+        self,
         range: Range<u64>,
         mut access: impl FnMut(&Side, Range<u64>) -> Result<(), MediaError>,
     ) -> Result<(), VolumeError> {
-        self.access(range.clone(), |sides| {
-            for (side, part) in sides.parts(range, self.size_bytes())?.into_iter().flatten() {
-                access(side, part)?;
-            }
-            Ok(())
-        })
+        let sides = self.sides(&range)?;
+        if let Some(side) = sides.only() {
+            return Ok(access(side, range)?);
+        }
+        for (side, part) in sides.parts(range, self.area.size_bytes())?.into_iter().flatten() {
+            access(side, part)?;
+        }
+        Ok(())
     }
 
-    /// Runs `access` while logical `range` is held.
-    fn access<R>(
-        &self,
-        range: Range<u64>,
-        access: impl FnOnce(&Sides) -> Result<R, VolumeError>,
-    ) -> Result<R, VolumeError> {
-        let held = self.sides.shared(range.clone());
-        let sides = held.as_ref().ok_or(VolumeError::Locked)?;
-        self.check(&range)?;
-        access(sides)
+    /// The sides, for an access to `range`, which is checked once more: the size may have changed since the volume did.
+    #[inline]
+    fn sides(&self, range: &Range<u64>) -> Result<&Sides, VolumeError> {
+        let Some(sides) = self.sides else { return Err(VolumeError::Locked) };
+        let size_bytes = self.area.size_bytes();
+        if range.end <= size_bytes {
+            return Ok(sides);
+        }
+        let (offset, len_bytes) = (range.start, range.end.saturating_sub(range.start));
+        Err(VolumeError::OutOfRange { offset, len_bytes, size_bytes })
     }
 }
 

@@ -102,7 +102,7 @@ impl ClaimGuard {
         let ticket = volume.claims.enter(range, exclusive).ok_or(claimed)?;
         if is_exclusive {
             // Writers that did not see the claim are done after this.
-            drop(volume.blocks.exclusive(range.clone()));
+            drop(volume.area.exclusive(range.clone()));
         }
         Ok(Self { volume: Arc::clone(volume), ticket })
     }

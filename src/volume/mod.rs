@@ -3,7 +3,7 @@
 //! A [`Volume`] reads and writes plaintext at logical offsets, from many threads at once. Plaintext exists in the
 //! caller's buffers and, for a moment, in a 16-byte scratch block; ciphertext goes to and comes from media directly.
 //!
-//! Who may write what, together (the other half stands in `range_lock`): blocks are independent under XTS, so a write
+//! Who may write what, together (the other half stands in [`range_lock`]): blocks are independent under XTS, so a write
 //! of whole blocks stores them under a *shared* lock. A write with a partial first or last block, which is read, changed
 //! and written back, holds its blocks under an *exclusive* lock, and so does every write once there is a `window` of
 //! plaintext for direct maps. Two writers of the same bytes leave either one's block, as on a disk; writers of different
@@ -27,11 +27,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use zeroize::Zeroizing;
 
-use self::area::{BLOCK_BYTES, DataArea};
+use self::area::{BLOCK_BYTES, DataArea, HeldBlocks, HeldRange};
 pub(crate) use self::claims::ClaimGuard;
 use self::claims::Claims;
 pub use self::error::{EphemeralError, VolumeError};
-use self::range_lock::{RangeGuard, RangeLock};
 use self::side::Side;
 use self::transform::Engine;
 pub use self::transform::{TransformProgress, WINDOW_BYTES};
@@ -51,8 +50,6 @@ pub struct Volume {
     header: Header,
     /// Kept open, and with it locked, while the volume is in use; the data's backing unless the header is detached.
     _header_backing: Arc<Backing>,
-    /// Over logical offsets.
-    blocks: RangeLock,
     /// Made by the first direct map.
     window: OnceLock<Arc<Window>>,
     claims: Claims,
@@ -61,7 +58,7 @@ pub struct Volume {
     mapping: RwLock<()>,
     locked: AtomicBool,
     /// Owns the header and its keys; `None` when the volume is locked, or not a namespace of ours. Asked before anything of
-    /// `area` and before `blocks`, never while something of them is held.
+    /// `area`, never while something of it is held.
     engine: Mutex<Option<Engine>>,
 }
 
@@ -136,7 +133,6 @@ impl Volume {
             area,
             header,
             _header_backing: header_backing,
-            blocks: RangeLock::default(),
             window: OnceLock::new(),
             claims: Claims::default(),
             mapping: RwLock::new(()),
@@ -223,10 +219,10 @@ impl Volume {
     /// [`VolumeError::OutOfRange`], or [`VolumeError::Media`] with `buf` zeroed.
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), VolumeError> {
         let range = self.check(offset, buf.len() as u64)?;
-        let _held = self.blocks.shared(blocks_of(&range));
+        let held = self.area.shared(blocks_of(&range));
         let result = match self.window.get() {
-            Some(window) => self.read_coherent(window, range, buf),
-            None => self.read_media(range, buf),
+            Some(window) => Self::read_coherent(held.blocks(), window, range, buf),
+            None => read_media(held.blocks(), range, buf),
         };
         if result.is_err() {
             buf.fill(0);
@@ -246,35 +242,13 @@ impl Volume {
         if self.granularity() == Granularity::CacheLine || blocks != range || self.window.get().is_some() {
             return self.read_at(buf, offset);
         }
-        let held = self.blocks.shared(blocks);
+        let held = self.area.shared(blocks);
         if self.window.get().is_some() {
             drop(held);
             return self.read_at(buf, offset);
         }
         scratch.resize(scratch.len().max(buf.len()), 0);
-        self.area.read_unmapped(offset, Target::from_slice(buf), scratch).inspect_err(|_| buf.fill(0))
-    }
-
-    fn read_media(&self, range: Range<u64>, buf: &mut [u8]) -> Result<(), VolumeError> {
-        let pieces = Pieces::of(range);
-        let (head, rest) = buf.split_at_mut(len(&pieces.head));
-        let (whole, tail) = rest.split_at_mut(len(&pieces.whole));
-        self.read_part(&pieces.head, head)?;
-        if !whole.is_empty() {
-            self.area.read(pieces.whole.start, Target::from_slice(whole))?;
-        }
-        self.read_part(&pieces.tail, tail)
-    }
-
-    /// Reads a part of one block.
-    fn read_part(&self, part: &Range<u64>, out: &mut [u8]) -> Result<(), VolumeError> {
-        if part.is_empty() {
-            return Ok(());
-        }
-        let mut block = Zeroizing::new([0; BLOCK_LEN]);
-        self.area.read(block_start(part.start), Target::from_slice(&mut *block))?;
-        out.copy_from_slice(&block[within_block(part)]);
-        Ok(())
+        held.blocks().read_unmapped(offset, Target::from_slice(buf), scratch).inspect_err(|_| buf.fill(0))
     }
 
     /// Writes `data` at `offset`. Under cache-line granularity it is durable on return; under page granularity
@@ -287,10 +261,10 @@ impl Volume {
     /// which each block holds its old or its new content.
     pub fn write_at(&self, data: &[u8], offset: u64) -> Result<(), VolumeError> {
         let range = self.check_write(offset, data.len() as u64)?;
-        let (_held, window) = self.hold_for_write(&range)?;
+        let (held, window) = self.hold_for_write(&range)?;
         match window {
-            Some(window) => self.write_coherent(window, range, data),
-            None => self.write_media(range, data),
+            Some(window) => self.write_coherent(held.blocks(), window, range, data),
+            None => write_media(held.blocks(), range, data),
         }
     }
 
@@ -309,7 +283,7 @@ impl Volume {
             return self.write_at(data, offset);
         }
         scratch.resize(scratch.len().max(data.len()), 0);
-        self.area.write_unmapped(offset, Source::from_slice(data), scratch)
+        held.blocks().write_unmapped(offset, Source::from_slice(data), scratch)
     }
 
     /// Holds the blocks of `range` as a write needs them, and tells of the window to keep coherent. A window that comes
@@ -318,43 +292,18 @@ impl Volume {
     /// # Errors
     ///
     /// [`VolumeError::Claimed`] when a part of the range is mapped exclusively.
-    fn hold_for_write(&self, range: &Range<u64>) -> Result<(RangeGuard<'_>, Option<&Window>), VolumeError> {
+    fn hold_for_write(&self, range: &Range<u64>) -> Result<(HeldRange<'_>, Option<&Window>), VolumeError> {
         let blocks = blocks_of(range);
         let shared = self.window.get().is_none() && blocks == *range;
-        let mut held = if shared { self.blocks.shared(blocks.clone()) } else { self.blocks.exclusive(blocks.clone()) };
+        let mut held = if shared { self.area.shared(blocks.clone()) } else { self.area.exclusive(blocks.clone()) };
         if shared && self.window.get().is_some() {
             drop(held);
-            held = self.blocks.exclusive(blocks);
+            held = self.area.exclusive(blocks);
         }
         if self.claims.refuses(range) {
             return Err(VolumeError::Claimed { start: range.start, end: range.end });
         }
         Ok((held, self.window.get().map(Arc::as_ref)))
-    }
-
-    /// Writes to media what the caller holds.
-    fn write_media(&self, range: Range<u64>, data: &[u8]) -> Result<(), VolumeError> {
-        let pieces = Pieces::of(range);
-        let (head, rest) = data.split_at(len(&pieces.head));
-        let (whole, tail) = rest.split_at(len(&pieces.whole));
-        self.write_part(&pieces.head, head)?;
-        if !whole.is_empty() {
-            self.area.write(pieces.whole.start, Source::from_slice(whole))?;
-        }
-        self.write_part(&pieces.tail, tail)
-    }
-
-    /// Changes a part of one block, which the caller holds exclusively: the only read-modify-write there is.
-    fn write_part(&self, part: &Range<u64>, data: &[u8]) -> Result<(), VolumeError> {
-        if part.is_empty() {
-            return Ok(());
-        }
-        let start = block_start(part.start);
-        let mut block = Zeroizing::new([0; BLOCK_LEN]);
-        self.area.read(start, Target::from_slice(&mut *block))?;
-        block[within_block(part)].copy_from_slice(data);
-        self.area.write(start, Source::from_slice(&*block))?;
-        Ok(())
     }
 
     /// Writes zeroes over `len_bytes` bytes at `offset`, encrypted like any data.
@@ -364,24 +313,31 @@ impl Volume {
     /// As [`Self::write_at`].
     pub fn write_zeroes(&self, offset: u64, len_bytes: u64) -> Result<(), VolumeError> {
         let range = self.check_write(offset, len_bytes)?;
-        let (_held, window) = self.hold_for_write(&range)?;
+        let (held, window) = self.hold_for_write(&range)?;
+        let held = held.blocks();
         let pieces = Pieces::of(range.clone());
         let zeroes = [0; BLOCK_LEN];
-        self.zero_part(window, &pieces.head, &zeroes)?;
+        self.zero_part(held, window, &pieces.head, &zeroes)?;
         if !pieces.whole.is_empty() {
-            self.area.write_zeroes(pieces.whole.clone())?;
+            held.write_zeroes(pieces.whole.clone())?;
             if let Some(window) = window {
                 Self::zero_resident(window, &pieces.whole);
             }
         }
-        self.zero_part(window, &pieces.tail, &zeroes)
+        self.zero_part(held, window, &pieces.tail, &zeroes)
     }
 
-    fn zero_part(&self, window: Option<&Window>, part: &Range<u64>, zeroes: &[u8]) -> Result<(), VolumeError> {
+    fn zero_part(
+        &self,
+        held: HeldBlocks<'_>,
+        window: Option<&Window>,
+        part: &Range<u64>,
+        zeroes: &[u8],
+    ) -> Result<(), VolumeError> {
         let zeroes = &zeroes[..len(part)];
         match window {
-            Some(window) => self.write_coherent(window, part.clone(), zeroes),
-            None => self.write_part(part, zeroes),
+            Some(window) => self.write_coherent(held, window, part.clone(), zeroes),
+            None => write_part(held, part, zeroes),
         }
     }
 
@@ -418,8 +374,8 @@ impl Volume {
 
     /// Whether the medium could punch holes.
     fn punch(&self, units: &Range<u64>) -> Result<bool, VolumeError> {
-        let (_held, window) = self.hold_for_write(units)?;
-        match self.area.punch(units.clone()) {
+        let (held, window) = self.hold_for_write(units)?;
+        match held.blocks().punch(units.clone()) {
             Ok(()) => {
                 if let Some(window) = window {
                     Self::zero_resident(window, units);
@@ -447,7 +403,7 @@ impl Volume {
         if !self.discards() || resident {
             return Ok(vec![VolumeExtent { len_bytes, hole: false }]);
         }
-        let extents = self.area.extents(range)?;
+        let extents = self.area.shared(range.clone()).blocks().extents(range)?;
         let runs = extents.iter().take(count_max);
         Ok(runs.map(|run| VolumeExtent { len_bytes: run.range.end - run.range.start, hole: !run.allocated }).collect())
     }
@@ -466,7 +422,7 @@ impl Volume {
     /// [`Self::persist`] of a checked range.
     fn persist_media(&self, range: Range<u64>) -> Result<(), VolumeError> {
         self.check_unlocked()?;
-        self.area.persist(range)
+        self.area.shared(range.clone()).blocks().persist(range)
     }
 
     /// Bytes of plaintext that direct maps of this volume keep in memory now.
@@ -527,6 +483,54 @@ impl fmt::Debug for Volume {
             .field("size", &self.size())
             .finish_non_exhaustive()
     }
+}
+
+/// Reads what the caller holds.
+fn read_media(held: HeldBlocks<'_>, range: Range<u64>, buf: &mut [u8]) -> Result<(), VolumeError> {
+    let pieces = Pieces::of(range);
+    let (head, rest) = buf.split_at_mut(len(&pieces.head));
+    let (whole, tail) = rest.split_at_mut(len(&pieces.whole));
+    read_part(held, &pieces.head, head)?;
+    if !whole.is_empty() {
+        held.read(pieces.whole.start, Target::from_slice(whole))?;
+    }
+    read_part(held, &pieces.tail, tail)
+}
+
+/// Reads a part of one block.
+fn read_part(held: HeldBlocks<'_>, part: &Range<u64>, out: &mut [u8]) -> Result<(), VolumeError> {
+    if part.is_empty() {
+        return Ok(());
+    }
+    let mut block = Zeroizing::new([0; BLOCK_LEN]);
+    held.read(block_start(part.start), Target::from_slice(&mut *block))?;
+    out.copy_from_slice(&block[within_block(part)]);
+    Ok(())
+}
+
+/// Writes to media what the caller holds.
+fn write_media(held: HeldBlocks<'_>, range: Range<u64>, data: &[u8]) -> Result<(), VolumeError> {
+    let pieces = Pieces::of(range);
+    let (head, rest) = data.split_at(len(&pieces.head));
+    let (whole, tail) = rest.split_at(len(&pieces.whole));
+    write_part(held, &pieces.head, head)?;
+    if !whole.is_empty() {
+        held.write(pieces.whole.start, Source::from_slice(whole))?;
+    }
+    write_part(held, &pieces.tail, tail)
+}
+
+/// Changes a part of one block, which the caller holds exclusively: the only read-modify-write there is.
+fn write_part(held: HeldBlocks<'_>, part: &Range<u64>, data: &[u8]) -> Result<(), VolumeError> {
+    if part.is_empty() {
+        return Ok(());
+    }
+    let start = block_start(part.start);
+    let mut block = Zeroizing::new([0; BLOCK_LEN]);
+    held.read(start, Target::from_slice(&mut *block))?;
+    block[within_block(part)].copy_from_slice(data);
+    held.write(start, Source::from_slice(&*block))?;
+    Ok(())
 }
 
 /// A range cut at block boundaries: at most one partial block, whole blocks, at most one partial block.

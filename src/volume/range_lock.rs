@@ -88,20 +88,22 @@ impl Default for RangeLock {
 impl RangeLock {
     /// Waits until no exclusive holder overlaps `range`. An empty range conflicts with [`Self::alone`] only.
     pub(crate) fn shared(&self, range: Range<u64>) -> RangeGuard<'_> {
-        self.acquire(Request { start: range.start, end: range.end, mode: Mode::Shared })
+        self.acquire(range.start, range.end, Mode::Shared)
     }
 
     /// Waits until no holder overlaps `range`.
     pub(crate) fn exclusive(&self, range: Range<u64>) -> RangeGuard<'_> {
-        self.acquire(Request { start: range.start, end: range.end, mode: Mode::Exclusive })
+        self.acquire(range.start, range.end, Mode::Exclusive)
     }
 
     /// Waits until there is no holder at all.
     pub(crate) fn alone(&self) -> RangeGuard<'_> {
-        self.acquire(Request { start: 0, end: u64::MAX, mode: Mode::Alone })
+        self.acquire(0, u64::MAX, Mode::Alone)
     }
 
-    fn acquire(&self, request: Request) -> RangeGuard<'_> {
+    /// The arguments come in registers: a structure in memory would have to get there before the request could be noted.
+    fn acquire(&self, start: u64, end: u64, mode: Mode) -> RangeGuard<'_> {
+        let request = Request { start, end, mode };
         let mut table = self.table();
         let in_line = table.waiting.len();
         match self.grant(&mut table, &request, in_line) {
@@ -129,6 +131,7 @@ impl RangeLock {
     }
 
     /// Gives `request` a slot, if no holder and none of the first `in_line` waiters is in its way.
+    #[inline(always)]
     fn grant(&self, table: &mut Table, request: &Request, in_line: usize) -> Option<usize> {
         let mut rest = table.slots;
         while rest != 0 {
@@ -141,7 +144,8 @@ impl RangeLock {
             }
         }
         let slot = table.slots.trailing_ones() as usize;
-        if slot == SLOTS || table.waiting.iter().take(in_line).any(|(_, earlier)| earlier.conflicts_with(request)) {
+        let in_its_way = |(_, earlier): &(u64, Request)| earlier.conflicts_with(request);
+        if slot == SLOTS || (in_line > 0 && table.waiting.iter().take(in_line).any(in_its_way)) {
             return None;
         }
         table.slots |= 1 << slot;
@@ -186,12 +190,12 @@ mod tests {
     /// Whether `acquire` is granted while `held` is kept.
     fn granted(held: Mode, held_range: Range<u64>, mode: Mode, range: Range<u64>) -> bool {
         let lock = Arc::new(RangeLock::default());
-        let guard = lock.acquire(Request { start: held_range.start, end: held_range.end, mode: held });
+        let guard = lock.acquire(held_range.start, held_range.end, held);
         let (sender, receiver) = std::sync::mpsc::channel();
         let other = {
             let lock = Arc::clone(&lock);
             thread::spawn(move || {
-                let _guard = lock.acquire(Request { start: range.start, end: range.end, mode });
+                let _guard = lock.acquire(range.start, range.end, mode);
                 sender.send(()).unwrap();
             })
         };
@@ -226,7 +230,7 @@ mod tests {
             let (lock, order) = (Arc::clone(&lock), Arc::clone(&order));
             let for_thread = Arc::clone(&lock);
             threads.push(thread::spawn(move || {
-                let _guard = for_thread.acquire(Request { start: 0, end: 10, mode });
+                let _guard = for_thread.acquire(0, 10, mode);
                 order.lock().unwrap().push(name);
             }));
             while lock.table().waiting.len() == before {

@@ -96,6 +96,7 @@ impl Side {
     }
 
     /// [`Self::store`], and makes it durable.
+    #[inline]
     pub(crate) fn store_through(
         &self,
         backing: &Backing,
@@ -106,6 +107,7 @@ impl Side {
         backing.write_through(range, |ciphertext| self.encrypt(offset, plaintext, ciphertext))
     }
 
+    #[inline]
     fn encrypt(&self, offset: u64, plaintext: Source<'_>, ciphertext: Target<'_>) {
         let store = if plaintext.len() >= NON_TEMPORAL_BYTES_MIN { Store::NonTemporal } else { Store::Cached };
         self.key.encrypt(self.span(offset), plaintext, ciphertext, store);

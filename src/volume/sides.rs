@@ -74,6 +74,12 @@ impl Former {
 }
 
 impl Sides {
+    /// The one side that everything is on, unless there are two.
+    #[inline]
+    pub(super) const fn only(&self) -> Option<&Side> {
+        if self.former.is_none() { Some(&self.current) } else { None }
+    }
+
     /// Cuts `range` at the boundary.
     ///
     /// # Errors

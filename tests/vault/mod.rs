@@ -10,11 +10,11 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use daxcrypt::dax::{DaxMapping, MapOptions};
 use daxcrypt::namespace::{self, Credential, FormatOptions, LockedNamespace};
-use daxcrypt::pmem::{Access, Allocation, Backing, Granularity, OpenOptions};
+use daxcrypt::pmem::{Access, Allocation, Backing, Granularity, OpenError, OpenOptions};
 use daxcrypt::secret::SecretBytes;
 use daxcrypt::volume::Volume;
 use daxcrypt::xts::Backend;
@@ -72,8 +72,16 @@ impl Vault {
         Arc::new(LockedNamespace::open(Arc::new(backing)).unwrap().unlock(&credential()).unwrap())
     }
 
+    /// A child that another test is just starting has the lock of the last one who had it open, until it is a program of
+    /// its own.
     pub(crate) fn open(path: &Path, access: Access) -> Arc<Volume> {
-        let backing = Backing::open(path, access).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let backing = loop {
+            match Backing::open(path, access) {
+                Err(OpenError::Busy) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
+                opened => break opened.unwrap(),
+            }
+        };
         Arc::new(LockedNamespace::open(Arc::new(backing)).unwrap().unlock(&credential()).unwrap())
     }
 }

@@ -68,6 +68,7 @@ impl Layout {
     /// # Errors
     ///
     /// [`OutOfRange`] when the range is reversed or reaches past the end.
+    #[inline]
     pub fn physical_range(&self, logical: Range<u64>) -> Result<Range<u64>, OutOfRange> {
         if logical.start > logical.end || logical.end > self.size_bytes {
             return Err(OutOfRange { start: logical.start, end: logical.end, size_bytes: self.size_bytes });
@@ -80,6 +81,7 @@ impl Layout {
     /// # Panics
     ///
     /// Panics when the offset is not within the data: ask [`Self::physical_range`] first.
+    #[inline]
     #[must_use]
     pub fn tweak_at(&self, logical_offset: u64) -> TweakValue {
         assert!(logical_offset < self.size_bytes, "byte {logical_offset} of {} has no tweak", self.size_bytes);

@@ -12,9 +12,8 @@ use std::time::{Duration, Instant};
 
 use super::{BATCH_PAGES, PAGE_BYTES, View, Window, WriteBack, pages_of};
 use crate::memory::{Source, Target};
-use crate::volume::area::BLOCK_BYTES;
-use crate::volume::range_lock::RangeGuard;
-use crate::volume::{Volume, VolumeError, block_start, len};
+use crate::volume::area::{BLOCK_BYTES, HeldBlocks, HeldRange};
+use crate::volume::{Volume, VolumeError, block_start, len, read_media, write_media};
 
 /// How long a fill waits for room while nothing can be evicted, because others' fills have all of it. They end as fast as
 /// media answer, so this is longer than any stall of media that is not a failure of theirs.
@@ -66,11 +65,11 @@ impl Volume {
         range: &Range<u64>,
         through: Option<Through<'_>>,
     ) -> Result<(), VolumeError> {
-        let (_held, room) = self.hold_with_room(window, range)?;
+        let (held, room) = self.hold_with_room(window, range)?;
         let mut new_pages = 0;
         let filled = match through {
-            Some(through) => self.fill_through(window, range, through, &mut new_pages),
-            None => self.fill_in_place(window, range, &mut new_pages),
+            Some(through) => self.fill_through(held.blocks(), window, range, through, &mut new_pages),
+            None => self.fill_in_place(held.blocks(), window, range, &mut new_pages),
         };
         window.reserved.fetch_sub(room - new_pages, Ordering::AcqRel);
         filled
@@ -78,13 +77,13 @@ impl Volume {
 
     /// Holds `range` exclusively, with room for what is absent of it: how many pages were reserved. What is resident takes
     /// no room, so that touching it through another map evicts nothing.
-    fn hold_with_room(&self, window: &Window, range: &Range<u64>) -> Result<(RangeGuard<'_>, u64), VolumeError> {
+    fn hold_with_room(&self, window: &Window, range: &Range<u64>) -> Result<(HeldRange<'_>, u64), VolumeError> {
         let mut room = window.absent_count(range);
         loop {
             if room > 0 {
                 self.make_room(window, room)?;
             }
-            let held = self.blocks.exclusive(range.clone());
+            let held = self.area.exclusive(range.clone());
             let absent = window.absent_count(range);
             if absent <= room {
                 return Ok((held, room));
@@ -99,6 +98,7 @@ impl Volume {
     /// Fills and maps, under the caller's exclusive hold. `new_pages` counts those that became resident.
     fn fill_through(
         &self,
+        held: HeldBlocks<'_>,
         window: &Window,
         range: &Range<u64>,
         through: Through<'_>,
@@ -117,7 +117,7 @@ impl Volume {
             rest.start = piece.end;
             let data = piece.start..piece.end.min(self.size());
             let pages = &mut scratch[..len(&piece)];
-            let read = self.area.read(data.start, Target::from_slice(&mut pages[..len(&data)]));
+            let read = held.read(data.start, Target::from_slice(&mut pages[..len(&data)]));
             let installed = read.and_then(|()| {
                 // Whoever touches a page goes on as soon as it is there, and may then sync or evict: the bit comes first.
                 let mut absent = pages_of(&piece);
@@ -139,7 +139,13 @@ impl Volume {
     }
 
     /// Fills what is absent in `range` through the window's own mapping, under the caller's exclusive hold.
-    fn fill_in_place(&self, window: &Window, range: &Range<u64>, new_pages: &mut u64) -> Result<(), VolumeError> {
+    fn fill_in_place(
+        &self,
+        held: HeldBlocks<'_>,
+        window: &Window,
+        range: &Range<u64>,
+        new_pages: &mut u64,
+    ) -> Result<(), VolumeError> {
         let mut rest = range.clone();
         while !rest.is_empty() {
             let (piece, resident) = window.piece(&rest);
@@ -148,7 +154,7 @@ impl Volume {
                 continue;
             }
             let data = piece.start..piece.end.min(self.size());
-            if let Err(error) = self.area.read(data.start, window.memory.target(&data)) {
+            if let Err(error) = held.read(data.start, window.memory.target(&data)) {
                 window.memory.target(&piece).fill(0);
                 let _ = window.memory.punch(&piece); // the media error is the one to report
                 return Err(error);
@@ -240,7 +246,7 @@ impl Volume {
 
     /// One batch of whole pages. How many went, also with an error.
     fn evict_batch(&self, window: &Window, batch: &Range<u64>) -> (u64, Result<(), VolumeError>) {
-        let _held = self.blocks.exclusive(batch.clone());
+        let held = self.area.exclusive(batch.clone());
         let mut evicted = 0;
         let mut result = Ok(());
         let mut rest = batch.clone();
@@ -254,7 +260,7 @@ impl Volume {
                 note(&mut result, Err(VolumeError::Window(error)));
                 continue;
             }
-            self.write_back_each(window, &part, |pages, written| {
+            self.write_back_each(held.blocks(), window, &part, |pages, written| {
                 let wiped = written.and_then(|()| window.wipe_held(pages).map_err(VolumeError::Window));
                 note(&mut result, wiped.map(|page_count| evicted += page_count));
             });
@@ -266,16 +272,17 @@ impl Volume {
     /// where a run could not be written, so that one bad page harms no other. The caller holds `part` exclusively.
     fn write_back_each(
         &self,
+        held: HeldBlocks<'_>,
         window: &Window,
         part: &Range<u64>,
         mut done: impl FnMut(&Range<u64>, Result<(), VolumeError>),
     ) {
         let mut rest = part.clone();
         while let Some(mut pages) = window.next_resident(&rest) {
-            let mut written = self.write_back_held(window, &pages, WriteBack::IfDifferent);
+            let mut written = self.write_back_held(held, window, &pages, WriteBack::IfDifferent);
             if written.is_err() && pages.end - pages.start > PAGE_BYTES {
                 pages.end = pages.start + PAGE_BYTES;
-                written = self.write_back_held(window, &pages, WriteBack::IfDifferent);
+                written = self.write_back_held(held, window, &pages, WriteBack::IfDifferent);
             }
             rest.start = pages.end;
             done(&pages, written);
@@ -293,13 +300,13 @@ impl Volume {
     pub(crate) fn leave_window(&self, window: &Window, range: &Range<u64>) -> Result<(), VolumeError> {
         let mut result = Ok(());
         window.each_batch(range, |batch| {
-            let _held = self.blocks.exclusive(batch.clone());
+            let held = self.area.exclusive(batch.clone());
             let mut rest = batch;
             while !rest.is_empty() {
                 // A view that is attached from here on has nothing of the batch before it is given back.
                 let (part, is_shown) = window.shown(&rest, |_| true);
                 rest.start = part.end;
-                self.write_back_each(window, &part, |pages, written| {
+                self.write_back_each(held.blocks(), window, &part, |pages, written| {
                     note(&mut result, written);
                     if !is_shown {
                         note(&mut result, window.wipe_held(pages).map(|_| ()).map_err(VolumeError::Window));
@@ -320,7 +327,7 @@ impl Volume {
     /// same.
     pub fn lock(&self) -> Result<(), VolumeError> {
         let mut engine = self.engine();
-        let _all = self.blocks.exclusive(0..u64::MAX);
+        let mut all = self.area.alone();
         if self.locked() {
             return Ok(());
         }
@@ -332,7 +339,7 @@ impl Volume {
                 note(&mut result, view.revoke().map_err(VolumeError::Window));
             }
             window.each_batch(&window.whole(), |batch| {
-                self.write_back_each(window, &batch, |_, written| note(&mut result, written));
+                self.write_back_each(all.blocks(), window, &batch, |_, written| note(&mut result, written));
             });
         }
         note(&mut result, self.area.sync().map_err(VolumeError::from));
@@ -341,7 +348,7 @@ impl Volume {
                 note(&mut result, window.wipe_held(&batch).map(|_| ()).map_err(VolumeError::Window));
             });
         }
-        self.area.forget_keys();
+        all.forget_keys();
         engine.take();
         self.locked.store(true, Ordering::SeqCst);
         result
@@ -359,7 +366,7 @@ impl Volume {
         while start < range.end {
             let page = start / PAGE_BYTES;
             let part = start..range.end.min((page + 1) * PAGE_BYTES);
-            let _held = self.blocks.exclusive(blocks_of(&part));
+            let _held = self.area.exclusive(blocks_of(&part));
             if !window.resident.contains(page) {
                 break;
             }
@@ -378,8 +385,8 @@ impl Volume {
     /// As [`Volume::read_at`].
     pub(crate) fn load(&self, window: &Window, buf: &mut [u8], offset: u64) -> Result<(), VolumeError> {
         let range = self.check(offset, buf.len() as u64)?;
-        let _held = self.blocks.shared(blocks_of(&range));
-        let result = self.read_coherent(window, range, buf);
+        let held = self.area.shared(blocks_of(&range));
+        let result = Self::read_coherent(held.blocks(), window, range, buf);
         if result.is_err() {
             buf.fill(0);
         }
@@ -388,7 +395,7 @@ impl Volume {
 
     /// Reads what the caller holds: resident pages from the window, absent ones from media, and these stay absent.
     pub(in crate::volume) fn read_coherent(
-        &self,
+        held: HeldBlocks<'_>,
         window: &Window,
         range: Range<u64>,
         buf: &mut [u8],
@@ -401,7 +408,7 @@ impl Volume {
             if resident {
                 window.memory.source(&piece).copy_to(out);
             } else {
-                self.read_media(piece, out)?;
+                read_media(held, piece, out)?;
             }
         }
         Ok(())
@@ -411,6 +418,7 @@ impl Volume {
     /// window where it is resident.
     pub(in crate::volume) fn write_coherent(
         &self,
+        held: HeldBlocks<'_>,
         window: &Window,
         range: Range<u64>,
         data: &[u8],
@@ -422,9 +430,9 @@ impl Volume {
             rest = (piece.end..rest.0.end, after);
             if resident {
                 window.memory.target(&piece).copy_from(part);
-                self.write_back_held(window, &blocks_of(&piece), WriteBack::Always)?;
+                self.write_back_held(held, window, &blocks_of(&piece), WriteBack::Always)?;
             } else {
-                self.write_media(piece, part)?;
+                write_media(held, piece, part)?;
             }
         }
         Ok(())

@@ -11,6 +11,7 @@ use super::operations::blocks_of;
 use super::{PAGE_BYTES, Window, pages_of};
 use crate::memory::Target;
 use crate::pmem::Granularity;
+use crate::volume::area::HeldBlocks;
 use crate::volume::{Volume, VolumeError, len};
 
 /// How pages are written back.
@@ -37,11 +38,11 @@ impl Volume {
         let mut result = Ok(());
         window.each_batch(range, |batch| {
             let blocks = blocks_of(&batch);
-            let _held = self.blocks.exclusive(blocks.clone());
+            let held = self.area.exclusive(blocks.clone());
             let mut rest = blocks;
             while let Some(run) = window.next_resident(&rest) {
                 rest.start = run.end;
-                let written = self.write_back_held(window, &run, how);
+                let written = self.write_back_held(held.blocks(), window, &run, how);
                 if result.is_ok() {
                     result = written;
                 }
@@ -59,9 +60,9 @@ impl Volume {
         let blocks = blocks_of(range);
         let page = blocks.start / PAGE_BYTES;
         {
-            let _held = self.blocks.exclusive(blocks.clone());
+            let held = self.area.exclusive(blocks.clone());
             if window.resident.contains(page) {
-                let written = self.area.write(blocks.start, window.memory.source(&blocks));
+                let written = held.blocks().write(blocks.start, window.memory.source(&blocks));
                 if written.is_err() {
                     window.unsynced.insert(page);
                 }
@@ -76,14 +77,20 @@ impl Volume {
     }
 
     /// Writes whole blocks back that are resident, under the caller's exclusive hold.
-    pub(super) fn write_back_held(&self, window: &Window, run: &Range<u64>, how: WriteBack) -> Result<(), VolumeError> {
+    pub(super) fn write_back_held(
+        &self,
+        held: HeldBlocks<'_>,
+        window: &Window,
+        run: &Range<u64>,
+        how: WriteBack,
+    ) -> Result<(), VolumeError> {
         let run = run.start..run.end.min(self.size());
         if self.read_only() || run.is_empty() {
             return Ok(());
         }
         let written = match how {
-            WriteBack::Always => self.area.write(run.start, window.memory.source(&run)),
-            WriteBack::IfDifferent => self.write_different(window, &run),
+            WriteBack::Always => held.write(run.start, window.memory.source(&run)),
+            WriteBack::IfDifferent => write_different(held, window, &run),
         };
         match written {
             Ok(()) => self.pages_within(&run).for_each(|page| {
@@ -101,23 +108,23 @@ impl Volume {
         let end = if run.end == self.size() { run.end.div_ceil(PAGE_BYTES) } else { run.end / PAGE_BYTES };
         run.start.div_ceil(PAGE_BYTES)..end
     }
+}
 
-    /// Writes those pages of `run` that media do not have as they are.
-    fn write_different(&self, window: &Window, run: &Range<u64>) -> Result<(), VolumeError> {
-        let mut scratch = window.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut start = run.start;
-        let mut result = Ok(());
-        while start < run.end && result.is_ok() {
-            let end = (start / PAGE_BYTES * PAGE_BYTES + PAGE_BYTES).min(run.end);
-            let page = start..end;
-            let media = &mut scratch[..len(&page)];
-            let read = self.area.read(start, Target::from_slice(media));
-            if read.is_err() || !window.memory.source(&page).equals(media) {
-                result = self.area.write(start, window.memory.source(&page));
-            }
-            start = end;
+/// Writes those pages of `run` that media do not have as they are.
+fn write_different(held: HeldBlocks<'_>, window: &Window, run: &Range<u64>) -> Result<(), VolumeError> {
+    let mut scratch = window.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut start = run.start;
+    let mut result = Ok(());
+    while start < run.end && result.is_ok() {
+        let end = (start / PAGE_BYTES * PAGE_BYTES + PAGE_BYTES).min(run.end);
+        let page = start..end;
+        let media = &mut scratch[..len(&page)];
+        let read = held.read(start, Target::from_slice(media));
+        if read.is_err() || !window.memory.source(&page).equals(media) {
+            result = held.write(start, window.memory.source(&page));
         }
-        scratch.fill(0);
-        result
+        start = end;
     }
+    scratch.fill(0);
+    result
 }

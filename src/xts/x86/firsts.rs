@@ -126,11 +126,13 @@ pub(super) fn at_block(keys: &RoundKeys, tweak: u128, block: usize) -> __m128i {
 #[target_feature(enable = "aes,avx")]
 #[inline]
 pub(super) fn encrypt_block<const KEYS: usize>(keys: &[[u8; BLOCK_BYTES]; KEYS], block: __m128i) -> __m128i {
-    let mut block = _mm_xor_si128(block, schedule::load(keys[0]));
+    // SAFETY: a key is 16 readable bytes.
+    let load = |key: &[u8; BLOCK_BYTES]| unsafe { _mm_loadu_si128(key.as_ptr().cast()) };
+    let mut block = _mm_xor_si128(block, load(&keys[0]));
     for key in &keys[1..KEYS - 1] {
-        block = _mm_aesenc_si128(block, schedule::load(*key));
+        block = _mm_aesenc_si128(block, load(key));
     }
-    _mm_aesenclast_si128(block, schedule::load(keys[KEYS - 1]))
+    _mm_aesenclast_si128(block, load(&keys[KEYS - 1]))
 }
 
 #[target_feature(enable = "aes,avx")]

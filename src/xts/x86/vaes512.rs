@@ -4,7 +4,7 @@
 //! share ports with shuffles. First tweaks of up to 32 units are encrypted together. Loads and stores are the only
 //! unsafe operations; each is within the `Source` or `Target` whose length the loop counts.
 //!
-//! Ends of fewer than four blocks are loaded and stored by mask or by block, so nothing outside of the run is touched.
+//! Ends of fewer than four blocks are loaded and stored block by block, so nothing outside of the run is touched.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
@@ -88,32 +88,87 @@ fn line_with<const KEYS: usize, const ENCRYPT: bool>(
     src: Source<'_>,
     mut dst: Target<'_>,
 ) {
+    let powers = firsts::powers_at::<4>(block);
     let first = firsts::encrypt_block(tweak_keys, _mm_set_epi64x(0, tweak.cast_signed()));
-    let tweaks = [jump(first, block)];
-    let keys = broadcast(data_keys);
+    let tweaks = jump(first, powers);
     let len_bytes = src.len().min(dst.len()).min(VECTOR_BYTES);
     if len_bytes == VECTOR_BYTES {
         // SAFETY: the source has 64 bytes.
         let mut data = [unsafe { _mm512_loadu_si512(src.as_ptr().cast()) }];
-        cipher::<KEYS, 1, ENCRYPT>(&keys, &tweaks, &mut data);
+        cipher::<KEYS, 1, ENCRYPT>(&broadcast(data_keys), &[tweaks], &mut data);
         // SAFETY: the target has 64 bytes.
         unsafe { _mm512_storeu_si512(dst.as_mut_ptr().cast(), data[0]) };
     } else {
-        let mask = mask(len_bytes);
-        // SAFETY: the mask covers no more than the source's bytes.
-        let mut data = [unsafe { _mm512_maskz_loadu_epi64(mask, src.as_ptr().cast()) }];
-        cipher::<KEYS, 1, ENCRYPT>(&keys, &tweaks, &mut data);
-        // SAFETY: the mask covers no more than the target's bytes.
-        unsafe { _mm512_mask_storeu_epi64(dst.as_mut_ptr().cast(), mask, data[0]) };
+        // SAFETY: both have so many bytes.
+        unsafe { part_of_line::<KEYS, ENCRYPT>(data_keys, tweaks, src.as_ptr(), dst.as_mut_ptr(), len_bytes) };
     }
 }
 
-/// The tweaks of four blocks from `block` on of the unit that begins with `first`: [`firsts::at_block`] in every lane.
+/// Fewer than four blocks, in a function of its own so that the way of a whole line stays short.
+///
+/// # Safety
+///
+/// `len_bytes` are readable at `from` and writable at `to`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,vaes,vpclmulqdq,aes,avx,pclmulqdq")]
+#[inline(never)]
+unsafe fn part_of_line<const KEYS: usize, const ENCRYPT: bool>(
+    data_keys: &[[u8; BLOCK_BYTES]; KEYS],
+    tweaks: __m512i,
+    from: *const u8,
+    to: *mut u8,
+    len_bytes: usize,
+) {
+    // SAFETY: by the contract.
+    let mut data = [unsafe { load_blocks(from, len_bytes) }];
+    cipher::<KEYS, 1, ENCRYPT>(&broadcast(data_keys), &[tweaks], &mut data);
+    // SAFETY: by the contract.
+    unsafe { store_blocks(to, len_bytes, data[0]) };
+}
+
+/// Fewer than four blocks, each by one load of 16 bytes: that is atomic when it is aligned, and a masked load of more is
+/// not promised to be (Intel SDM volume 3, 9.1.1).
+///
+/// # Safety
+///
+/// `len_bytes` are readable at `from`.
+#[target_feature(enable = "avx512f,avx")]
+#[inline]
+unsafe fn load_blocks(from: *const u8, len_bytes: usize) -> __m512i {
+    let mut blocks = [_mm_setzero_si128(); 4];
+    for (block, at) in blocks.iter_mut().zip((0..len_bytes).step_by(BLOCK_BYTES)) {
+        // SAFETY: by the contract.
+        *block = unsafe { _mm_loadu_si128(from.wrapping_add(at).cast()) };
+    }
+    let vector = _mm512_zextsi128_si512(blocks[0]);
+    _mm512_inserti32x4::<2>(_mm512_inserti32x4::<1>(vector, blocks[1]), blocks[2])
+}
+
+/// Fewer than four blocks, each by one store of 16 bytes: see [`load_blocks`].
+///
+/// # Safety
+///
+/// `len_bytes` are writable at `to`.
+#[target_feature(enable = "avx512f,avx")]
+#[inline]
+unsafe fn store_blocks(to: *mut u8, len_bytes: usize, vector: __m512i) {
+    let blocks = [
+        _mm512_castsi512_si128(vector),
+        _mm512_extracti32x4_epi32::<1>(vector),
+        _mm512_extracti32x4_epi32::<2>(vector),
+    ];
+    for (block, at) in blocks.iter().zip((0..len_bytes).step_by(BLOCK_BYTES)) {
+        // SAFETY: by the contract.
+        unsafe { _mm_storeu_si128(to.wrapping_add(at).cast(), *block) };
+    }
+}
+
+/// The tweaks of four blocks of the unit that begins with `first`, by their powers of alpha: [`firsts::at_block`] in every
+/// lane.
 #[target_feature(enable = "avx512f,vpclmulqdq")]
 #[inline]
-fn jump(first: __m128i, block: usize) -> __m512i {
+fn jump(first: __m128i, powers: [&[[u8; BLOCK_BYTES]; 4]; 2]) -> __m512i {
     let tweak = _mm512_broadcast_i32x4(first);
-    let [low, high] = firsts::powers_at::<4>(block).map(|four| {
+    let [low, high] = powers.map(|four| {
         // SAFETY: four powers are 64 readable bytes.
         unsafe { _mm512_loadu_si512(four.as_ptr().cast()) }
     });
@@ -123,11 +178,6 @@ fn jump(first: __m128i, block: usize) -> __m512i {
         _mm512_xor_si512(_mm512_clmulepi64_epi128::<0x10>(tweak, low), _mm512_clmulepi64_epi128::<0x11>(tweak, high));
     let folded = _mm512_clmulepi64_epi128::<0x01>(upper, _mm512_set1_epi64(0x87));
     _mm512_ternarylogic_epi64::<0x96>(lower, _mm512_unpacklo_epi64(_mm512_setzero_si512(), upper), folded)
-}
-
-/// The lanes of 8 bytes that `len_bytes`, 16 to 64, fill.
-const fn mask(len_bytes: usize) -> __mmask8 {
-    (u16::MAX >> (16 - len_bytes / 8)).to_le_bytes()[0]
 }
 
 /// Encrypts every slot, eight registers at a time: that takes no longer than one register would.
@@ -165,11 +215,11 @@ fn broadcast<const KEYS: usize>(keys: &[[u8; BLOCK_BYTES]; KEYS]) -> [__m512i; K
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,vaes,vpclmulqdq,aes,avx")]
 fn run_batch<const KEYS: usize, const ENCRYPT: bool, const STREAM: bool>(
-    keys: &[[u8; BLOCK_BYTES]; KEYS],
+    data_keys: &[[u8; BLOCK_BYTES]; KEYS],
     firsts: &[__m128i],
     mut batch: Batch<'_>,
 ) {
-    let keys = broadcast(keys);
+    let keys = broadcast(data_keys);
     let (src, dst) = (batch.src.as_ptr(), batch.dst.as_mut_ptr());
     for (unit, first) in firsts.iter().enumerate() {
         let mut tweaks = spread(*first);
@@ -200,12 +250,17 @@ fn run_batch<const KEYS: usize, const ENCRYPT: bool, const STREAM: bool>(
                 break;
             }
             let vector_bytes = VECTOR_BYTES.min(end - at);
-            let mask = mask(vector_bytes);
-            // SAFETY: the mask covers exactly the bytes left of the unit, which are within the source.
-            let mut data = [unsafe { _mm512_maskz_loadu_epi64(mask, src.wrapping_add(at).cast()) }];
-            cipher::<KEYS, 1, ENCRYPT>(&keys, &[tweak], &mut data);
-            // SAFETY: the same bytes of the target as the mask covered of the source.
-            unsafe { _mm512_mask_storeu_epi64(dst.wrapping_add(at).cast(), mask, data[0]) };
+            let (from, to) = (src.wrapping_add(at), dst.wrapping_add(at));
+            if vector_bytes == VECTOR_BYTES {
+                // SAFETY: the vector ends before the end of the source.
+                let mut data = [unsafe { _mm512_loadu_si512(from.cast()) }];
+                cipher::<KEYS, 1, ENCRYPT>(&keys, &[tweak], &mut data);
+                // SAFETY: within the target, as the load was in the source.
+                unsafe { _mm512_storeu_si512(to.cast(), data[0]) };
+            } else {
+                // SAFETY: so many bytes are left of the unit in the source and in the target.
+                unsafe { part_of_line::<KEYS, ENCRYPT>(data_keys, tweak, from, to, vector_bytes) };
+            }
             at += vector_bytes;
         }
     }
