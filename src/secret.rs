@@ -28,8 +28,10 @@ pub fn lock_refused() -> bool {
     LOCK_REFUSED.load(Ordering::Relaxed)
 }
 
-/// Bytes of stack that [`scrub_stack`] overwrites: the frames of an AES-XTS kernel and of what calls it fit several times.
-const SCRUB_BYTES: usize = 4096;
+/// Bytes of stack that [`scrub_stack`] overwrites: the largest frame of an AES-XTS kernel (3.2 KiB), the largest one of what
+/// calls it (4.3 KiB, where there are holes), and smaller ones between. The search through memory in `tests/dax_lock.rs` finds
+/// what it leaves.
+const SCRUB_BYTES: usize = 10 << 10;
 
 /// Overwrites the stack below the caller's frame, where functions that have returned may have left round keys and data
 /// that the compiler had spilled there.
