@@ -61,8 +61,8 @@ impl MapOptions {
         self
     }
 
-    /// Keeps at most `bytes` of the volume's plaintext in memory (256 KiB when less is asked for), as long as the volume
-    /// has any map. The least bound of all its maps holds.
+    /// Keeps at most `bytes` of the volume's plaintext in memory (256 KiB when less is asked for), as long as this map lives.
+    /// The least bound of all maps of the volume holds.
     #[must_use]
     pub const fn resident_max(mut self, bytes: u64) -> Self {
         self.resident_max = Some(bytes);

@@ -124,14 +124,14 @@ impl Side {
     }
 
     /// Decrypts from a copy, piece by piece: a block that is written meanwhile must be the same for the decryption and
-    /// for the question whether it is a hole.
+    /// for the question whether it is a hole, and no mixture, which would decrypt to noise.
     fn decrypt_around_holes(&self, offset: u64, ciphertext: Source<'_>, out: Target<'_>) {
         let mut copy = [0; HOLE_PIECE_BYTES];
         let mut rest = out;
         for start in (0..ciphertext.len()).step_by(HOLE_PIECE_BYTES) {
             let end = ciphertext.len().min(start + HOLE_PIECE_BYTES);
             let piece = &mut copy[..end - start];
-            ciphertext.slice(start..end).copy_to(piece);
+            ciphertext.slice(start..end).copy_blocks_to(piece);
             let (mut plaintext, tail) = rest.split_at(end - start);
             self.decrypt(offset + start as u64, Source::from_slice(piece), plaintext.reborrow());
             zero_holes(piece, plaintext);

@@ -69,6 +69,8 @@ impl WindowMemory {
 pub(crate) struct View {
     range: Range<u64>,
     pinned: bool,
+    /// The most pages that may be resident while it is attached.
+    page_count_max: u64,
     /// What is mapped in its place in the end.
     nothing: Arc<OwnedFd>,
     mapped: Mapped,
@@ -76,15 +78,26 @@ pub(crate) struct View {
 
 impl View {
     /// Maps the whole pages of logical `range`. The pages of a pinned view are never evicted while it is attached.
-    pub(crate) fn new(memory: &WindowMemory, range: Range<u64>, writable: bool, pinned: bool) -> io::Result<Self> {
+    /// At most `page_count_max` pages of the window are resident while it is.
+    pub(crate) fn new(
+        memory: &WindowMemory,
+        range: Range<u64>,
+        writable: bool,
+        pinned: bool,
+        page_count_max: u64,
+    ) -> io::Result<Self> {
         let protection = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
         let mapped = Mapped::new(&memory.file, protection, &range)?;
-        Ok(Self { range, pinned, nothing: Arc::clone(&memory.nothing), mapped })
+        Ok(Self { range, pinned, page_count_max, nothing: Arc::clone(&memory.nothing), mapped })
     }
 
     /// The logical offsets that it shows: whole pages.
     pub(crate) const fn range(&self) -> &Range<u64> {
         &self.range
+    }
+
+    pub(crate) const fn page_count_max(&self) -> u64 {
+        self.page_count_max
     }
 
     pub(crate) const fn pinned(&self) -> bool {

@@ -96,8 +96,8 @@ impl Window {
         })
     }
 
-    /// Maps `range` of whole pages and keeps at most `resident_max` bytes of the window resident from now on, while any
-    /// view is attached.
+    /// Maps `range` of whole pages and keeps at most `resident_max` bytes of the window resident while this view is
+    /// attached. The least bound of all views counts.
     ///
     /// # Errors
     ///
@@ -109,9 +109,10 @@ impl Window {
         pinned: bool,
         resident_max: Option<u64>,
     ) -> Result<Arc<View>, AttachError> {
-        let view = Arc::new(View::new(&self.memory, range, writable, pinned).map_err(AttachError::Os)?);
-        let mut views = self.views();
         let asked = resident_max.map_or(u64::MAX, |bytes| bytes.max(RESIDENT_BYTES_MIN) / PAGE_BYTES);
+        let view = View::new(&self.memory, range, writable, pinned, asked).map_err(AttachError::Os)?;
+        let view = Arc::new(view);
+        let mut views = self.views();
         let bound = asked.min(self.page_count_max());
         let all = || views.iter().chain([&view]);
         let pinned_bytes = union_bytes(all().filter(|view| view.pinned()).map(|view| view.range()));
@@ -128,9 +129,8 @@ impl Window {
     pub(crate) fn detach(&self, view: &Arc<View>) {
         let mut views = self.views();
         views.retain(|each| !Arc::ptr_eq(each, view));
-        if views.is_empty() {
-            self.reserved_max.store(u64::MAX, Ordering::Release);
-        }
+        let bound = views.iter().map(|view| view.page_count_max()).min().unwrap_or(u64::MAX);
+        self.reserved_max.store(bound, Ordering::Release);
     }
 
     /// Bytes of plaintext in memory now.
