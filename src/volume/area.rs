@@ -343,9 +343,6 @@ impl HeldBlocks<'_> {
         mut access: impl FnMut(&Side, Range<u64>) -> Result<(), MediaError>,
     ) -> Result<(), VolumeError> {
         let sides = self.sides(&range)?;
-        if let Some(side) = sides.only() {
-            return Ok(access(side, range)?);
-        }
         for (side, part) in sides.parts(range, self.area.size_bytes())?.into_iter().flatten() {
             access(side, part)?;
         }

@@ -74,19 +74,25 @@ impl Former {
 }
 
 impl Sides {
-    /// The one side that everything is on, unless there are two.
-    #[inline]
-    pub(super) const fn only(&self) -> Option<&Side> {
-        if self.former.is_none() { Some(&self.current) } else { None }
-    }
-
     /// Cuts `range` at the boundary.
     ///
     /// # Errors
     ///
     /// [`MediaError::Poisoned`] when a part of it is in a blocked window.
+    #[inline]
     pub(super) fn parts(&self, range: Range<u64>, size_bytes: u64) -> Result<[Option<Part<'_>>; 2], VolumeError> {
-        let Some(former) = &self.former else { return Ok([Some((&self.current, range)), None]) };
+        match &self.former {
+            None => Ok([Some((&self.current, range)), None]),
+            Some(former) => self.cut(former, range, size_bytes),
+        }
+    }
+
+    fn cut<'a>(
+        &'a self,
+        former: &'a Former,
+        range: Range<u64>,
+        size_bytes: u64,
+    ) -> Result<[Option<Part<'a>>; 2], VolumeError> {
         if range.is_empty() {
             return Ok([None, None]); // not even where nothing can be accessed
         }
