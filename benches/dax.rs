@@ -9,6 +9,9 @@
 //! all threads on one CPU, which shows what the software costs, and as the scheduler places them.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, clippy::multiple_unsafe_ops_per_block, unsafe_code)]
 
+#[path = "xts/calm.rs"]
+mod calm;
+
 use std::arch::asm;
 use std::ffi::c_void;
 use std::fs::{self, File};
@@ -21,6 +24,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use calm::Calm;
 use daxcrypt::dax::{DaxMapping, MapOptions};
 use daxcrypt::namespace::{self, Credential, FormatOptions, HEADER_AREA_BYTES};
 use daxcrypt::nbd_server::{ExportInfo, Exports, Limits, Listener, Options, Server};
@@ -230,16 +234,18 @@ fn persist(folder: &Path) {
     const LEN: u64 = 64 * MIB;
     // Rounds are shorter than a time slice, so that the median is one that nobody interrupted.
     const COUNT: u64 = 2_000;
+    // A neighbour on the other hardware thread of the core takes half of the reorder buffer from both.
+    const CALM_ROUNDS: usize = 401;
+    const ROUNDS_MAX: u64 = 10_000;
     let volume = in_tmpfs(folder, LEN);
     let map = volume.map(0..LEN, &writable()).unwrap();
     map.prefetch(0..LEN).unwrap();
-    let raw_path = folder.join("raw");
-    let raw_file = File::create_new(&raw_path).unwrap();
-    raw_file.set_len(LEN).unwrap();
-    let file = File::options().read(true).write(true).open(&raw_path).unwrap();
+    // The same lines of the same file, without the volume: nobody reads what is encrypted there.
+    let file = File::options().read(true).write(true).open(folder.join("vault.img")).unwrap();
     let protection = ProtFlags::READ | ProtFlags::WRITE;
     // SAFETY: a new mapping of a file of that length.
-    let raw = unsafe { mmap(ptr::null_mut(), LEN as usize, protection, MapFlags::SHARED, file.as_fd(), 0) };
+    let raw =
+        unsafe { mmap(ptr::null_mut(), LEN as usize, protection, MapFlags::SHARED, file.as_fd(), HEADER_AREA_BYTES) };
     let raw = raw.unwrap().cast::<u64>();
     for offset in (0..LEN).step_by(PAGE as usize) {
         store(&map, offset);
@@ -250,7 +256,10 @@ fn persist(folder: &Path) {
     // The lines of 256 KiB in turns, as a log does, and lines far apart.
     for (name, step, span) in [("256 KiB in order", 64, 256 << 10), ("64 MiB strided", 4096 + 64, LEN)] {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-        for round in 0..401 {
+        let mut disturbed = 0;
+        let mut calm = Calm::new();
+        for round in 0..ROUNDS_MAX {
+            let calm_before = calm.now();
             let offsets = move |index| (round * COUNT + index) * step % span / 64 * 64;
             let mut next = (0..COUNT).map(offsets);
             let raw_seconds = seconds(|| {
@@ -269,8 +278,19 @@ fn persist(folder: &Path) {
                     map.persist(offset..offset + 64).unwrap();
                 });
             });
+            if !(calm_before && calm.now()) {
+                disturbed += 1;
+                continue;
+            }
             ours.push(our_seconds * 1e9 / COUNT as f64);
             theirs.push(raw_seconds * 1e9 / COUNT as f64);
+            if ours.len() == CALM_ROUNDS {
+                break;
+            }
+        }
+        println!("persist, {name}: {} undisturbed rounds count, {disturbed} do not", ours.len());
+        if ours.is_empty() {
+            continue;
         }
         let (ours, theirs) = (median(ours), median(theirs));
         report(&format!("persist(64 B), {name}"), ours, "ns", "-");
@@ -287,7 +307,7 @@ fn sync_seconds(map: &DaxMapping, len: u64) -> f64 {
 }
 
 fn sync(folder: &Path) {
-    for (name, resident) in [("256 pages resident", false), ("all pages resident", true)] {
+    for (name, resident, goal) in [("256 pages resident", false, "<= 1.5"), ("all pages resident", true, "-")] {
         let large_volume = in_tmpfs(folder, 1024 * MIB);
         let small_folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let small_volume = in_tmpfs(small_folder.path(), 64 * MIB);
@@ -304,7 +324,7 @@ fn sync(folder: &Path) {
         let large = median(pairs.iter().map(|pair| pair.0).collect());
         let small = median(pairs.iter().map(|pair| pair.1).collect());
         report(&format!("sync of 256 dirty pages in 1 GiB, {name}"), large * 1e6, "us", "-");
-        report(&format!("the same over 64 MiB, {name}"), large / small, "x", "<= 1.5");
+        report(&format!("the same over 64 MiB, {name}"), large / small, "x", goal);
     }
 }
 

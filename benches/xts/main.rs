@@ -3,6 +3,7 @@
 //! Plain `cargo bench --bench xts` is criterion. With `--ratios` (or `--soft-ratios`, for a build with software AES) it
 //! prints the table of `ratios` instead, whose rows were measured in turns; tools/bench-xts runs both.
 
+mod calm;
 mod ratios;
 mod subject;
 

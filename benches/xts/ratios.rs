@@ -15,7 +15,8 @@ use daxcrypt::xts::{Backend, DataUnit, Span, XtsKey};
 use memmap2::MmapMut;
 use xts_mode::Xts128;
 
-use super::subject::{Calm, Cold, HOT_BYTES, Subject, area, key, spans};
+use super::calm::Calm;
+use super::subject::{Cold, HOT_BYTES, Subject, area, key, spans};
 
 /// Rounds go on until every subject has this many slices in which nobody disturbed the CPU,
 const ROUNDS_MIN: usize = 15;
