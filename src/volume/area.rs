@@ -1,8 +1,8 @@
 //! The data area: whole 16-byte blocks between ciphertext on media and plaintext in memory.
 //!
 //! Everything here is aligned to blocks; byte granularity and the order of writers are the volume's part. Who reads or writes
-//! holds the range, and has an [`HeldBlocks`] from that. Under cache-line
-//! granularity what is written is also flushed here (write-through), so that [`DataArea::sync`] has little left to do.
+//! holds the range, and may do so through [`HeldBlocks`]. Under cache-line granularity what is written is also flushed here
+//! (write-through), so that [`DataArea::sync`] has little left to do.
 //!
 //! While the volume is being re-keyed the area has two sides, and a boundary between them that moves window by window.
 //! Every access is cut at the boundary. The window that moves is held exclusively: so the boundary never passes through an

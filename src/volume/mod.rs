@@ -3,7 +3,7 @@
 //! A [`Volume`] reads and writes plaintext at logical offsets, from many threads at once. Plaintext exists in the
 //! caller's buffers and, for a moment, in a 16-byte scratch block; ciphertext goes to and comes from media directly.
 //!
-//! Who may write what, together (the other half stands in [`range_lock`]): blocks are independent under XTS, so a write
+//! Who may write what, together (the other half stands in `range_lock`): blocks are independent under XTS, so a write
 //! of whole blocks stores them under a *shared* lock. A write with a partial first or last block, which is read, changed
 //! and written back, holds its blocks under an *exclusive* lock, and so does every write once there is a `window` of
 //! plaintext for direct maps. Two writers of the same bytes leave either one's block, as on a disk; writers of different
