@@ -67,8 +67,10 @@ mod tests {
         let [stored_by_frequent, stored_by_rare, at] = [0; 3].map(AtomicU64::new);
         let meet = |round: u64| {
             at.fetch_add(1, Ordering::SeqCst);
+            let mut spins = 0_u32;
             while at.load(Ordering::SeqCst) < 2 * round {
-                std::hint::spin_loop();
+                spins += 1;
+                if spins < 1000 { std::hint::spin_loop() } else { thread::yield_now() }
             }
         };
         thread::scope(|scope| {
