@@ -137,6 +137,13 @@ impl DataArea {
         self.backing.sync_all()
     }
 
+    /// Overwrites what a kernel for so many bytes may have left in its stack frame.
+    fn scrub_after(&self, len_bytes: usize) {
+        if len_bytes > LINE_BYTES || !self.backend.keeps_lines_in_registers() {
+            secret::scrub_stack();
+        }
+    }
+
     /// Holds logical `range` together with others who share it.
     pub(super) fn shared(&self, range: Range<u64>) -> HeldRange<'_> {
         HeldRange { area: self, sides: self.sides.shared(range) }
@@ -182,7 +189,7 @@ impl HeldBlocks<'_> {
         let len_bytes = out.len();
         let range = offset..offset + len_bytes as u64;
         let result = self.sides(&range).and_then(|sides| self.read_held(sides, range, out));
-        scrub_after(len_bytes);
+        self.area.scrub_after(len_bytes);
         result
     }
 
@@ -221,7 +228,7 @@ impl HeldBlocks<'_> {
                 Granularity::CacheLine => side.store_through(&self.area.backing, part.start, plaintext),
             }
         });
-        scrub_after(len_bytes);
+        self.area.scrub_after(len_bytes);
         result
     }
 
@@ -245,7 +252,7 @@ impl HeldBlocks<'_> {
             }
             Ok(())
         });
-        scrub_after(len_bytes);
+        self.area.scrub_after(len_bytes);
         result
     }
 
@@ -266,7 +273,7 @@ impl HeldBlocks<'_> {
             let scratch = &mut scratch[..plaintext.len()];
             side.store_unmapped(&self.area.backing, part.start, plaintext, scratch)
         });
-        scrub_after(len_bytes);
+        self.area.scrub_after(len_bytes);
         result
     }
 
@@ -457,13 +464,6 @@ impl MovingWindow<'_> {
     /// Moves the boundary over the window.
     pub(super) fn arrive(&self, done_bytes: u64) {
         self.sides().0.advance(done_bytes);
-    }
-}
-
-/// Overwrites what a kernel for so many bytes may have left in its stack frame: a cache line stays in registers.
-fn scrub_after(len_bytes: usize) {
-    if len_bytes > LINE_BYTES {
-        secret::scrub_stack();
     }
 }
 

@@ -109,6 +109,17 @@ impl Backend {
         }
     }
 
+    /// Whether at most 64 bytes of one data unit go through it in registers alone, so that nothing of them is left on the
+    /// stack.
+    #[must_use]
+    pub(crate) const fn keeps_lines_in_registers(self) -> bool {
+        match self.kind() {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Vaes512 => true,
+            _ => false,
+        }
+    }
+
     pub(super) const fn kind(self) -> Kind {
         self.0
     }

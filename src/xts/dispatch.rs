@@ -25,18 +25,20 @@ pub(super) enum Schedule {
 
 impl Schedule {
     pub(super) fn new(data: &[u8], tweak: &[u8], backend: Backend) -> Self {
-        #[cfg(target_arch = "x86_64")]
-        let variant = match backend.kind() {
-            Kind::Portable => return Self::Portable(PortableKey::boxed(data, tweak)),
-            Kind::AesNi => Self::AesNi,
-            Kind::Vaes256 => Self::Vaes256,
-            Kind::Vaes512 => Self::Vaes512,
-        };
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: every kind of backend but the portable one is proof of AES-NI and AVX.
-        return variant(unsafe { RoundKeys::expand(data, tweak) });
-        #[cfg(not(target_arch = "x86_64"))]
-        return Self::Portable(PortableKey::boxed(data, tweak));
+        match backend.kind() {
+            Kind::Portable => Self::Portable(PortableKey::boxed(data, tweak)),
+            #[cfg(target_arch = "aarch64")]
+            Kind::Armv8 => Self::Portable(PortableKey::boxed(data, tweak)),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the kind is proof of AES-NI and AVX.
+            Kind::AesNi => Self::AesNi(unsafe { RoundKeys::expand(data, tweak) }),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the kind is proof of AES-NI and AVX.
+            Kind::Vaes256 => Self::Vaes256(unsafe { RoundKeys::expand(data, tweak) }),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the kind is proof of AES-NI and AVX.
+            Kind::Vaes512 => Self::Vaes512(unsafe { RoundKeys::expand(data, tweak) }),
+        }
     }
 
     /// Blocks `first_block..` of the one unit whose 128-bit tweak is `tweak`.

@@ -130,14 +130,14 @@ impl Batch {
                 *slot = tweak;
                 tweak = tweak::double(tweak);
             }
-            src.slice(range.clone()).copy_to(blocks.as_flattened_mut());
+            src.slice(range.clone()).copy_blocks_to(blocks.as_flattened_mut());
             whiten(blocks, tweaks);
             match direction {
                 Direction::Encrypt => cipher.encrypt_blocks(Array::cast_slice_from_core_mut(blocks)),
                 Direction::Decrypt => cipher.decrypt_blocks(Array::cast_slice_from_core_mut(blocks)),
             }
             whiten(blocks, tweaks);
-            dst.reborrow().slice(range).copy_from(blocks.as_flattened());
+            dst.reborrow().slice(range).copy_blocks_from(blocks.as_flattened());
         }
     }
 }

@@ -126,39 +126,49 @@ unsafe fn part_of_line<const KEYS: usize, const ENCRYPT: bool>(
 }
 
 /// Fewer than four blocks, each by one load of 16 bytes: that is atomic when it is aligned, and a masked load of more is
-/// not promised to be (Intel SDM volume 3, 9.1.1).
+/// not promised to be (Intel SDM volume 3, 9.1.1). Spelt out, because the compiler makes a call of `memcpy` by way of the
+/// stack of a loop.
 ///
 /// # Safety
 ///
-/// `len_bytes` are readable at `from`.
+/// `len_bytes`, 16, 32 or 48, are readable at `from`.
 #[target_feature(enable = "avx512f,avx")]
 #[inline]
 unsafe fn load_blocks(from: *const u8, len_bytes: usize) -> __m512i {
-    let mut blocks = [_mm_setzero_si128(); 4];
-    for (block, at) in blocks.iter_mut().zip((0..len_bytes).step_by(BLOCK_BYTES)) {
+    let block = |index: usize| from.wrapping_add(index * BLOCK_BYTES).cast();
+    // SAFETY: by the contract.
+    let mut vector = _mm512_zextsi128_si512(unsafe { _mm_loadu_si128(block(0)) });
+    if len_bytes > BLOCK_BYTES {
         // SAFETY: by the contract.
-        *block = unsafe { _mm_loadu_si128(from.wrapping_add(at).cast()) };
+        vector = _mm512_inserti32x4::<1>(vector, unsafe { _mm_loadu_si128(block(1)) });
     }
-    let vector = _mm512_zextsi128_si512(blocks[0]);
-    _mm512_inserti32x4::<2>(_mm512_inserti32x4::<1>(vector, blocks[1]), blocks[2])
+    if len_bytes > 2 * BLOCK_BYTES {
+        // SAFETY: by the contract.
+        vector = _mm512_inserti32x4::<2>(vector, unsafe { _mm_loadu_si128(block(2)) });
+    }
+    vector
 }
 
 /// Fewer than four blocks, each by one store of 16 bytes: see [`load_blocks`].
 ///
 /// # Safety
 ///
-/// `len_bytes` are writable at `to`.
+/// `len_bytes`, 16, 32 or 48, are writable at `to`.
 #[target_feature(enable = "avx512f,avx")]
 #[inline]
 unsafe fn store_blocks(to: *mut u8, len_bytes: usize, vector: __m512i) {
-    let blocks = [
-        _mm512_castsi512_si128(vector),
-        _mm512_extracti32x4_epi32::<1>(vector),
-        _mm512_extracti32x4_epi32::<2>(vector),
-    ];
-    for (block, at) in blocks.iter().zip((0..len_bytes).step_by(BLOCK_BYTES)) {
+    let block = |index: usize| to.wrapping_add(index * BLOCK_BYTES).cast();
+    let (first, second) = (_mm512_castsi512_si128(vector), _mm512_extracti32x4_epi32::<1>(vector));
+    let third = _mm512_extracti32x4_epi32::<2>(vector);
+    // SAFETY: by the contract.
+    unsafe { _mm_storeu_si128(block(0), first) };
+    if len_bytes > BLOCK_BYTES {
         // SAFETY: by the contract.
-        unsafe { _mm_storeu_si128(to.wrapping_add(at).cast(), *block) };
+        unsafe { _mm_storeu_si128(block(1), second) };
+    }
+    if len_bytes > 2 * BLOCK_BYTES {
+        // SAFETY: by the contract.
+        unsafe { _mm_storeu_si128(block(2), third) };
     }
 }
 
