@@ -4,7 +4,7 @@
 //! other's store, a full fence has to stand between the two steps on both sides. Where one side is frequent and the other
 //! rare, the rare side can have the kernel put a fence into every running thread of the process (`membarrier(2)`, private
 //! expedited, Linux 4.14): the frequent side then needs only to keep the compiler from changing the order. A fence after
-//! the write-back of a cache line costs half as much again as the write-back.
+//! the write-back of a cache line costs a third of the write-back (Zen 5: 226 ns for both, 168 for a write-back alone).
 //!
 //! Where the kernel refuses, both sides are ordinary fences.
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use daxcrypt::dax::DaxMapping;
 use daxcrypt::namespace::{self, FormatOptions, LockedNamespace};
-use daxcrypt::pmem::sim::{BarrierKind, Bounds, CrashImage, SimHandle, SimOptions};
+use daxcrypt::pmem::sim::{Bounds, CrashImage, SimHandle, SimOptions};
 use daxcrypt::pmem::{Backing, Granularity};
 use daxcrypt::volume::Volume;
 use daxcrypt::xts::Backend;
@@ -131,9 +131,7 @@ fn survives(granularity: Granularity) {
     let mutants = trace.mutants(&bounds, REACH, |image| check(image, granularity, &acknowledged));
     println!("crash direct map, {granularity:?}: {explored}, {mutants}");
     assert!(mutants.killed + 1 >= acknowledged.len(), "one sync serves two ranges: {mutants}");
-    // A fence that is left out does not matter where the next one of the same thread comes before the promise.
-    let is_fence = |kind| kind == BarrierKind::Drain;
-    assert!(mutants.survivors.iter().all(|barrier| is_fence(barrier.kind)), "not noticed: {:?}", mutants.survivors);
+    mutants.assert_only_fences_survive("direct map");
 }
 
 #[test]

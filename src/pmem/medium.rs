@@ -109,14 +109,11 @@ impl KernelMedium {
     }
 
     pub(super) fn flush(&self, mapping: &Mapping, range: &Range<usize>, len_bytes: u64) -> Result<(), MediaError> {
-        self.syncs.check()?;
         match self.granularity {
-            Granularity::CacheLine => {
-                mapping.write_back(range);
-                Ok(())
-            }
-            Granularity::Page if range.is_empty() => Ok(()),
+            Granularity::CacheLine => self.flush_lines(mapping, range),
+            Granularity::Page if range.is_empty() => self.syncs.check(),
             Granularity::Page => {
+                self.syncs.check()?;
                 mapping.write_pages(range).map_err(|errno| {
                     self.syncs.poison(errno);
                     MediaError::Flush(errno.into())

@@ -2,7 +2,6 @@
 
 use std::fmt;
 
-#[cfg(test)]
 use super::BarrierKind;
 use super::Trace;
 use super::explore::{Bounds, CrashImage};
@@ -21,11 +20,14 @@ pub struct Mutants {
     pub states: usize,
 }
 
-#[cfg(test)]
 impl Mutants {
     /// Asserts that only fences were not noticed. A fence that is left out may not matter: the next one of the same thread
     /// does its work before anything relies on it.
-    pub(crate) fn assert_only_fences_survive(&self, name: &str) {
+    ///
+    /// # Panics
+    ///
+    /// Panics with `name` and the others, when there are any.
+    pub fn assert_only_fences_survive(&self, name: &str) {
         let is_fence = |barrier: &Barrier| barrier.kind == BarrierKind::Drain;
         assert!(self.survivors.iter().all(is_fence), "{name}: not noticed: {:?}", self.survivors);
     }
