@@ -131,36 +131,49 @@ unsafe impl Send for LockedPages {}
 unsafe impl Sync for LockedPages {}
 
 impl LockedPages {
-    /// Maps zeroed pages for `len_bytes` bytes (one page for none).
+    /// Maps zeroed pages for `len_bytes` bytes (one page for none) and locks them.
     ///
     /// # Panics
     ///
     /// Panics when the address space or memory is exhausted, as an allocation does.
     fn new(len_bytes: usize) -> Self {
-        let len_bytes = len_bytes.max(1).next_multiple_of(rustix::param::page_size());
+        let pages =
+            Self::map(len_bytes).unwrap_or_else(|error| panic!("no memory for a secret of {len_bytes} bytes: {error}"));
+        if !pages.lock() {
+            LOCK_REFUSED.store(true, Ordering::Relaxed);
+        }
+        pages
+    }
+
+    /// Maps zeroed pages that are not dumped and not inherited, and not yet locked.
+    fn map(len_bytes: usize) -> rustix::io::Result<Self> {
+        let page_bytes = rustix::param::page_size();
+        let len_bytes = len_bytes.max(1).checked_next_multiple_of(page_bytes).ok_or(rustix::io::Errno::NOMEM)?;
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice touches no existing memory.
         let start = unsafe {
             mmap_anonymous(ptr::null_mut(), len_bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
-        }
-        .unwrap_or_else(|error| panic!("no memory for a secret of {len_bytes} bytes: {error}"));
-        // SAFETY: the range was mapped above and is owned.
-        if unsafe { mlock(start, len_bytes) }.is_err() {
-            LOCK_REFUSED.store(true, Ordering::Relaxed);
-        }
+        }?;
         for advice in [Advice::LinuxDontDump, Advice::LinuxWipeOnFork] {
             // SAFETY: neither advice changes the content that this process sees.
             let advised = unsafe { madvise(start, len_bytes, advice) };
             debug_assert!(advised.is_ok(), "madvise {advice:?} on private anonymous memory: {advised:?}");
         }
         let start = NonNull::new(start.cast::<u8>()).expect("mmap never returns null");
-        Self { start, len_bytes }
+        Ok(Self { start, len_bytes })
+    }
+
+    /// Locks the pages in RAM. Whether the limit permits it.
+    fn lock(&self) -> bool {
+        // SAFETY: the range was mapped by `map` and is owned.
+        unsafe { mlock(self.start.as_ptr().cast::<c_void>(), self.len_bytes) }.is_ok()
     }
 }
 
 impl Drop for LockedPages {
     fn drop(&mut self) {
-        // SAFETY: the pages are owned, mapped and writable; nobody borrows them any more.
-        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len_bytes) }.zeroize();
+        let words = self.start.cast::<u64>();
+        // SAFETY: the pages are owned, mapped, writable and a whole number of words; nobody borrows them any more.
+        unsafe { std::slice::from_raw_parts_mut(words.as_ptr(), self.len_bytes / size_of::<u64>()) }.zeroize();
         // SAFETY: the range is exactly the one mapped in `new`; nothing refers to it after this.
         let unmapped = unsafe { munmap(self.start.as_ptr().cast::<c_void>(), self.len_bytes) };
         debug_assert!(unmapped.is_ok(), "munmap of our own pages: {unmapped:?}");
@@ -312,6 +325,55 @@ impl<T> fmt::Debug for SecretBox<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "SecretBox({} bytes)", self.pages.len_bytes.min(size_of::<T>()))
     }
+}
+
+/// What Argon2 works in. Its last block gives the derived key away, and its first ones the passphrase to whoever guesses:
+/// the memory is not dumped, wiped on every way out, and locked where the limit permits it. A refusal does not count for
+/// [`lock_refused`]: 256 MiB are more than most limits, and nothing stays in them.
+pub(crate) struct KdfArena {
+    pages: LockedPages,
+    count: usize,
+}
+
+impl KdfArena {
+    /// `count` blocks of zeros, `None` when there is no memory for them.
+    pub(crate) fn new(count: usize) -> Option<Self> {
+        const { assert!(align_of::<argon2::Block>() <= 4096, "a page is aligned for a block") };
+        let pages = LockedPages::map(count.checked_mul(size_of::<argon2::Block>())?).ok()?;
+        pages.lock();
+        Some(Self { pages, count })
+    }
+}
+
+impl AsMut<[argon2::Block]> for KdfArena {
+    fn as_mut(&mut self) -> &mut [argon2::Block] {
+        let blocks = self.pages.start.cast::<argon2::Block>();
+        // SAFETY: the pages hold `count` blocks, are aligned for them, and zero bytes are a block; `&mut self` makes the
+        // borrow exclusive.
+        unsafe { std::slice::from_raw_parts_mut(blocks.as_ptr(), self.count) }
+    }
+}
+
+/// There is no memory for a key derivation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NoMemory;
+
+/// Fills `out` with the key that Argon2 derives from a passphrase, in memory of the kind above. What it leaves on the stack
+/// is the caller's part ([`with_wiped_stack`]).
+///
+/// # Panics
+///
+/// Panics when the salt or the length of `out`, which the caller has checked, are impossible.
+pub(crate) fn stretch(
+    argon2: &argon2::Argon2<'_>,
+    passphrase: &[u8],
+    salt: &[u8],
+    out: &mut [u8],
+) -> Result<(), NoMemory> {
+    let mut arena = KdfArena::new(argon2.params().block_count()).ok_or(NoMemory)?;
+    let stretched = argon2.hash_password_into_with_memory(passphrase, salt, out, &mut arena);
+    stretched.unwrap_or_else(|error| panic!("lengths and cost were checked: {error}"));
+    Ok(())
 }
 
 /// The XTS key of a namespace: data half (Key_1 of IEEE 1619), then tweak half (Key_2), which differ.

@@ -6,7 +6,8 @@ mod common;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -56,7 +57,35 @@ fn vault() -> Bench {
     bench.run(&[&format[..], &CHEAP_KDF].concat()).succeeds();
     let add = ["key", "add", "vault.img", "--passphrase-file", "pass", "--new-key-file", "second.key"];
     bench.run(&add).succeeds();
+    // As cheap as the slot of a recovery phrase: memory of that size comes from the heap, where it would stay.
+    let add = ["key", "add", "vault.img", "--passphrase-file", "pass", "--new-passphrase-file", "third", "--slot", "2"];
+    bench.secret("third", &third());
+    bench.run(&[&add[..], &["--kdf-memory", "8K", "--kdf-time", "1"]].concat()).succeeds();
     bench
+}
+
+/// The passphrase of the slot with the cheap key derivation.
+fn third() -> Vec<u8> {
+    hex(&noise(80, 20)).into_bytes()
+}
+
+/// The beginning of every block that Argon2id leaves in its memory when slot 2 opens: the last one gives the key away.
+fn arena(bench: &Bench) -> Vec<(String, Vec<u8>)> {
+    let image = File::open(bench.path("vault.img")).unwrap();
+    let mut copy = vec![0; 65536];
+    image.read_exact_at(&mut copy, 0).unwrap();
+    let len = u32::from_le_bytes(copy[16..20].try_into().unwrap()) as usize;
+    let metadata: serde_json::Value = serde_json::from_slice(&copy[128..128 + len]).unwrap();
+    let slot = metadata["slots"].as_array().unwrap().iter().find(|slot| slot["id"] == 2).unwrap();
+    let digits = slot["salt"].as_str().unwrap().as_bytes();
+    let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
+    let salt: Vec<u8> = digits.chunks(2).map(byte).collect();
+    let params = argon2::Params::new(8, 1, 1, Some(32)).unwrap();
+    let argon2 = argon2::Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, params);
+    let mut blocks = vec![argon2::Block::new(); 8];
+    argon2.hash_password_into_with_memory(&third(), &salt, &mut [0; 32], &mut blocks).unwrap();
+    let start = |block: &argon2::Block| block.as_ref().iter().take(3).flat_map(|word| word.to_le_bytes()).collect();
+    blocks.iter().enumerate().map(|(index, block)| (format!("Argon2 block {index}"), start(block))).collect()
 }
 
 /// A piece of another process's memory.
@@ -146,7 +175,8 @@ fn describe(found: &[(String, Mapping)]) -> Vec<String> {
 #[test]
 fn a_server_keeps_its_key_on_locked_pages_and_out_of_its_core_and_its_logs() {
     let bench = vault();
-    for key in [["--passphrase-file", "pass"], ["--key-file", "second.key"]] {
+    let needles = [needles(), arena(&bench)].concat();
+    for key in [["--passphrase-file", "pass"], ["--key-file", "second.key"], ["--passphrase-file", "third"]] {
         let socket = bench.path("vault.sock");
         let log = File::create(bench.path("log")).unwrap();
         let args = ["serve", "vault.img", "--log", "trace", "--socket", socket.to_str().unwrap(), key[0], key[1]];
@@ -157,7 +187,7 @@ fn a_server_keeps_its_key_on_locked_pages_and_out_of_its_core_and_its_logs() {
         tool("nbdcopy", &[bench.path("in.img").to_str().unwrap(), &server.uri("vault")]);
         let pid = server.child.id();
 
-        let found = in_process(pid, &needles());
+        let found = in_process(pid, &needles);
         let described = describe(&found);
         assert!(found.iter().all(|(needle, _)| needle.starts_with("volume key")), "{described:#?}");
         assert!(!found.is_empty(), "the search finds the key schedule, so it works");
@@ -170,7 +200,7 @@ fn a_server_keeps_its_key_on_locked_pages_and_out_of_its_core_and_its_logs() {
         let len = file.metadata().unwrap().len();
         assert!(len > 1 << 20, "a core of {len} bytes");
         let read = |buffer: &mut [u8], at| file.read_exact_at(buffer, at).is_ok();
-        assert_eq!(search(&needles(), 0, len, read), Vec::<String>::new(), "in the core");
+        assert_eq!(search(&needles, 0, len, read), Vec::<String>::new(), "in the core");
         assert_eq!(
             search(&[("label".into(), b"vault.img".to_vec())], 0, len, read)[..1],
             ["label"],
@@ -180,13 +210,13 @@ fn a_server_keeps_its_key_on_locked_pages_and_out_of_its_core_and_its_logs() {
 
         for file in ["cmdline", "environ"] {
             let bytes = fs::read(format!("/proc/{pid}/{file}")).unwrap();
-            assert!(needles().iter().all(|(_, needle)| !contains(&bytes, needle)), "{file}");
+            assert!(needles.iter().all(|(_, needle)| !contains(&bytes, needle)), "{file}");
         }
         server.stop();
         let log = fs::read(bench.path("log")).unwrap();
         assert!(log.len() > 100, "trace logs something");
-        for (name, needle) in needles() {
-            assert!(!contains(&log, &needle) && !contains(&log, hex(&needle).as_bytes()), "{name} in the log");
+        for (name, needle) in &needles {
+            assert!(!contains(&log, needle) && !contains(&log, hex(needle).as_bytes()), "{name} in the log");
         }
     }
 }
@@ -194,7 +224,8 @@ fn a_server_keeps_its_key_on_locked_pages_and_out_of_its_core_and_its_logs() {
 #[test]
 fn nothing_is_left_of_a_key_when_its_volume_is_dropped() {
     let bench = vault();
-    for (role, file) in [("passphrase", "pass"), ("key file", "second.key")] {
+    let needles = [needles(), arena(&bench)].concat();
+    for (role, file) in [("passphrase", "pass"), ("key file", "second.key"), ("passphrase", "third")] {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "child", "--ignored", "--nocapture", "--test-threads=1"]);
         command
@@ -205,17 +236,50 @@ fn nothing_is_left_of_a_key_when_its_volume_is_dropped() {
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut wait_for = |mark: &str| assert!(lines.by_ref().any(|line| line.unwrap().contains(mark)), "no {mark}");
         wait_for("unlocked");
-        let found = in_process(child.id(), &needles());
+        let found = in_process(child.id(), &needles);
         assert!(!found.is_empty(), "while the volume is there, its key is found");
         // One line lets it go on.
         use std::io::Write;
         child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
         wait_for("dropped");
-        let found = describe(&in_process(child.id(), &needles()));
+        let found = describe(&in_process(child.id(), &needles));
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(found, Vec::<String>::new(), "after the drop, {role}");
     }
+}
+
+#[test]
+fn a_process_that_handles_keys_is_never_dumped_and_not_read_by_its_user() {
+    // Its files in /proc belong to root then, even where its user does not: a server of somebody else's shows it.
+    let bench = vault();
+    let open_to_all = |path: &Path| fs::set_permissions(path, fs::Permissions::from_mode(0o777)).unwrap();
+    let program = bench.path("program");
+    fs::copy(env!("CARGO_BIN_EXE_daxcrypt"), &program).unwrap();
+    for name in ["program", "vault.img", "second.key", "."] {
+        open_to_all(&bench.path(name));
+    }
+    let socket = bench.path("vault.sock");
+    let mut command = Command::new(program);
+    command.current_dir(bench.path(".")).args([
+        "serve",
+        "vault.img",
+        "--key-file",
+        "second.key",
+        "--socket",
+        "vault.sock",
+    ]);
+    let nobody = 65534;
+    if rustix::process::geteuid().is_root() {
+        command.uid(nobody).gid(nobody);
+    }
+    let server = Server::start(command, socket);
+    let folder = format!("/proc/{}", server.child.id());
+    assert_eq!(fs::metadata(format!("{folder}/mem")).unwrap().uid(), 0, "it is not dumpable");
+    let limits = fs::read_to_string(format!("{folder}/limits")).unwrap();
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);
+    server.stop();
 }
 
 /// The process that is searched: it reads the key straight to secret memory, as the program does.

@@ -271,7 +271,7 @@ impl Error {
     fn place_hint(&self) -> Option<String> {
         match self {
             Self::Open { source: OpenError::Busy, .. } => Some(
-                "stop the process that serves it first (fuser -v shows which), or open it with --read-only there"
+                "stop the process that serves it first (`fuser -v` as root shows which), or open it with --read-only there"
                     .into(),
             ),
             Self::Control { .. } => {

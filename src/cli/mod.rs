@@ -35,6 +35,7 @@ mod serve;
 mod size;
 mod status;
 mod transfer;
+mod undumped;
 
 use std::process::ExitCode;
 
@@ -205,6 +206,9 @@ pub fn main() -> ExitCode {
             return if asked_for { ExitCode::SUCCESS } else { ExitCode::from(Exit::Usage as u8) };
         }
     };
+    if handles_keys(&cli.command) {
+        undumped::protect_process();
+    }
     match run(&cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -214,6 +218,27 @@ pub fn main() -> ExitCode {
             }
             ExitCode::from(error.exit() as u8)
         }
+    }
+}
+
+/// Whether secrets may come into the memory of the process.
+const fn handles_keys(command: &Command) -> bool {
+    match command {
+        Command::Completions(_) | Command::Man(_) | Command::Bench(_) | Command::Info(_) | Command::Status(_) => false,
+        Command::Format(_)
+        | Command::Serve(_)
+        | Command::Dmtable(_)
+        | Command::Key(_)
+        | Command::Rekey(_)
+        | Command::Relocate(_)
+        | Command::Import(_)
+        | Command::Export(_)
+        | Command::Header(_)
+        | Command::Erase(_)
+        | Command::Resize(_)
+        | Command::Region(_)
+        | Command::Remove(_)
+        | Command::Demo => true,
     }
 }
 

@@ -6,7 +6,7 @@ use zeroize::Zeroizing;
 
 use super::metadata::{KdfObject, decode_base64};
 use crate::namespace::KdfCost;
-use crate::secret::SecretBytes;
+use crate::secret::{self, SecretBytes};
 
 /// Most iterations of PBKDF2 that a header may ask for: minutes on a slow machine. `cryptsetup` asks for two seconds.
 pub const PBKDF2_ITERATIONS_MAX: u32 = 1 << 28;
@@ -111,11 +111,7 @@ impl SaltedKdf {
                 let params = argon2::Params::new(cost.memory_kib, cost.time, cost.lanes, Some(len_bytes))
                     .expect("bounds checked: narrower than those of Argon2");
                 let argon2 = argon2::Argon2::new(algorithm, argon2::Version::V0x13, params);
-                match argon2.hash_password_into(passphrase, &self.salt, &mut key) {
-                    Ok(()) => {}
-                    Err(argon2::Error::OutOfMemory) => return None,
-                    Err(error) => unreachable!("lengths and cost were checked: {error}"),
-                }
+                secret::stretch(&argon2, passphrase, &self.salt, &mut key).ok()?;
             }
         }
         Some(key)

@@ -13,9 +13,8 @@ use std::fmt;
 use hkdf::Hkdf;
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
-use zeroize::Zeroize;
 
-use crate::secret::{SecretBox, SecretBytes};
+use crate::secret::{self, SecretBox, SecretBytes};
 
 /// Fewest bytes of a key file: less could not hold 256 bits of entropy.
 pub const KEY_FILE_BYTES_MIN: usize = 32;
@@ -227,14 +226,9 @@ fn stretch(passphrase: &[u8], cost: &KdfCost, salt: &[u8; SALT_BYTES]) -> Result
         .expect("bounds checked: narrower than those of Argon2id");
     let argon2 = argon2::Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, params);
     let mut stretched = Key256::zeroed();
-    match argon2.hash_password_into(passphrase, salt, &mut *stretched) {
-        Ok(()) => Ok(stretched),
-        Err(argon2::Error::OutOfMemory) => {
-            stretched.zeroize();
-            Err(CredentialError::Memory { memory_kib: cost.memory_kib })
-        }
-        Err(error) => unreachable!("lengths and cost were checked: {error}"),
-    }
+    secret::stretch(&argon2, passphrase, salt, &mut *stretched)
+        .map_err(|secret::NoMemory| CredentialError::Memory { memory_kib: cost.memory_kib })?;
+    Ok(stretched)
 }
 
 #[cfg(test)]
