@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use super::error::{MediaError, OpenError};
 use super::granularity::{Finding, Granularity, GranularityReason};
@@ -16,14 +16,11 @@ use super::medium::KernelMedium;
 use super::open::{OpenedFile, create_locked, map};
 use super::options::{Access, Allocation, OpenOptions};
 use super::persist::LINE_BYTES;
-use super::sim::{Event, Recorder, SimHandle, SimOptions, Thread};
+use super::sim::SimMedium;
 use crate::memory::{Source, Target};
 
 /// The most extents that one call of [`Backing::extents`] returns.
 pub const EXTENTS_MAX: usize = 4096;
-
-/// Room behind the end of a simulated backing, beyond as much again as it has.
-const SIMULATED_GROWTH_ROOM_BYTES: usize = 64 << 20;
 
 /// What a backing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,9 +63,9 @@ pub struct Backing {
 
 /// Who makes stores durable.
 #[derive(Debug)]
-enum Medium {
+pub(super) enum Medium {
     Kernel(KernelMedium),
-    Simulated(Arc<Recorder>),
+    Simulated(SimMedium),
     /// Memory that dies with the process: there is nothing to make durable.
     Volatile,
 }
@@ -126,45 +123,6 @@ impl Backing {
         })
     }
 
-    /// A simulated backing of `len_bytes` zero bytes that records what happens to it; see [`sim`](super::sim).
-    ///
-    /// # Panics
-    ///
-    /// Panics for 0 bytes and without memory: it is for tests.
-    #[must_use]
-    pub fn simulated(len_bytes: usize, options: SimOptions) -> (Self, SimHandle) {
-        Self::from_media(vec![0; len_bytes], options)
-    }
-
-    /// A simulated backing that begins with these bytes, such as the media after a simulated power cut.
-    ///
-    /// # Panics
-    ///
-    /// As [`simulated`](Self::simulated).
-    #[must_use]
-    pub fn from_media(media: Vec<u8>, options: SimOptions) -> (Self, SimHandle) {
-        assert!(!media.is_empty(), "a backing has at least one byte");
-        let len_bytes = media.len();
-        let mapping = Mapping::anonymous(2 * len_bytes + SIMULATED_GROWTH_ROOM_BYTES).expect("memory for a simulation");
-        mapping.target(&(0..len_bytes)).copy_from(&media);
-        let handle = SimHandle::new(media, options);
-        let backing = Self {
-            path: PathBuf::from("simulated"),
-            kind: BackingKind::File,
-            access: Access::ReadWrite,
-            reason: GranularityReason::new(Finding::Simulated(options.granularity()), None),
-            disk_offset: 0,
-            _disk: None,
-            sector_bytes: None,
-            physical_address: None,
-            len_bytes: AtomicU64::new(len_bytes as u64),
-            growing: Mutex::new(()),
-            mapping,
-            medium: Medium::Simulated(handle.recorder()),
-        };
-        (backing, handle)
-    }
-
     /// Anonymous memory of `len_bytes` zero bytes, which ends with the process (or with this value). Every flush succeeds at
     /// once. The kernel may swap it out.
     ///
@@ -177,11 +135,17 @@ impl Backing {
         }
         let mapped_bytes = usize::try_from(len_bytes).map_err(|_| OpenError::TooLarge { len_bytes })?;
         let mapping = Mapping::anonymous(mapped_bytes).map_err(|source| OpenError::Map { len_bytes, source })?;
-        Ok(Self {
-            path: PathBuf::from("anonymous memory"),
+        let path = PathBuf::from("anonymous memory");
+        Ok(Self::of_memory(path, Finding::Volatile, len_bytes, mapping, Medium::Volatile))
+    }
+
+    /// A backing in memory, for writing.
+    pub(super) fn of_memory(path: PathBuf, finding: Finding, len_bytes: u64, mapping: Mapping, medium: Medium) -> Self {
+        Self {
+            path,
             kind: BackingKind::File,
             access: Access::ReadWrite,
-            reason: GranularityReason::new(Finding::Volatile, None),
+            reason: GranularityReason::new(finding, None),
             disk_offset: 0,
             _disk: None,
             sector_bytes: None,
@@ -189,8 +153,8 @@ impl Backing {
             len_bytes: AtomicU64::new(len_bytes),
             growing: Mutex::new(()),
             mapping,
-            medium: Medium::Volatile,
-        })
+            medium,
+        }
     }
 
     /// The path that it was opened by.
@@ -288,7 +252,7 @@ impl Backing {
         self.check_faults(&span)?;
         let result = match &self.medium {
             Medium::Kernel(_) | Medium::Volatile => f(self.mapping.target(&span)),
-            Medium::Simulated(recorder) => recorder.record_store(&self.mapping, &span, false, f),
+            Medium::Simulated(medium) => medium.write(&self.mapping, &span, f)?,
         };
         self.check_faults(&span)?;
         Ok(result)
@@ -369,9 +333,8 @@ impl Backing {
         let result = self.write(range.clone(), f)?;
         if self.granularity() == Granularity::CacheLine {
             let line_bytes = LINE_BYTES as u64;
-            if let Medium::Simulated(recorder) = &self.medium {
-                let whole = range.start.next_multiple_of(line_bytes)..range.end - range.end % line_bytes;
-                recorder.record(Event::Streamed(whole, Thread::current()));
+            if let Medium::Simulated(medium) = &self.medium {
+                medium.streamed(&(range.start.next_multiple_of(line_bytes)..range.end - range.end % line_bytes));
             }
             if !range.start.is_multiple_of(line_bytes) {
                 self.flush(range.start..range.end.min(range.start.next_multiple_of(line_bytes)))?;
@@ -395,7 +358,7 @@ impl Backing {
         self.check_faults(&span)?;
         match &self.medium {
             Medium::Kernel(medium) => medium.flush(&self.mapping, &span, self.len_bytes())?,
-            Medium::Simulated(recorder) => recorder.record(Event::Flush(range, Thread::current())),
+            Medium::Simulated(medium) => medium.flush(&range)?,
             Medium::Volatile => {}
         }
         self.check_faults(&span)
@@ -410,10 +373,7 @@ impl Backing {
     pub fn drain(&self) -> Result<(), MediaError> {
         match &self.medium {
             Medium::Kernel(medium) => medium.drain(),
-            Medium::Simulated(recorder) => {
-                recorder.record(Event::Drain(Thread::current()));
-                Ok(())
-            }
+            Medium::Simulated(medium) => medium.drain(),
             Medium::Volatile => Ok(()),
         }
     }
@@ -440,10 +400,7 @@ impl Backing {
     pub fn sync_all(&self) -> Result<(), MediaError> {
         match &self.medium {
             Medium::Kernel(medium) => medium.sync_all(self.len_bytes()),
-            Medium::Simulated(recorder) => {
-                recorder.record(Event::Sync(Thread::current()));
-                Ok(())
-            }
+            Medium::Simulated(medium) => medium.sync_all(self.len_bytes()),
             Medium::Volatile => Ok(()),
         }
     }
@@ -458,7 +415,8 @@ impl Backing {
         self.check_writable()?;
         match &self.medium {
             Medium::Kernel(medium) => medium.allocate(&range),
-            Medium::Simulated(_) | Medium::Volatile => Ok(()),
+            Medium::Simulated(medium) => medium.allocate(),
+            Medium::Volatile => Ok(()),
         }
     }
 
@@ -473,10 +431,7 @@ impl Backing {
         self.check_writable()?;
         match &self.medium {
             Medium::Kernel(medium) => medium.punch_hole(&range),
-            Medium::Simulated(recorder) => {
-                recorder.record_store(&self.mapping, &span, true, |mut target| target.fill(0));
-                Ok(())
-            }
+            Medium::Simulated(medium) => medium.punch_hole(&self.mapping, &span),
             Medium::Volatile => {
                 self.mapping.target(&span).fill(0);
                 Ok(())
@@ -491,11 +446,12 @@ impl Backing {
     ///
     /// `OutOfRange`, `Io`.
     pub fn extents(&self, range: Range<u64>) -> Result<Vec<BackingExtent>, MediaError> {
-        self.span(&range)?;
+        let span = self.span(&range)?;
         match &self.medium {
             Medium::Kernel(medium) => medium.extents(&range),
             _ if range.is_empty() => Ok(Vec::new()),
-            Medium::Simulated(_) | Medium::Volatile => Ok(vec![BackingExtent { range, allocated: true }]),
+            Medium::Simulated(_) => Ok(SimMedium::extents(&self.mapping, &span)),
+            Medium::Volatile => Ok(vec![BackingExtent { range, allocated: true }]),
         }
     }
 
@@ -530,7 +486,7 @@ impl Backing {
         if len_bytes > now_bytes {
             match &self.medium {
                 Medium::Kernel(medium) => medium.grow(now_bytes, len_bytes, allocation)?,
-                Medium::Simulated(recorder) => recorder.record(Event::Length(len_bytes)),
+                Medium::Simulated(medium) => medium.grow(len_bytes)?,
                 Medium::Volatile => return Err(MediaError::Unsupported),
             }
             self.len_bytes.store(len_bytes, Ordering::Release);

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fdatasync, fstat, ftruncate, seek};
@@ -20,7 +20,7 @@ use super::granularity::Granularity;
 use super::mapping::Mapping;
 use super::options::Allocation;
 use super::persist;
-use super::sync::SharedSync;
+use super::sync::{Changes, SharedSync};
 
 /// Blocks of a sparse file are allocated in aligned steps of this many bytes, before the first store to a step.
 const ALLOCATION_STEP_BYTES: u64 = 1 << 20;
@@ -37,9 +37,8 @@ pub(super) struct KernelMedium {
     allocated_steps: Bitmap,
     /// Held while blocks come and go, so that `allocated_steps` never claims a step that has just got a hole.
     block_changes: Mutex<()>,
-    /// How often blocks or the length changed, which only `fdatasync` makes durable, and how many of those changes are.
-    metadata_changes: AtomicU64,
-    metadata_durable: AtomicU64,
+    /// Changes of blocks or the length.
+    changes: Changes,
 }
 
 impl KernelMedium {
@@ -66,8 +65,7 @@ impl KernelMedium {
             sparse: AtomicBool::new(sparse),
             allocated_steps: Bitmap::new(steps)?,
             block_changes: Mutex::new(()),
-            metadata_changes: AtomicU64::new(0),
-            metadata_durable: AtomicU64::new(0),
+            changes: Changes::default(),
         })
     }
 
@@ -134,13 +132,12 @@ impl KernelMedium {
 
     pub(super) fn sync_all(&self, len_bytes: u64) -> Result<(), MediaError> {
         self.drain()?;
-        let changes = self.metadata_changes.load(Ordering::SeqCst);
-        let metadata_durable = self.metadata_durable.load(Ordering::SeqCst) >= changes;
-        if self.kind == BackingKind::DevDax || (self.granularity == Granularity::CacheLine && metadata_durable) {
+        let owed = self.changes.owed();
+        if self.kind == BackingKind::DevDax || (self.granularity == Granularity::CacheLine && owed.is_none()) {
             return Ok(());
         }
         self.syncs.run(|| fdatasync(&self.file))?;
-        self.metadata_durable.fetch_max(changes, Ordering::SeqCst);
+        owed.into_iter().for_each(|count| self.changes.are_durable(count));
         self.check_length(len_bytes)
     }
 
@@ -195,7 +192,7 @@ impl KernelMedium {
         }
         let _guard = self.block_changes.lock().unwrap_or_else(PoisonError::into_inner);
         let allocated = self.fallocate(FallocateFlags::KEEP_SIZE, range);
-        self.metadata_changes.fetch_add(1, Ordering::SeqCst);
+        self.changes.count();
         allocated.map_err(MediaError::from_errno)
     }
 
@@ -212,7 +209,7 @@ impl KernelMedium {
             self.sparse.store(true, Ordering::Release);
         }
         let punched = self.fallocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, range);
-        self.metadata_changes.fetch_add(1, Ordering::SeqCst);
+        self.changes.count();
         for step in range.start / ALLOCATION_STEP_BYTES..range.end.div_ceil(ALLOCATION_STEP_BYTES) {
             self.allocated_steps.remove(usize::try_from(step).map_err(|_| MediaError::Unsupported)?);
         }
@@ -274,7 +271,7 @@ impl KernelMedium {
             }
             Allocation::Full => self.fallocate(FallocateFlags::empty(), &(now_bytes..len_bytes)),
         };
-        self.metadata_changes.fetch_add(1, Ordering::SeqCst);
+        self.changes.count();
         grown.map_err(|errno| {
             // What a full disk left half grown is taken back; the mapping never reached there.
             let _ = ftruncate(&self.file, now_bytes);

@@ -6,12 +6,37 @@
 //! A flush that failed may have dropped the dirty pages, and a later one would report success for lost bytes. So the first
 //! failure is kept, and every later flush fails until the backing is reopened.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 
 use super::error::MediaError;
+
+/// How often blocks or the length of a file changed, which only a system call makes durable, and how many of those changes
+/// are.
+#[derive(Debug, Default)]
+pub(super) struct Changes {
+    made: AtomicU64,
+    durable: AtomicU64,
+}
+
+impl Changes {
+    pub(super) fn count(&self) {
+        self.made.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// How many changes were made, when not all of them are durable.
+    pub(super) fn owed(&self) -> Option<u64> {
+        let made = self.made.load(Ordering::SeqCst);
+        (self.durable.load(Ordering::SeqCst) < made).then_some(made)
+    }
+
+    /// A system call that began when `count` changes were made has succeeded.
+    pub(super) fn are_durable(&self, count: u64) {
+        self.durable.fetch_max(count, Ordering::SeqCst);
+    }
+}
 
 #[derive(Debug, Default)]
 pub(super) struct SharedSync {

@@ -43,13 +43,16 @@ impl Default for Bounds {
 pub struct CrashImage<'a> {
     /// How many events of the trace came before the power cut; compare with [`SimHandle::position`](super::SimHandle).
     pub position: usize,
-    /// The bytes of the media.
+    /// The bytes of the first backing.
     pub media: &'a [u8],
+    /// The bytes of the backings that were added to the recording.
+    pub others: &'a [&'a [u8]],
 }
 
 impl fmt::Debug for CrashImage<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "CrashImage(position {}, {} bytes)", self.position, self.media.len())
+        let Self { position, media, others } = self;
+        write!(f, "CrashImage(position {position}, {} bytes, {} others)", media.len(), others.len())
     }
 }
 
@@ -76,7 +79,7 @@ impl fmt::Display for Explored {
 pub struct Failure<E> {
     /// How many events of the trace came before the power cut.
     pub position: usize,
-    /// The media that it left.
+    /// The media that it left, of the first backing.
     pub media: Vec<u8>,
     /// What the check said.
     pub error: E,
@@ -147,7 +150,9 @@ fn explore_point<E>(
             if !seen.insert(hash) {
                 return Ok(());
             }
-            check(CrashImage { position, media }).map_err(|error| Failure { position, media: media.to_vec(), error })
+            let (first, others) = media.split_first().expect("a recording has a backing");
+            let image = CrashImage { position, media: first, others };
+            check(image).map_err(|error| Failure { position, media: first.to_vec(), error })
         })
     };
     if !suspects.is_empty() {

@@ -2,7 +2,8 @@
 //!
 //! A [`Backing`](super::Backing) made by [`Backing::simulated`](super::Backing::simulated) behaves like any other. Its
 //! [`SimHandle`] gives the [`Trace`] of what was done so far, and [`Trace::explore`] runs a check over the media that a
-//! power cut at any point could leave behind.
+//! power cut at any point could leave behind. [`SimHandle::beside`] adds a second backing to the same recording (a detached
+//! header, the file that a namespace is copied to): the power fails for both at once.
 //!
 //! The model is that of x86 persistent memory as Vinter, Jaaru and Chipmunk use it:
 //!
@@ -17,26 +18,44 @@
 //!   flush (`msync`) commits its pages, a sync commits everything, a drain does nothing.
 //! - A longer length is committed by a sync; before it, the power cut leaves the old or the new one.
 //! - A punched hole is a store of zero bytes that a flush at cache-line granularity does not commit: it is metadata, which
-//!   a sync does. A later store to the same cell that is committed takes the hole with it.
+//!   a sync does, if it makes the system call: a backing does so only for changes that it owes. A later store to the same
+//!   cell that is committed takes the hole with it. Whole pages of zero bytes count as holes.
+//!
+//! A process may die while the power stays ([`Trace::restart`]): the next one sees every store, and those that were not
+//! committed are still not durable. What the dead process had marked is not marked any more, because nobody fences it.
+//!
+//! One call may fail ([`SimHandle::fail_call`]). Before a store or a change of blocks nothing has happened then, or (EIO
+//! in a store) half of it. After a failed flush or sync the pages are *clean*: their stores stay visible, a power cut keeps
+//! or loses them, and no later flush commits them unless something is stored to the page again, be it the same bytes. The
+//! backing is poisoned as a real one is.
+//!
+//! CLWB, SFENCE and non-temporal stores are *events of the interface* here (`flush`, `drain`, `write_streaming`), recorded
+//! when the call is made: no such instruction runs, and whether the right ones are issued for a call on a real mapping is
+//! not what this shows. Stores themselves are real, made by the code under test through the same kernels, and found by
+//! comparing the bytes before and after the call.
 //!
 //! Stores of several threads are recorded in one order. What is loaded is not recorded.
 //!
 //! For tests and tools. Nothing else in the crate makes a simulated backing.
 
 mod explore;
+mod medium;
 mod mutants;
 mod random;
+mod recorder;
 mod replay;
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::granularity::Granularity;
-use super::mapping::Mapping;
-use crate::memory::Target;
+use recorder::Recorder;
+
+pub(super) use medium::SimMedium;
 
 pub use explore::{Bounds, CrashImage, Explored, Failure};
+pub use medium::visible_bytes;
 pub use mutants::Mutants;
 pub use replay::{Barrier, BarrierKind};
 
@@ -103,91 +122,74 @@ impl Thread {
     }
 }
 
-/// Something that happened to the medium.
+/// Something that happened to the media. Ranges and offsets count in the address space of the simulation, in which backing
+/// number `n` begins at `n << BACKING_SHIFT`.
 #[derive(Clone, Debug)]
 pub(super) enum Event {
     /// A `write` call changed an aligned block.
-    Store {
-        call: u64,
-        offset: u64,
-        bytes: [u8; BLOCK_BYTES],
-        punched: bool,
-    },
+    Store { call: u64, offset: u64, bytes: [u8; BLOCK_BYTES], punched: bool },
+    /// A `write` call may have changed nothing here, but its pages are dirty now. Recorded once a flush has failed.
+    Touched(Range<u64>),
+    /// A flush of these bytes.
     Flush(Range<u64>, Thread),
+    /// A fence.
     Drain(Thread),
-    Sync(Thread),
+    /// A system call that makes everything of one backing durable.
+    Sync(usize, Thread),
+    /// A flush or sync of these bytes failed.
+    Failed(Range<u64>),
     /// Whole lines were stored past the cache: a drain commits them.
     Streamed(Range<u64>, Thread),
-    /// The backing was made this long.
-    Length(u64),
+    /// A backing was made this long.
+    Length(usize, u64),
+    /// The process died; with `true`, and the kernel has dropped clean pages since.
+    Killed(bool),
 }
 
-/// The recording side of a simulated medium.
-#[derive(Debug)]
-pub(super) struct Recorder {
+/// The bits of an address below the number of its backing.
+const BACKING_SHIFT: u32 = 48;
+
+/// Where backing number `index` begins in the address space of the simulation.
+const fn first_address(index: usize) -> u64 {
+    (index as u64) << BACKING_SHIFT
+}
+
+/// The number of the backing that an address is in, and the offset there.
+fn place_of(address: u64) -> (usize, usize) {
+    let index = usize::try_from(address >> BACKING_SHIFT).expect("few backings");
+    (index, usize::try_from(address & (first_address(1) - 1)).expect("checked when it was recorded"))
+}
+
+/// What a call fails with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The medium cannot take it (EIO).
+    Io,
+    /// The file system is full (ENOSPC).
+    NoSpace,
+}
+
+/// What happens to pages that a failed flush left clean when the process has died.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageCache {
+    /// They stay, and the next process sees what was stored.
+    Kept,
+    /// The kernel drops them, and the next process sees what is on the media: nothing of them.
+    Evicted,
+}
+
+/// One backing of a recording as it began.
+#[derive(Clone, Debug)]
+struct Beginning {
     options: SimOptions,
-    initial: Arc<Vec<u8>>,
-    log: Mutex<Log>,
+    media: Arc<Vec<u8>>,
 }
 
-#[derive(Debug, Default)]
-struct Log {
-    events: Vec<Event>,
-    calls: u64,
-}
-
-impl Recorder {
-    pub(super) fn record(&self, event: Event) {
-        self.log().events.push(event);
-    }
-
-    /// Runs `f` on the bytes at `span` and records the blocks that it changed, in ascending order. Stores of other
-    /// threads wait meanwhile, so that the order of the log is the order of the stores.
-    pub(super) fn record_store<R>(
-        &self,
-        mapping: &Mapping,
-        span: &Range<usize>,
-        punched: bool,
-        f: impl FnOnce(Target<'_>) -> R,
-    ) -> R {
-        let mut log = self.log();
-        log.calls += 1;
-        let call = log.calls;
-        let blocks = span.start - span.start % BLOCK_BYTES..span.end.next_multiple_of(BLOCK_BYTES);
-        let mut before = vec![0; blocks.len()];
-        mapping.source(&blocks).copy_to(&mut before);
-        let result = f(mapping.target(span));
-        let mut after = vec![0; blocks.len()];
-        mapping.source(&blocks).copy_to(&mut after);
-        let (before, _) = before.as_chunks::<BLOCK_BYTES>();
-        let (after, _) = after.as_chunks::<BLOCK_BYTES>();
-        for (index, (old, new)) in before.iter().zip(after).enumerate() {
-            if old != new {
-                let offset = (blocks.start + index * BLOCK_BYTES) as u64;
-                log.events.push(Event::Store { call, offset, bytes: *new, punched });
-            }
-        }
-        result
-    }
-
-    fn log(&self) -> MutexGuard<'_, Log> {
-        self.log.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The observer of a simulated backing. It stays valid when the backing is gone.
+/// The observer of simulated backings. It stays valid when they are gone.
 #[derive(Clone, Debug)]
 pub struct SimHandle(Arc<Recorder>);
 
 impl SimHandle {
-    pub(super) fn new(initial: Vec<u8>, options: SimOptions) -> Self {
-        Self(Arc::new(Recorder { options, initial: Arc::new(initial), log: Mutex::default() }))
-    }
-
-    pub(super) fn recorder(&self) -> Arc<Recorder> {
-        Arc::clone(&self.0)
-    }
-
     /// How many events were recorded so far. What was acknowledged at this position must be on the media after every
     /// power cut at this or a later one ([`CrashImage::position`]).
     #[must_use]
@@ -195,22 +197,30 @@ impl SimHandle {
         self.0.log().events.len()
     }
 
+    /// How many calls so far could have failed: stores, flushes and syncs that are system calls, changes of blocks and
+    /// length.
+    #[must_use]
+    pub fn calls(&self) -> usize {
+        self.0.log().calls
+    }
+
+    /// Lets the call fail before which [`calls`](Self::calls) says `number`.
+    pub fn fail_call(&self, number: usize, fault: Fault) {
+        self.0.log().fault = Some((number, fault));
+    }
+
     /// Everything that was recorded so far.
     #[must_use]
     pub fn trace(&self) -> Trace {
-        Trace {
-            options: self.0.options,
-            initial: Arc::clone(&self.0.initial),
-            events: self.0.log().events.clone().into(),
-        }
+        let log = self.0.log();
+        Trace { beginnings: log.beginnings.clone().into(), events: log.events.clone().into() }
     }
 }
 
 /// A recording: the media at the beginning, and what happened since.
 #[derive(Clone, Debug)]
 pub struct Trace {
-    options: SimOptions,
-    initial: Arc<Vec<u8>>,
+    beginnings: Arc<[Beginning]>,
     events: Arc<[Event]>,
 }
 

@@ -1,14 +1,14 @@
 //! Replays a trace: which bytes are durable after an event, and which stores a power cut could still lose.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use super::random::mix;
-use super::{BLOCK_BYTES, Event, SimOptions, Thread, Trace};
+use super::{BLOCK_BYTES, Event, SimOptions, Thread, Trace, first_address, place_of};
 use crate::pmem::granularity::Granularity;
 
 /// Bytes of a page, what an `msync` commits at least.
-const PAGE_BYTES: u64 = 4096;
+pub(super) const PAGE_BYTES: u64 = 4096;
 
 /// What kind of ordering step a [`Barrier`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,18 +91,18 @@ impl Cell {
     }
 }
 
-/// The media, with a hash of all its bytes that follows every store.
+/// The media of all backings, with a hash of all bytes that follows every store.
 #[derive(Debug)]
 pub(super) struct Media {
-    bytes: Vec<u8>,
+    bytes: Vec<Vec<u8>>,
     hash: u64,
 }
 
 impl Media {
     /// Stores a piece and returns the piece that takes it back.
     fn store(&mut self, piece: &Piece) -> Piece {
-        let start = usize::try_from(piece.offset).expect("checked when it was recorded");
-        let place = &mut self.bytes[start..start + piece.len_bytes];
+        let (index, start) = place_of(piece.offset);
+        let place = &mut self.bytes[index][start..start + piece.len_bytes];
         let mut undo = *piece;
         undo.bytes[..piece.len_bytes].copy_from_slice(place);
         place.copy_from_slice(&piece.bytes[..piece.len_bytes]);
@@ -120,56 +120,107 @@ fn hash_of(piece: &Piece) -> u64 {
         .fold(0, |hash, (offset, word)| hash ^ mix(offset ^ mix(u64::from_le_bytes(*word))))
 }
 
-/// The state of a simulated medium after some events of its trace.
+/// How long a backing is, and is to become.
+#[derive(Debug)]
+struct Length {
+    bytes: u64,
+    pending: Option<u64>,
+}
+
+/// The state of simulated media after some events of their trace.
 #[derive(Debug)]
 pub(super) struct Replay {
-    options: SimOptions,
+    options: Vec<SimOptions>,
     media: Media,
+    /// By the address of their first byte.
     cells: BTreeMap<u64, Cell>,
-    len_bytes: u64,
-    pending_len_bytes: Option<u64>,
+    lengths: Vec<Length>,
+    /// Pages that a failed flush left clean.
+    clean_pages: BTreeSet<u64>,
 }
 
 impl Replay {
     pub(super) fn new(trace: &Trace) -> Self {
-        let len_bytes = trace.initial.len() as u64;
-        let lengths = trace.events.iter().filter_map(|event| match event {
-            Event::Length(len_bytes) => Some(*len_bytes),
-            _ => None,
-        });
-        let len_max = lengths.fold(len_bytes, u64::max).next_multiple_of(PAGE_BYTES);
-        let mut bytes = trace.initial.to_vec();
-        bytes.resize(usize::try_from(len_max).expect("it was mapped"), 0);
+        let mut bytes: Vec<_> = trace.beginnings.iter().map(|beginning| beginning.media.to_vec()).collect();
+        let lengths = bytes.iter().map(|bytes| Length { bytes: bytes.len() as u64, pending: None }).collect();
+        for event in trace.events.iter() {
+            if let Event::Length(index, len_bytes) = event {
+                let len = usize::try_from(*len_bytes).expect("it was mapped").max(bytes[*index].len());
+                bytes[*index].resize(len, 0);
+            }
+        }
+        // Blocks are recorded whole, also the last one.
+        bytes.iter_mut().for_each(|bytes| bytes.resize(bytes.len().next_multiple_of(BLOCK_BYTES), 0));
         Self {
-            options: trace.options,
+            options: trace.beginnings.iter().map(|beginning| beginning.options).collect(),
             media: Media { bytes, hash: 0 },
             cells: BTreeMap::new(),
-            len_bytes,
-            pending_len_bytes: None,
+            lengths,
+            clean_pages: BTreeSet::new(),
         }
     }
 
     /// Applies an event; whether it marked or committed anything.
     pub(super) fn apply(&mut self, event: &Event) -> bool {
-        match (event, self.options.granularity) {
-            (Event::Store { call, offset, bytes, punched }, _) => self.store(*call, *offset, bytes, *punched),
-            (Event::Flush(range, thread) | Event::Streamed(range, thread), Granularity::CacheLine) => {
+        match event {
+            Event::Store { call, offset, bytes, punched } => self.store(*call, *offset, bytes, *punched),
+            Event::Touched(range) => self.make_dirty(range),
+            Event::Flush(range, thread) | Event::Streamed(range, thread) if self.has_lines(range) => {
                 self.mark(range, *thread)
             }
-            (Event::Flush(range, thread), Granularity::Page) => self.commit_pages(range, *thread),
-            (Event::Drain(thread), Granularity::CacheLine) => self.commit_marked(*thread),
-            (Event::Sync(thread), Granularity::CacheLine) => {
-                self.mark_holes(*thread) | self.commit_marked(*thread) | self.commit_length()
+            Event::Flush(range, _) => self.commit_pages(range),
+            Event::Streamed(..) => false,
+            Event::Drain(thread) => self.commit_marked(*thread),
+            Event::Sync(index, thread) => {
+                let range = first_address(*index)..first_address(index + 1);
+                let committed = if self.has_lines(&range) {
+                    self.mark_holes(&range, *thread) | self.commit_marked(*thread)
+                } else {
+                    self.commit_pages(&range)
+                };
+                self.commit_length(*index) | committed
             }
-            (Event::Sync(thread), Granularity::Page) => {
-                self.commit_pages(&(0..u64::MAX), *thread) | self.commit_length()
-            }
-            (Event::Drain(_) | Event::Streamed(..), Granularity::Page) => false,
-            (Event::Length(len_bytes), _) => {
-                self.pending_len_bytes = Some(*len_bytes);
+            Event::Failed(range) => self.make_clean(range),
+            Event::Length(index, len_bytes) => {
+                self.lengths[*index].pending = Some(*len_bytes);
                 true
             }
+            Event::Killed(evicted) => self.forget(*evicted),
         }
+    }
+
+    /// Whether the backing of these addresses has cache-line granularity.
+    fn has_lines(&self, range: &Range<u64>) -> bool {
+        self.options[place_of(range.start).0].granularity == Granularity::CacheLine
+    }
+
+    fn cell_bytes(&self, address: u64) -> u64 {
+        self.options[place_of(address).0].cell_bytes()
+    }
+
+    /// After a failed flush: what is pending there stays so, whoever flushes.
+    fn make_clean(&mut self, range: &Range<u64>) -> bool {
+        if !self.has_lines(range) {
+            let pages = self.cells.range(widened(range, PAGE_BYTES)).map(|(&cell, _)| cell - cell % PAGE_BYTES);
+            self.clean_pages.extend(pages);
+        }
+        true
+    }
+
+    fn make_dirty(&mut self, range: &Range<u64>) -> bool {
+        let pages = widened(range, PAGE_BYTES);
+        self.clean_pages.retain(|page| !pages.contains(page));
+        false
+    }
+
+    /// The process is dead: nobody fences what it has marked. `evicted`: clean pages are read from the media again.
+    fn forget(&mut self, evicted: bool) -> bool {
+        self.cells.values_mut().for_each(|cell| cell.marks.clear());
+        if evicted {
+            let clean = std::mem::take(&mut self.clean_pages);
+            self.cells.retain(|cell, _| !clean.contains(&(cell - cell % PAGE_BYTES)));
+        }
+        true
     }
 
     /// The cells with pending stores, in the order of [`Self::choices`].
@@ -179,11 +230,10 @@ impl Replay {
 
     /// The cells that a barrier would mark or commit now.
     pub(super) fn cells_of(&self, event: &Event) -> Vec<u64> {
-        let cache_line = self.options.granularity == Granularity::CacheLine;
         match event {
             Event::Flush(range, _) => {
-                let unit_bytes = if cache_line { self.options.cell_bytes() } else { PAGE_BYTES };
-                self.cells.range(self.cell_range(range, unit_bytes)).map(|(&cell, _)| cell).collect()
+                let unit_bytes = if self.has_lines(range) { self.cell_bytes(range.start) } else { PAGE_BYTES };
+                self.cells.range(widened(range, unit_bytes)).map(|(&cell, _)| cell).collect()
             }
             Event::Drain(thread) => {
                 let marked = self.cells.iter().filter(|(_, cell)| cell.marked_by(*thread) > 0);
@@ -194,9 +244,10 @@ impl Replay {
     }
 
     fn store(&mut self, call: u64, offset: u64, bytes: &[u8; BLOCK_BYTES], punched: bool) -> bool {
-        let torn_bytes = self.options.torn_bytes;
+        let torn_bytes = self.options[place_of(offset).0].torn_bytes;
+        self.clean_pages.remove(&(offset - offset % PAGE_BYTES));
         let piece_bytes = usize::try_from(torn_bytes).map_or(BLOCK_BYTES, |torn| torn.min(BLOCK_BYTES));
-        let cell = self.cells.entry(offset / self.options.cell_bytes()).or_default();
+        let cell = self.cells.entry(offset - offset % self.cell_bytes(offset)).or_default();
         for (part, offset) in bytes.chunks_exact(piece_bytes).zip((offset..).step_by(piece_bytes)) {
             let mut bytes = [0; BLOCK_BYTES];
             bytes[..piece_bytes].copy_from_slice(part);
@@ -207,7 +258,7 @@ impl Replay {
     }
 
     fn mark(&mut self, range: &Range<u64>, thread: Thread) -> bool {
-        let cells = self.cell_range(range, self.options.cell_bytes());
+        let cells = widened(range, self.cell_bytes(range.start));
         let mut marked = false;
         for cell in self.cells.range_mut(cells).map(|(_, cell)| cell) {
             let stored = cell.pieces.iter().rposition(|piece| !piece.punched).map_or(0, |last| last + 1);
@@ -217,9 +268,9 @@ impl Replay {
     }
 
     /// A sync makes holes durable, and what was stored to their cells before.
-    fn mark_holes(&mut self, thread: Thread) -> bool {
+    fn mark_holes(&mut self, range: &Range<u64>, thread: Thread) -> bool {
         let mut marked = false;
-        for cell in self.cells.values_mut() {
+        for (_, cell) in self.cells.range_mut(range.clone()) {
             let punched = cell.pieces.iter().rposition(|piece| piece.punched).map_or(0, |last| last + 1);
             marked |= cell.mark(thread, punched);
         }
@@ -239,56 +290,70 @@ impl Replay {
         committed
     }
 
-    fn commit_pages(&mut self, range: &Range<u64>, thread: Thread) -> bool {
-        let cells = self.cell_range(range, PAGE_BYTES);
-        for cell in self.cells.range_mut(cells).map(|(_, cell)| cell) {
-            cell.mark(thread, cell.pieces.len());
+    fn commit_pages(&mut self, range: &Range<u64>) -> bool {
+        let cells: Vec<_> = self.cells.range(widened(range, PAGE_BYTES)).map(|(&cell, _)| cell).collect();
+        let mut committed = false;
+        for address in cells {
+            if self.clean_pages.contains(&(address - address % PAGE_BYTES)) {
+                continue;
+            }
+            let mut cell = self.cells.remove(&address).expect("it was found");
+            let count = cell.pieces.len();
+            for piece in cell.take(count) {
+                self.media.store(&piece);
+                committed = true;
+            }
         }
-        // Between two events no other cell is marked, so this commits the pages and nothing else.
-        self.commit_marked(thread)
+        committed
     }
 
-    fn commit_length(&mut self) -> bool {
-        let pending = self.pending_len_bytes.take();
-        self.len_bytes = pending.unwrap_or(self.len_bytes);
+    fn commit_length(&mut self, index: usize) -> bool {
+        let length = &mut self.lengths[index];
+        let pending = length.pending.take();
+        length.bytes = pending.unwrap_or(length.bytes);
         pending.is_some()
     }
 
-    /// The cells that `range` touches when it is widened to multiples of `unit_bytes`.
-    fn cell_range(&self, range: &Range<u64>, unit_bytes: u64) -> Range<u64> {
-        if range.is_empty() {
-            return 0..0;
-        }
-        let cells_per_unit = unit_bytes / self.options.cell_bytes();
-        range.start / unit_bytes * cells_per_unit..range.end.div_ceil(unit_bytes) * cells_per_unit
-    }
-
-    /// What a power cut now decides: for each cell with pending stores where its list can be cut, and as the last entry,
-    /// if there is one, whether a new length is there.
+    /// What a power cut now decides: for each cell with pending stores where its list can be cut, and behind those, for
+    /// each backing that has become longer, whether the new length is there.
     pub(super) fn choices(&self) -> Vec<Vec<usize>> {
         let mut choices: Vec<_> = self.cells.values().map(Cell::cuts).collect();
-        choices.extend(self.pending_len_bytes.map(|_| vec![0, 1]));
+        choices.extend(self.lengths.iter().filter_map(|length| length.pending).map(|_| vec![0, 1]));
         choices
     }
 
     /// Calls `look` with the hash and the bytes of the media that a power cut leaves when it cuts as `cuts` says. The
     /// media are as before afterwards.
-    pub(super) fn with_cut<R>(&mut self, cuts: &[usize], look: impl FnOnce(u64, &[u8]) -> R) -> R {
+    pub(super) fn with_cut<R>(&mut self, cuts: &[usize], look: impl FnOnce(u64, &[&[u8]]) -> R) -> R {
         let mut undo = Vec::new();
         for (cell, &cut) in self.cells.values().zip(cuts) {
             for piece in &cell.pieces[..cut] {
                 undo.push(self.media.store(piece));
             }
         }
-        let new_length = cuts.len() > self.cells.len() && cuts[self.cells.len()] == 1;
-        let len_bytes = if new_length { self.pending_len_bytes.unwrap_or(self.len_bytes) } else { self.len_bytes };
-        let len = usize::try_from(len_bytes).expect("it was mapped");
-        let result = look(self.media.hash ^ len_bytes.rotate_left(32), &self.media.bytes[..len]);
+        let mut grown = cuts.iter().skip(self.cells.len());
+        let mut hash = self.media.hash;
+        let mut media = Vec::new();
+        for (bytes, length) in self.media.bytes.iter().zip(&self.lengths) {
+            let pending = length.pending.filter(|_| grown.next() == Some(&1));
+            let len_bytes = pending.unwrap_or(length.bytes);
+            hash = hash.rotate_left(7) ^ mix(len_bytes);
+            media.push(&bytes[..usize::try_from(len_bytes).expect("it was mapped")]);
+        }
+        let result = look(hash, &media);
         for piece in undo.iter().rev() {
             self.media.store(piece);
         }
         result
     }
+}
+
+/// `range` widened to multiples of `unit_bytes`.
+fn widened(range: &Range<u64>, unit_bytes: u64) -> Range<u64> {
+    if range.is_empty() {
+        return 0..0;
+    }
+    range.start - range.start % unit_bytes..range.end.next_multiple_of(unit_bytes)
 }
 
 impl Trace {
@@ -311,7 +376,12 @@ pub(super) const fn barrier_kind(event: &Event) -> Option<BarrierKind> {
     match event {
         Event::Flush(..) => Some(BarrierKind::Flush),
         Event::Drain(_) => Some(BarrierKind::Drain),
-        Event::Sync(_) => Some(BarrierKind::Sync),
-        Event::Store { .. } | Event::Streamed(..) | Event::Length(_) => None,
+        Event::Sync(..) => Some(BarrierKind::Sync),
+        Event::Store { .. }
+        | Event::Touched(_)
+        | Event::Failed(_)
+        | Event::Streamed(..)
+        | Event::Length(..)
+        | Event::Killed(_) => None,
     }
 }

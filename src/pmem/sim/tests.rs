@@ -168,6 +168,123 @@ fn beyond_the_bound_the_corners_are_explored_and_samples_repeat_with_the_seed() 
     assert_ne!(explore(&Bounds { seed: 1, ..bounds }).0, kept);
 }
 
+#[test]
+fn what_a_dead_process_stored_is_seen_by_the_next_one_and_still_not_durable() {
+    for granularity in BOTH {
+        let (backing, handle) = Backing::simulated(8192, SimOptions::new(granularity));
+        put(&backing, 0, &[1]);
+        backing.persist(0..1).unwrap();
+        put(&backing, 4096, &[2]);
+        backing.flush(4096..4097).unwrap(); // marked, at cache-line granularity, and then nobody fences
+        let killed = if granularity == Granularity::Page { handle.position() - 1 } else { handle.position() };
+        let (backings, next) = handle.trace().restart(killed, PageCache::Kept);
+        let [backing] = backings.try_into().unwrap();
+        assert_eq!(visible_bytes(&backing)[..1], [1]);
+        assert_eq!(visible_bytes(&backing)[4096..4097], [2], "{granularity:?}");
+        backing.drain().unwrap();
+        assert_eq!(outcomes(&next, &[0, 4096]), set([&[1, 0], &[1, 2]]), "{granularity:?}");
+        backing.persist(4096..4097).unwrap();
+        assert_eq!(outcomes(&next, &[0, 4096]), set([&[1, 2]]));
+        put(&backing, 64, &[3]);
+        assert_eq!(outcomes(&next, &[64, 4096]), set([&[0, 2], &[3, 2]]));
+    }
+}
+
+#[test]
+fn a_page_is_clean_after_a_failed_flush_and_only_another_store_to_it_makes_it_durable() {
+    let (backing, handle) = Backing::simulated(3 * 4096, SimOptions::new(Granularity::Page));
+    for at in [0, PAGE, 2 * PAGE] {
+        put(&backing, at, &[1]);
+    }
+    handle.fail_call(handle.calls(), Fault::Io);
+    assert!(matches!(backing.flush(0..PAGE + 1), Err(MediaError::Flush(_))));
+    assert!(matches!(backing.flush(2 * PAGE..2 * PAGE + 1), Err(MediaError::Poisoned)));
+    let (backings, next) = handle.trace().restart(handle.position(), PageCache::Kept);
+    let backing = &backings[0];
+    backing.sync_all().unwrap();
+    // The third page was never tried: it is dirty, and durable now. The others look the same to whoever reads.
+    let at = [0, 4096, 8192];
+    assert_eq!(at.map(|at| visible_bytes(backing)[at]), [1, 1, 1]);
+    assert_eq!(outcomes(&next, &at), set([&[0, 0, 1], &[0, 1, 1], &[1, 0, 1], &[1, 1, 1]]));
+    put(backing, PAGE, &[1]);
+    backing.persist(PAGE..PAGE + 1).unwrap();
+    assert_eq!(outcomes(&next, &at), set([&[0, 1, 1], &[1, 1, 1]]));
+
+    let (backings, evicted) = next.trace().restart(next.position(), PageCache::Evicted);
+    assert_eq!(at.map(|at| visible_bytes(&backings[0])[at]), [0, 1, 1]);
+    assert_eq!(outcomes(&evicted, &at), set([&[0, 1, 1]]));
+}
+
+#[test]
+fn every_call_that_reaches_the_medium_can_fail() {
+    type Call = fn(&Backing) -> Result<(), MediaError>;
+    let calls: [Call; 6] = [
+        |backing| backing.write(0..64, |mut target| target.fill(9)),
+        |backing| backing.flush(0..64),
+        |backing| backing.sync_all(),
+        |backing| backing.punch_hole(0..4096),
+        |backing| backing.allocate(0..4096),
+        |backing| backing.grow(8192, crate::pmem::Allocation::Sparse),
+    ];
+    for (number, call) in calls.iter().enumerate() {
+        for fault in [Fault::Io, Fault::NoSpace] {
+            let (backing, handle) = Backing::from_media(vec![5; 4096], SimOptions::new(Granularity::Page));
+            handle.fail_call(0, fault);
+            let failed = call(&backing);
+            assert!(failed.is_err(), "call {number}, {fault:?}");
+            assert_eq!(handle.calls(), 1);
+            let bytes = visible_bytes(&backing);
+            assert_eq!(bytes.len(), 4096);
+            let stored = bytes.iter().filter(|&&byte| byte != 5).count();
+            assert_eq!(stored, if number == 0 && fault == Fault::Io { 32 } else { 0 }, "half of what was stored");
+            assert_eq!(matches!(failed, Err(MediaError::Flush(_))), number == 1 || number == 2);
+            assert_eq!(call(&backing).is_ok(), number != 1 && number != 2, "a failed flush poisons");
+        }
+    }
+}
+
+#[test]
+fn a_sync_at_cache_line_granularity_makes_a_system_call_when_blocks_have_changed() {
+    let (backing, handle) = Backing::from_media(vec![5; 8192], SimOptions::new(Granularity::CacheLine));
+    backing.sync_all().unwrap();
+    let before = handle.calls();
+    backing.sync_all().unwrap();
+    assert_eq!(handle.calls(), before, "nothing is owed: it is a fence");
+    backing.punch_hole(0..4096).unwrap();
+    assert_eq!(outcomes(&handle, &[0]), set([&[0], &[5]]));
+    backing.sync_all().unwrap();
+    assert_eq!(outcomes(&handle, &[0]), set([&[0]]));
+}
+
+#[test]
+fn two_backings_lose_their_stores_at_once_and_are_synced_apart() {
+    for granularity in BOTH {
+        let (first, handle) = Backing::simulated(4096, SimOptions::new(granularity));
+        let second = handle.beside(vec![0; 8192], SimOptions::new(Granularity::Page));
+        put(&first, 64, &[1]);
+        put(&second, 64, &[2]);
+        let seen = |handle: &SimHandle| {
+            let mut seen = BTreeSet::new();
+            let end = handle.position();
+            let explored = handle.trace().explore(&Bounds::default(), None, |image| {
+                assert_eq!((image.media.len(), image.others[0].len()), (4096, 8192));
+                if image.position == end {
+                    seen.insert(vec![image.media[64], image.others[0][64]]);
+                }
+                Ok::<_, ()>(())
+            });
+            explored.unwrap();
+            seen
+        };
+        assert_eq!(seen(&handle), set([&[0, 0], &[0, 2], &[1, 0], &[1, 2]]));
+        first.persist(64..65).unwrap();
+        assert_eq!(seen(&handle), set([&[1, 0], &[1, 2]]), "{granularity:?}");
+        let (backings, next) = handle.trace().restart(handle.position(), PageCache::Kept);
+        backings[1].sync_all().unwrap();
+        assert_eq!(seen(&next), set([&[1, 2]]));
+    }
+}
+
 /// A header of two copies, each with a sequence number, a payload and a checksum, written alternately.
 mod two_copies {
     use super::*;
