@@ -80,7 +80,7 @@ fn story(options: SimOptions) -> (Vec<State>, SimHandle) {
 /// The state is that of the last acknowledged change or, while the next one is under way, of the next.
 /// Neither copy by itself is of an older state: that is how a removed slot is destroyed.
 fn check(image: CrashImage<'_>, options: SimOptions, states: &[State]) -> Result<(), String> {
-    let backing = Arc::new(Backing::from_media(image.media.to_vec(), options).0);
+    let backing = Arc::new(Backing::from_media(image.media, options).0);
     let seen = see(&backing)?;
     let last = states.iter().rposition(|state| state.acknowledged <= image.position).expect("the first is at 0");
     let allowed = &states[last..states.len().min(last + 2)];

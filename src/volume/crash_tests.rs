@@ -64,7 +64,7 @@ fn work(volume: &Volume, handle: &SimHandle) -> Vec<Acknowledged> {
 }
 
 fn check(image: CrashImage<'_>, granularity: Granularity, acknowledged: &[Acknowledged]) -> Result<(), String> {
-    let volume = open(Backing::from_media(image.media.to_vec(), SimOptions::new(granularity)).0);
+    let volume = open(Backing::from_media(image.media, SimOptions::new(granularity)).0);
     for write in acknowledged {
         let mut found = vec![0; write.bytes.len()];
         volume.read_at(&mut found, write.offset).unwrap();

@@ -24,7 +24,7 @@ fn pattern(seed: u64, len: usize) -> Vec<u8> {
     (seed..).map(|index| u8::try_from(1 + index * 31 % 251).unwrap()).take(len).collect()
 }
 
-fn volume(media: Vec<u8>, options: SimOptions) -> (Volume, SimHandle) {
+fn volume(media: &[u8], options: SimOptions) -> (Volume, SimHandle) {
     let (backing, handle) = Backing::from_media(media, options);
     let locked = LockedNamespace::open(Arc::new(backing)).unwrap();
     (Volume::new(locked.unlock_key(&credential()).unwrap(), Backend::detect()), handle)
@@ -52,7 +52,7 @@ fn contents() -> [Vec<u8>; 2] {
 }
 
 fn check(image: CrashImage<'_>, options: SimOptions, acknowledged: usize) -> Result<(), String> {
-    let (volume, _) = volume(image.media.to_vec(), options);
+    let (volume, _) = volume(image.media, options);
     let [old, new] = contents();
     let mut found = vec![0; old.len()];
     volume.read_at(&mut found, 0).map_err(|error| error.to_string())?;
@@ -71,7 +71,7 @@ fn survives(name: &str, granularity: Granularity) {
     let options = SimOptions::new(granularity);
     let mut plain = tempfile::NamedTempFile::new().unwrap();
     plain.write_all(&pattern(77, IMPORTED)).unwrap();
-    let (target, handle) = volume(media(), options);
+    let (target, handle) = volume(&media(), options);
     let pace = PaceArgs { max_rate: None, json: false };
     let transfer = Transfer::new(Path::new("simulated"), &pace).unwrap();
     let mut image = Image::open(plain.path()).unwrap();

@@ -33,7 +33,7 @@ fn plaintext() -> Vec<u8> {
     (0..SIZE).map(|index| u8::try_from(index * 31 % 251).unwrap()).collect()
 }
 
-fn backing_of(media: Vec<u8>, options: SimOptions) -> (Arc<Backing>, SimHandle) {
+fn backing_of(media: &[u8], options: SimOptions) -> (Arc<Backing>, SimHandle) {
     let (backing, handle) = Backing::from_media(media, options);
     (Arc::new(backing), handle)
 }
@@ -68,7 +68,7 @@ struct Story {
 
 /// What `relocate` does between two partitions.
 fn tell(options: SimOptions, from: u64, to: u64) -> Story {
-    let (backing, handle) = backing_of(media(from, to), options);
+    let (backing, handle) = backing_of(&media(from, to), options);
     let region = Region::open(Arc::clone(&backing)).unwrap();
     let source = open(&backing, "a", 1).unwrap();
     let place = PlaceArgs::of_region(Path::new("simulated"), "b");
@@ -98,7 +98,7 @@ fn all_good(copies: &[CopyState; 2]) -> bool {
 
 impl Story {
     fn check(&self, image: CrashImage<'_>) -> Result<(), String> {
-        let (backing, _) = backing_of(image.media.to_vec(), self.options);
+        let (backing, _) = backing_of(image.media, self.options);
         let region = Region::open(Arc::clone(&backing)).map_err(|error| format!("no region: {error}"))?;
         let (source, target) = (open(&backing, "a", 1), open(&backing, "b", 1));
         let reached = |position: usize| image.position >= position;
@@ -169,7 +169,7 @@ fn a_relocation_survives_at_cache_line_granularity() {
 fn a_header_before_its_data_would_be_noticed() {
     let options = SimOptions::new(Granularity::Page);
     let mut story = tell(options, 2 * MIB, 6 * MIB);
-    let (backing, handle) = backing_of(media(2 * MIB, 6 * MIB), options);
+    let (backing, handle) = backing_of(&media(2 * MIB, 6 * MIB), options);
     let mut region = Region::open(Arc::clone(&backing)).unwrap();
     region.add("b", 6 * MIB..10 * MIB).unwrap();
     let (size_bytes, available_bytes) = (Some(SIZE), Some(PART));

@@ -9,7 +9,8 @@ use rustix::io::Errno;
 
 use super::recorder::Recorder;
 use super::replay::{PAGE_BYTES, Replay};
-use super::{Event, Fault, PageCache, SimHandle, SimOptions, Thread, Trace, first_address};
+use super::sparse::{SparseMedia, is_zero};
+use super::{Beginning, CrashImage, Event, Fault, PageCache, SimHandle, SimOptions, Thread, Trace, first_address};
 use crate::memory::{Source, Target};
 use crate::pmem::backing::{Backing, BackingExtent, Medium};
 use crate::pmem::error::MediaError;
@@ -135,7 +136,7 @@ impl SimMedium {
             let end = page_end.min(span.end);
             let mut bytes = vec![0; end - start];
             mapping.source(&(start..end)).copy_to(&mut bytes);
-            let allocated = bytes.iter().any(|&byte| byte != 0);
+            let allocated = !is_zero(&bytes);
             match extents.last_mut().filter(|last| last.allocated == allocated) {
                 Some(last) => last.range.end = end as u64,
                 None => extents.push(BackingExtent { range: start as u64..end as u64, allocated }),
@@ -153,16 +154,17 @@ fn errno_of(fault: Fault) -> Errno {
     }
 }
 
-/// A backing number `index` of a recording in which the next process sees `visible`.
-fn open(recorder: &Arc<Recorder>, index: usize, visible: &[u8], options: SimOptions) -> Backing {
-    assert!(!visible.is_empty(), "a backing has at least one byte");
-    let len_bytes = visible.len();
-    let mapping = Mapping::anonymous(2 * len_bytes + GROWTH_ROOM_BYTES).expect("memory for a simulation");
-    mapping.target(&(0..len_bytes)).copy_from(visible);
+/// Backing number `index` of a recording, in which the next process sees `visible`.
+fn open(recorder: &Arc<Recorder>, index: usize, visible: &SparseMedia, options: SimOptions) -> Backing {
+    assert!(visible.len() > 0, "a backing has at least one byte");
+    let mapping = Mapping::anonymous(2 * visible.len() + GROWTH_ROOM_BYTES).expect("memory for a simulation");
+    for (start, page) in visible.pages() {
+        mapping.target(&(start..start + page.len())).copy_from(page);
+    }
     let granularity = options.granularity();
     let medium = Medium::Simulated(SimMedium::new(Arc::clone(recorder), index, granularity));
-    let path = PathBuf::from("simulated");
-    Backing::of_memory(path, Finding::Simulated(granularity), len_bytes as u64, mapping, medium)
+    let len_bytes = visible.len() as u64;
+    Backing::of_memory(PathBuf::from("simulated"), Finding::Simulated(granularity), len_bytes, mapping, medium)
 }
 
 impl Backing {
@@ -176,28 +178,43 @@ impl Backing {
         Self::from_media(vec![0; len_bytes], options)
     }
 
-    /// A simulated backing that begins with these bytes, such as the media after a simulated power cut.
+    /// A simulated backing that begins with these bytes.
     ///
     /// # Panics
     ///
     /// As [`simulated`](Self::simulated).
     #[must_use]
-    pub fn from_media(media: Vec<u8>, options: SimOptions) -> (Self, SimHandle) {
+    pub fn from_media(media: impl AsRef<[u8]>, options: SimOptions) -> (Self, SimHandle) {
         let handle = SimHandle(Arc::new(Recorder::new()));
-        (handle.beside(media, options), handle)
+        (handle.beside(media.as_ref(), options), handle)
     }
 }
 
 impl SimHandle {
-    /// Another backing of the same recording: the next one in [`CrashImage::others`](super::CrashImage::others).
+    /// Another backing of the same recording: the next one in [`CrashImage::others`].
     ///
     /// # Panics
     ///
     /// As [`Backing::simulated`].
     #[must_use]
-    pub fn beside(&self, media: Vec<u8>, options: SimOptions) -> Backing {
-        let index = self.0.add(options, media.clone());
+    pub fn beside(&self, media: &[u8], options: SimOptions) -> Backing {
+        let media = Arc::new(SparseMedia::of(media));
+        let index = self.0.add(options, Arc::clone(&media));
         open(&self.0, index, &media, options)
+    }
+}
+
+impl CrashImage<'_> {
+    /// The media as a process finds them when power is back: all backings, in a new recording.
+    ///
+    /// # Panics
+    ///
+    /// Without memory.
+    #[must_use]
+    pub fn reopen(&self, options: SimOptions) -> (Vec<Arc<Backing>>, SimHandle) {
+        let handle = SimHandle(Arc::new(Recorder::new()));
+        let all = [self.media].into_iter().chain(self.others.iter().copied());
+        (all.map(|media| Arc::new(handle.beside(media, options))).collect(), handle)
     }
 }
 
@@ -221,9 +238,10 @@ impl Trace {
         let recorder = Arc::new(recorder);
         let visible = |media: &[&[u8]]| {
             let backings = media.iter().zip(self.beginnings.iter()).enumerate();
-            backings
-                .map(|(index, (media, beginning))| Arc::new(open(&recorder, index, media, beginning.options)))
-                .collect()
+            let reopen = |(index, (media, beginning)): (usize, (&&[u8], &Beginning))| {
+                Arc::new(open(&recorder, index, &SparseMedia::of(media), beginning.options))
+            };
+            backings.map(reopen).collect()
         };
         let everything: Vec<_> = replay.choices().iter().map(|cuts| *cuts.last().expect("a cell has stores")).collect();
         let backings = replay.with_cut(&everything, |_, media| visible(media));

@@ -44,6 +44,7 @@ mod mutants;
 mod random;
 mod recorder;
 mod replay;
+mod sparse;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -51,6 +52,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::granularity::Granularity;
 use recorder::Recorder;
+use sparse::SparseMedia;
 
 pub(super) use medium::SimMedium;
 
@@ -182,7 +184,7 @@ pub enum PageCache {
 #[derive(Clone, Debug)]
 struct Beginning {
     options: SimOptions,
-    media: Arc<Vec<u8>>,
+    media: Arc<SparseMedia>,
 }
 
 /// The observer of simulated backings. It stays valid when they are gone.

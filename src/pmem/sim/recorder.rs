@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::sparse::SparseMedia;
 use super::{BLOCK_BYTES, Beginning, Event, Fault, SimOptions, Trace, first_address};
 use crate::memory::Target;
 use crate::pmem::mapping::Mapping;
@@ -59,9 +60,9 @@ impl Recorder {
     }
 
     /// Adds a backing to the recording; its number.
-    pub(super) fn add(&self, options: SimOptions, media: Vec<u8>) -> usize {
+    pub(super) fn add(&self, options: SimOptions, media: Arc<SparseMedia>) -> usize {
         let mut log = self.log();
-        log.beginnings.push(Beginning { options, media: Arc::new(media) });
+        log.beginnings.push(Beginning { options, media });
         log.beginnings.len() - 1
     }
 

@@ -141,16 +141,17 @@ pub(super) struct Replay {
 
 impl Replay {
     pub(super) fn new(trace: &Trace) -> Self {
-        let mut bytes: Vec<_> = trace.beginnings.iter().map(|beginning| beginning.media.to_vec()).collect();
-        let lengths = bytes.iter().map(|bytes| Length { bytes: bytes.len() as u64, pending: None }).collect();
+        let mut lens: Vec<_> = trace.beginnings.iter().map(|beginning| beginning.media.len()).collect();
+        let lengths = lens.iter().map(|&len| Length { bytes: len as u64, pending: None }).collect();
         for event in trace.events.iter() {
             if let Event::Length(index, len_bytes) = event {
-                let len = usize::try_from(*len_bytes).expect("it was mapped").max(bytes[*index].len());
-                bytes[*index].resize(len, 0);
+                lens[*index] = lens[*index].max(usize::try_from(*len_bytes).expect("it was mapped"));
             }
         }
         // Blocks are recorded whole, also the last one.
-        bytes.iter_mut().for_each(|bytes| bytes.resize(bytes.len().next_multiple_of(BLOCK_BYTES), 0));
+        let backings = trace.beginnings.iter().zip(lens);
+        let bytes =
+            backings.map(|(beginning, len)| beginning.media.to_vec(len.next_multiple_of(BLOCK_BYTES))).collect();
         Self {
             options: trace.beginnings.iter().map(|beginning| beginning.options).collect(),
             media: Media { bytes, hash: 0 },

@@ -260,7 +260,7 @@ fn a_sync_at_cache_line_granularity_makes_a_system_call_when_blocks_have_changed
 fn two_backings_lose_their_stores_at_once_and_are_synced_apart() {
     for granularity in BOTH {
         let (first, handle) = Backing::simulated(4096, SimOptions::new(granularity));
-        let second = handle.beside(vec![0; 8192], SimOptions::new(Granularity::Page));
+        let second = handle.beside(&[0; 8192], SimOptions::new(Granularity::Page));
         put(&first, 64, &[1]);
         put(&second, 64, &[2]);
         let seen = |handle: &SimHandle| {

@@ -150,7 +150,7 @@ fn write_durably(volume: &Volume, offset: u64, bytes: &[u8]) {
 
 impl Story {
     fn check(&self, image: CrashImage<'_>, seconds: Option<&Seconds>) -> Result<(), String> {
-        let (backing, handle) = Backing::from_media(image.media.to_vec(), self.options);
+        let (backing, handle) = Backing::from_media(image.media, self.options);
         let backing = Arc::new(backing);
         let namespace = open(&backing, 1).map_err(|error| format!("key 1 does not open: {error}"))?;
         let header = namespace.header();
@@ -229,7 +229,7 @@ impl Story {
     fn check_second_crash(&self, recovery: &SimHandle, expected: &[u8], count: &Cell<usize>) -> Result<(), String> {
         let bounds = Bounds { exhaustive_max: 2, singles_max: 0, samples: 1, ..Bounds::default() };
         let explored = recovery.trace().explore(&bounds, None, |image| {
-            let backing = Arc::new(Backing::from_media(image.media.to_vec(), self.options).0);
+            let backing = Arc::new(Backing::from_media(image.media, self.options).0);
             let found = open(&backing, 1).map(|namespace| content(&volume(namespace)));
             match found {
                 Ok(Ok(found)) if found == expected => Ok(()),

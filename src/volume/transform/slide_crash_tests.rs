@@ -62,14 +62,14 @@ impl Slide {
         media_of(&backing)
     }
 
-    fn backing(&self, media: Vec<u8>) -> (Arc<Backing>, SimHandle) {
+    fn backing(&self, media: &[u8]) -> (Arc<Backing>, SimHandle) {
         let (backing, handle) = Backing::from_media(media, self.options);
         (Arc::new(backing), handle)
     }
 
     /// Runs a stage on media, which it leaves changed.
     fn stage(&self, media: &mut Vec<u8>, run: impl FnOnce(&Arc<Backing>, &SimHandle, &mut Vec<usize>)) -> Stage {
-        let (backing, handle) = self.backing(std::mem::take(media));
+        let (backing, handle) = self.backing(media);
         let mut acknowledged = Vec::new();
         run(&backing, &handle, &mut acknowledged);
         *media = media_of(&backing);
@@ -117,7 +117,7 @@ impl Slide {
     }
 
     fn check_begin(&self, stage: &Stage, image: CrashImage<'_>) -> Result<(), String> {
-        let (backing, _) = self.backing(image.media.to_vec());
+        let (backing, _) = self.backing(image.media);
         let (region, range, header) = self.opens(&backing)?;
         let is_old = range.start == self.from();
         if open(&backing, 2).is_ok() != is_old || header.rekeying == is_old {
@@ -136,7 +136,7 @@ impl Slide {
     }
 
     fn check_moving(&self, image: CrashImage<'_>, seconds: &Cell<[usize; 2]>) -> Result<(), String> {
-        let (backing, handle) = self.backing(image.media.to_vec());
+        let (backing, handle) = self.backing(image.media);
         let (_, range, _) = self.opens(&backing)?;
         if range != (TO..self.from() + self.part()) {
             return Err(format!("the partition is {range:?}"));
@@ -151,7 +151,7 @@ impl Slide {
         again.transform_step(self.window).map_err(|error| format!("does not go on: {error}"))?;
         let bounds = Bounds { exhaustive_max: 2, singles_max: 0, samples: 1, ..Bounds::default() };
         let second = handle.trace().explore(&bounds, None, |image| {
-            self.opens(&self.backing(image.media.to_vec()).0).map(drop).map_err(|error| format!("second time: {error}"))
+            self.opens(&self.backing(image.media).0).map(drop).map_err(|error| format!("second time: {error}"))
         });
         let second = second.map_err(|failure| failure.error)?;
         seconds.set([states + 1, explored + second.states]);
@@ -161,7 +161,7 @@ impl Slide {
     }
 
     fn check_end(&self, stage: &Stage, image: CrashImage<'_>) -> Result<(), String> {
-        let (backing, _) = self.backing(image.media.to_vec());
+        let (backing, _) = self.backing(image.media);
         let (region, range, header) = self.opens(&backing)?;
         let journal = usize::try_from(TO + MIB).unwrap();
         let is_clear = image.media[journal..][..1 << 20].iter().all(|&byte| byte == 0);
