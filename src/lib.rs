@@ -42,9 +42,12 @@
 //! Imports point downwards only (`tests/tidy.rs`):
 //!
 //! ```text
-//! main -> cli -> nbd_server    dax            NBD; the direct map
-//!                  |            |
-//!                  +-> volume <-+             the decrypted view
+//! main -> cli
+//!          |
+//!     +----+------+
+//!    ops     nbd_server    dax                what is done to namespaces; NBD; the direct map
+//!     |           |         |
+//!     +-------> volume <----+                 the decrypted view
 //!                  |
 //!       +----------+---------+
 //!   namespace     xts       pmem               (luks2, beside the volume's namespace, uses all three)
@@ -63,6 +66,7 @@ pub mod luks2;
 pub mod memory;
 pub mod namespace;
 pub mod nbd_server;
+pub mod ops;
 pub mod pmem;
 pub mod secret;
 mod sync;

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Each layer with the layers that it may import (design: main -> cli -> {nbd_server, dax} -> volume -> {namespace,
+/// Each layer with the layers that it may import (design: main -> cli -> {nbd_server, ops, dax} -> volume -> {namespace,
 /// xts, pmem} -> {secret, memory}).
 const LAYERS: &[(&str, &[&str])] = &[
     ("memory", &[]),
@@ -18,7 +18,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("volume", &["luks2", "namespace", "xts", "pmem", "secret", "memory", "sync"]),
     ("dax", &["volume", "secret", "memory"]),
     ("nbd_server", &["volume", "pmem"]),
-    ("cli", &["nbd_server", "volume", "luks2", "namespace", "xts", "pmem", "secret", "memory"]),
+    ("ops", &["volume", "luks2", "namespace", "xts", "pmem", "secret", "memory"]),
+    ("cli", &["nbd_server", "ops", "volume", "luks2", "namespace", "xts", "pmem", "secret", "memory"]),
     ("main", &["cli"]),
 ];
 

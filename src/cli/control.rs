@@ -14,8 +14,10 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
-use super::resize::Wanted;
-use crate::namespace::{Cipher, Credential, DataUnit, OtherSlots, RekeyOptions};
+use crate::namespace::{Cipher, Credential, DataUnit, SlotInfo};
+use crate::ops::SlotPolicy;
+use crate::ops::rekey::Wish;
+use crate::ops::resize::{Resized, Wanted};
 use crate::secret::SecretBytes;
 
 /// How long an answer may take: Argon2id for every slot comes before it.
@@ -89,8 +91,7 @@ pub(crate) struct RekeyRequest {
     pub(crate) uuid: Uuid,
     pub(crate) key_bits: Option<Cipher>,
     pub(crate) unit_bytes: Option<DataUnit>,
-    /// What happens to other slots; none is refused when there are some.
-    pub(crate) keep_slots: Option<bool>,
+    pub(crate) slots: SlotPolicy,
     pub(crate) max_rate: Option<u64>,
     /// Whether the credential behind the line is a passphrase or the bytes of a key file.
     pub(crate) passphrase: bool,
@@ -103,9 +104,11 @@ pub(crate) enum Answer {
     /// How the namespace is now; no bytes when no re-key is under way.
     State { progress: Option<(u64, u64)>, paused: bool },
     /// The namespace has another size, in bytes.
-    Resized { old_bytes: u64, new_bytes: u64 },
+    Resized(Resized),
+    /// It would become smaller, and was not told that it may.
+    Shrinks { old_bytes: u64, new_bytes: u64 },
     /// The other slots, because it was not said what to do with them.
-    OtherSlots(String),
+    OtherSlots(Vec<SlotInfo>),
     /// The credential opens no slot.
     WrongCredential,
     /// Why it was not done.
@@ -113,9 +116,8 @@ pub(crate) enum Answer {
 }
 
 impl RekeyRequest {
-    pub(crate) fn options(&self) -> RekeyOptions {
-        let other_slots = if self.keep_slots == Some(true) { OtherSlots::Keep } else { OtherSlots::Drop };
-        RekeyOptions { cipher: self.key_bits, unit: self.unit_bytes, other_slots }
+    pub(crate) const fn wish(&self) -> Wish {
+        Wish { cipher: self.key_bits, unit: self.unit_bytes, slots: self.slots }
     }
 
     /// Asks the server at `socket`.
@@ -199,7 +201,7 @@ mod tests {
         const STATUS: &[u8] = b"{\"uptime_seconds\": 3, \"exports\": []}\n";
         for early in [&[][..], &[STATUS], &[STATUS; 4]] {
             let (answer, heard) = asked(early);
-            assert!(matches!(answer, Ok(Answer::Resized { old_bytes: 1, new_bytes: 2 })), "{answer:?}");
+            assert!(matches!(answer, Ok(Answer::Resized(Resized { old_bytes: 1, new_bytes: 2 }))), "{answer:?}");
             assert_eq!(heard, 1);
         }
     }

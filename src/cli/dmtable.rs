@@ -11,7 +11,7 @@ use super::open;
 use super::output::{self, warning};
 use super::place::PlaceArgs;
 use crate::namespace::Namespace;
-use crate::pmem::Access;
+use crate::ops::Operation;
 
 /// dm counts in sectors of 512 bytes, whatever the device has.
 const SECTOR_BYTES: u64 = 512;
@@ -28,11 +28,7 @@ pub(crate) struct DmtableArgs {
 }
 
 pub(crate) fn run(args: &DmtableArgs) -> Result<(), Error> {
-    let namespace = open::namespace(&args.place, Access::ReadOnly, &args.key)?;
-    if namespace.header().rekeying {
-        let what = "a re-key is under way: no single table line has the bytes; `daxcrypt rekey --resume` ends it";
-        return Err(Error::Usage(what.into()));
-    }
+    let namespace = open::namespace(&args.place, Operation::DmTable, &args.key)?;
     let path = &args.place.path;
     if path.is_file() {
         let path = path.display();

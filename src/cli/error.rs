@@ -13,6 +13,8 @@ use crate::namespace::{
     SlotError, TransformError, UnlockError, UpdateError, WriteError,
 };
 use crate::nbd_server::{ListenError, RegistryError, ServerError, TlsError};
+use crate::ops::Operation;
+use crate::ops::gate::Refusal;
 use crate::pmem::{MediaError, OpenError};
 use crate::secret::KeyError as VolumeKeyError;
 use crate::volume::VolumeError;
@@ -86,14 +88,19 @@ pub(crate) enum Error {
     Slide { path: PathBuf, source: Box<SlideError> },
     #[error("{path}: its key is not given", path = path.display())]
     NoKeyGiven { path: PathBuf },
-    #[error("{path}: its re-key is paused", path = path.display())]
-    RekeyPaused { path: PathBuf },
     #[error("{path}: stopped with {done} of {total} copied", path = path.display())]
     TransferStopped { path: PathBuf, done: ByteSize, total: ByteSize },
     #[error("{path} reads back other bytes than were written: CRC-32 {found:#010x}, not {written:#010x}", path = path.display())]
     NotVerified { path: PathBuf, written: u32, found: u32 },
     #[error("cannot read or write {path}", path = path.display())]
     Plain { path: PathBuf, source: io::Error },
+    #[error("cannot {operation} {path}", path = path.display())]
+    Gate {
+        operation: Operation,
+        path: PathBuf,
+        #[source]
+        refusal: Refusal,
+    },
     #[error("the server refuses: {reason}")]
     Refused { reason: String },
     #[error("the namespace has other key slots: {slots}")]
@@ -104,8 +111,6 @@ pub(crate) enum Error {
     EscrowFile { path: PathBuf, source: VolumeKeyError },
     #[error("cannot use the key specification {path}", path = path.display())]
     KeySpec { path: PathBuf, source: KeySpecError },
-    #[error("{path} is ephemeral: its key is made at each opening, so there is none to keep", path = path.display())]
-    NothingToDump { path: PathBuf },
     #[error("{path} is formatted, but its data area is not filled with noise", path = path.display())]
     Fill { path: PathBuf, source: VolumeError },
     #[error("cannot write the {what} {path}", path = path.display())]
@@ -175,7 +180,7 @@ impl Error {
                 source: OpenError::NotFound | OpenError::NotMappable | OpenError::TooLarge { .. }, ..
             } => Exit::Usage,
             Self::Config { .. } | Self::Tls(_) => Exit::Usage,
-            Self::EscrowFile { .. } | Self::KeySpec { .. } | Self::NothingToDump { .. } => Exit::Usage,
+            Self::EscrowFile { .. } | Self::KeySpec { .. } => Exit::Usage,
             Self::ReadFile { .. } => Exit::Usage,
             Self::WriteFile { source, .. } if source.kind() == io::ErrorKind::AlreadyExists => Exit::Usage,
             Self::Restore { source: RestoreError::Write(_), .. } => Exit::Io,
@@ -210,8 +215,8 @@ impl Error {
             Self::Format { .. } => Exit::Usage,
             Self::RekeyStopped { .. } | Self::TransferStopped { .. } => Exit::Stopped,
             Self::Adopt { source, .. } => adopt_exit(source),
-            Self::OtherSlots { .. } | Self::Refused { .. } => Exit::Usage,
-            Self::Slide { .. } | Self::NoKeyGiven { .. } | Self::RekeyPaused { .. } => Exit::Usage,
+            Self::OtherSlots { .. } | Self::Refused { .. } | Self::Gate { .. } => Exit::Usage,
+            Self::Slide { .. } | Self::NoKeyGiven { .. } => Exit::Usage,
             Self::Rekey { source, .. } => rekey_exit(source),
             Self::OwnSlot { .. } | Self::NotConfirmed { .. } => Exit::Usage,
             Self::Update { source: UpdateError::Slot(SlotError::Label(_) | SlotError::Cost(_)), .. } => Exit::Usage,
@@ -305,7 +310,7 @@ impl Error {
             Self::Rekey { source, path } if matches!(**source, TransformError::UnderWay) => {
                 Some(format!("`daxcrypt rekey --resume {}` goes on with it", path.display()))
             }
-            Self::RekeyPaused { path } => Some(format!("`daxcrypt rekey --resume {}` ends it", path.display())),
+            Self::Gate { refusal, path, .. } => refusal.help.command(path),
             Self::OwnSlot { .. } => Some("give the key of another slot, which proves that it works, or --force".into()),
             Self::Restore { source: RestoreError::OtherNamespace { .. }, .. } => {
                 Some("--force restores it all the same, and the namespace that is there is then lost".into())

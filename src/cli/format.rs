@@ -7,7 +7,6 @@ use clap::{Args, ValueEnum};
 use super::credentials::{KdfArgs, KeyArgs, Prompt};
 use super::error::Error;
 use super::info::cipher_name;
-use super::new_place::{self, NewPlace, Prepared};
 use super::open;
 use super::output::{outln, warning};
 use super::place::PlaceArgs;
@@ -17,6 +16,7 @@ use super::secrets;
 use super::serve::stem;
 use super::size::ByteSize;
 use crate::namespace::{self, Cipher, DataUnit, FormatOptions, Namespace};
+use crate::ops::{self, Ended, Location, NewPlace, Operation, Prepared, Watch};
 use crate::pmem::Allocation;
 use crate::secret::VolumeKey;
 use crate::volume::Volume;
@@ -99,7 +99,8 @@ pub(crate) fn run(args: &FormatArgs) -> Result<(), Error> {
         true => None,
         false => Some(args.key.read(Prompt::Twice, &path.display().to_string())?),
     };
-    let Prepared { data, range, header, made, region } = args.new_place().prepare()?;
+    let location = args.place.location();
+    let Prepared { data, range, header, made, region } = args.new_place(&location).prepare()?;
     let available_bytes = Some(range.end - range.start);
     let options = FormatOptions { header, base: range.start, available_bytes, ..options };
     let formatted = match &credential {
@@ -107,10 +108,10 @@ pub(crate) fn run(args: &FormatArgs) -> Result<(), Error> {
         None => namespace::format_ephemeral(data, options),
     };
     let mut namespace = formatted.map_err(|source| {
-        new_place::remove_made(&made);
+        ops::remove_made(&made);
         Error::Format { path: path.clone(), source }
     })?;
-    if let (Some(mut region), Some((path, name))) = (region, args.place.in_region()) {
+    if let (Some(mut region), Some((path, name))) = (region, location.region()) {
         region.add(name, range).map_err(|source| Error::Region { path: path.into(), source })?;
     }
     for warning in open::warnings(&namespace.header()) {
@@ -145,14 +146,15 @@ fn fill_with_noise(
     const CHUNK_BYTES: u64 = 4 << 20;
     let thrown_away = VolumeKey::generate(namespace.cipher().key_bytes()).expect("the length is a cipher's");
     let volume = Volume::under_another_key(namespace, &thrown_away, backend);
-    let mut progress = Progress::new(0, volume.size(), progress.json, None);
+    let mut progress = Progress::new(progress.json);
+    progress.begin(0, volume.size());
     for start in (0..volume.size()).step_by(4 << 20) {
         let len_bytes = CHUNK_BYTES.min(volume.size() - start);
         volume.write_zeroes(start, len_bytes)?;
         volume.persist(start..start + len_bytes)?;
         progress.reach(start + len_bytes);
     }
-    progress.end("done", volume.size());
+    progress.end(Ended::Done, volume.size());
     volume.flush()
 }
 
@@ -166,7 +168,7 @@ impl FormatArgs {
             None => (self.cipher.into(), None),
         };
         Ok(FormatOptions {
-            label: self.label.clone().unwrap_or_else(|| match self.place.in_region() {
+            label: self.label.clone().unwrap_or_else(|| match self.place.location().region() {
                 Some((_, name)) => name.to_owned(),
                 None => stem(&self.place.path),
             }),
@@ -181,12 +183,9 @@ impl FormatArgs {
         })
     }
 
-    const fn new_place(&self) -> NewPlace<'_> {
-        let size_bytes = match self.size {
-            Some(ByteSize(bytes)) => Some(bytes),
-            None => None,
-        };
+    fn new_place<'a>(&self, location: &'a Location) -> NewPlace<'a> {
+        let size_bytes = self.size.map(|ByteSize(bytes)| bytes);
         let allocation = if self.sparse { Allocation::Sparse } else { Allocation::Full };
-        NewPlace { place: &self.place, size_bytes, allocation, force: self.force }
+        NewPlace { operation: Operation::FormatOver, location, size_bytes, allocation, force: self.force }
     }
 }

@@ -17,9 +17,10 @@ use super::info;
 use super::open;
 use super::output::{self, out, outln, warning};
 use super::place::PlaceArgs;
-use crate::luks2::{self, ExportOptions, SlotKdf};
+use crate::luks2::{ExportOptions, SlotKdf};
 use crate::namespace::{self, BACKUP_BYTES, Header, RestoreError};
-use crate::pmem::Access;
+use crate::ops::headers::{self, Restoration};
+use crate::ops::{Key, Operation};
 
 #[derive(Args, Debug)]
 pub(crate) struct HeaderCommandArgs {
@@ -108,27 +109,24 @@ pub(crate) fn run(args: &HeaderCommandArgs) -> Result<(), Error> {
 }
 
 fn backup(args: &BackupArgs) -> Result<(), Error> {
-    let locked = args.place.locked(args.place.peek()?)?;
-    let path = args.place.header_path();
-    let bytes = locked.backup().map_err(|source| Error::Media { path: path.clone(), source })?;
+    let headers::Backup { uuid, bytes } = headers::backup(&args.place.location())?;
     dump::write_new("header backup", &args.backup, &bytes)?;
-    outln!("{}: backup of the header of namespace {}", args.backup.display(), locked.header().uuid)?;
+    outln!("{}: backup of the header of namespace {uuid}", args.backup.display())?;
     outln!("It opens with the keys of today, also when they are removed or the namespace is erased: keep it as a key.")
 }
 
 fn restore(args: &RestoreArgs) -> Result<(), Error> {
     let backup = read_backup(&args.backup)?;
-    let failed = |source| Error::Restore { path: args.place.path.clone(), source };
-    let site = args.place.open(Access::ReadWrite)?;
+    let location = args.place.location();
     if args.force {
-        namespace::restore_unchecked(site, &backup).map_err(failed)?;
+        headers::restore_unchecked(&location, &backup)?;
         warning!("{}: restored without trying whether anything unlocks it", args.place.path.display());
         return outln!("{}: restored the header", args.place.path.display());
     }
-    let locked = namespace::open_backup(site, &backup, false).map_err(failed)?;
-    let mut namespace = open::unlock(locked, &args.key, &args.place.path)?;
-    namespace.write_header().map_err(|source| Error::Update { path: args.place.path.clone(), source })?;
-    outln!("{}: restored the header, with {} key slots", args.place.path.display(), namespace.header().slots.len())
+    let restoration = Restoration::open(&location, &backup)?;
+    let ephemeral = restoration.header().ephemeral;
+    let header = open::with_key(&args.key, ephemeral, &args.place.path, |key| restoration.restore(key))?;
+    outln!("{}: restored the header, with {} key slots", args.place.path.display(), header.slots.len())
 }
 
 fn export(args: &ExportArgs) -> Result<(), Error> {
@@ -138,18 +136,17 @@ fn export(args: &ExportArgs) -> Result<(), Error> {
         PbkdfArg::Pbkdf2 => SlotKdf::Pbkdf2 { iterations: args.pbkdf2_iterations },
     };
     let path = &args.place.path;
-    let locked = args.place.locked(args.place.open(Access::ReadOnly)?)?;
-    let discards = locked.header().discards;
+    let location = args.place.location();
+    let found = location.find(Operation::ExportLuks2)?;
+    let discards = found.header().discards;
     // One key for both, unless another one is named or only the volume key is known.
     let (namespace, credential) = if args.new.is_given() || args.key.escrow_file.is_some() {
-        (open::unlock(locked, &args.key, path)?, args.new.read(path)?)
+        (open::unlock(found, &args.key)?, args.new.read(path)?)
     } else {
         let credential = args.key.read(Prompt::Once, &path.display().to_string())?;
-        let unlocked = locked.unlock_key(&credential);
-        (unlocked.map_err(|source| Error::Unlock { path: path.clone(), source })?, credential)
+        (found.unlock(Key::Credential(&credential))?, credential)
     };
-    let bytes = luks2::export(&namespace, &credential, ExportOptions { kdf })
-        .map_err(|source| Error::Luks2Export { path: path.clone(), source })?;
+    let bytes = headers::export_luks2(&location, &namespace, &credential, ExportOptions { kdf })?;
     dump::write_new("LUKS2 header", &args.luks2, &bytes)?;
     if discards {
         warning!("discards are allowed here: holes read as zeroes through daxcrypt, but as noise through dm-crypt");
@@ -193,14 +190,15 @@ fn inspect(args: &InspectArgs) -> Result<(), Error> {
 }
 
 fn copies(args: &InspectArgs) -> Result<Vec<Copy>, Error> {
-    let path = args.place.header_path();
+    let location = args.place.location();
+    let path = location.header_path();
     if std::fs::metadata(path).is_ok_and(|metadata| metadata.len() == BACKUP_BYTES as u64) {
         let header = namespace::inspect_backup(&read_backup(path)?)
-            .map_err(|source| Error::Restore { path: path.clone(), source })?;
+            .map_err(|source| Error::Restore { path: path.into(), source })?;
         return Ok(vec![Copy { copy: "backup", content: Content::Header(Box::new(header)) }]);
     }
-    let copies = namespace::inspect(&args.place.peek()?)
-        .map_err(|source| Error::Namespace { path: path.clone(), source })?
+    let copies = namespace::inspect(&location.peek(Operation::Info)?)
+        .map_err(|source| Error::Namespace { path: path.into(), source })?
         .map(|copy| match copy {
             Ok(header) => Content::Header(Box::new(header)),
             Err(fault) => Content::Fault(super::error::chain(&fault)),

@@ -11,6 +11,7 @@ use super::output::{self, out};
 use super::place::PlaceArgs;
 use super::size::ByteSize;
 use crate::namespace::{Cipher, CopyState, Header, Kdf, SIZE_BYTES_MAX, SIZE_BYTES_WARN, Site, SlotInfo};
+use crate::ops::Operation;
 use crate::xts::Backend;
 
 #[derive(Args, Debug)]
@@ -43,12 +44,11 @@ struct Info<'a> {
 
 pub(crate) fn run(args: &InfoArgs) -> Result<(), Error> {
     let backend = Backend::from_env()?;
-    let site = args.place.peek()?;
     if args.luks2 {
-        return luks2(args, &site, backend);
+        return luks2(args, &args.place.location().peek(Operation::Info)?, backend);
     }
-    let locked = args.place.locked(site.clone())?;
-    let header = locked.header();
+    let found = args.place.look(Operation::Info)?;
+    let (locked, header, site) = (found.locked(), found.header(), found.site());
     let info = Info {
         path: &args.place.path,
         header_path: args.place.header.as_deref(),

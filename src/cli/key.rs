@@ -15,7 +15,7 @@ use super::output::{self, outln, warning};
 use super::place::PlaceArgs;
 use super::recovery;
 use crate::namespace::{Credential, KdfCost, Namespace, UpdateError};
-use crate::pmem::Access;
+use crate::ops::{self, Key, Operation, keys};
 
 #[derive(Args, Debug)]
 pub(crate) struct KeyCommandArgs {
@@ -136,8 +136,8 @@ pub(crate) fn run(args: &KeyCommandArgs) -> Result<(), Error> {
 }
 
 fn list(args: &ListArgs) -> Result<(), Error> {
-    let locked = args.place.locked(args.place.peek()?)?;
-    let slots = &locked.header().slots;
+    let found = args.place.look(Operation::KeyList)?;
+    let slots = &found.header().slots;
     if args.json {
         return output::json(slots);
     }
@@ -146,44 +146,38 @@ fn list(args: &ListArgs) -> Result<(), Error> {
 
 fn add(args: &AddArgs) -> Result<(), Error> {
     if args.recovery_key {
-        let mut namespace = args.common.unlocked(Access::ReadWrite)?;
+        let mut namespace = args.common.unlocked(Operation::KeyAdd)?;
         return recovery::add_slot(&mut namespace, args.slot, &args.label, |source| args.common.update_failed(source));
     }
-    let (mut namespace, credential, cost) = args.with.unlocked(&args.common)?;
-    let added = namespace.add_slot(args.slot, &args.label, &credential, cost);
-    let id = added.map_err(|source| args.common.update_failed(source))?;
+    let (mut namespace, credential, cost) = args.with.unlocked(Operation::KeyAdd, &args.common)?;
+    let added = keys::add(&mut namespace, args.slot, &args.label, &credential, cost);
+    let id = added.map_err(|cause| args.common.failed(Operation::KeyAdd, cause))?;
     outln!("added key slot {id}")
 }
 
 fn remove(args: &RemoveArgs) -> Result<(), Error> {
-    let mut namespace = args.common.unlocked(Access::ReadWrite)?;
-    let is_last = namespace.header().slots.len() == 1;
-    if namespace.slot_id() == Some(args.slot) && !is_last && !args.force {
-        return Err(Error::OwnSlot { slot: args.slot });
-    }
-    namespace.remove_slot(args.slot, args.force).map_err(|source| args.common.update_failed(source))?;
+    let mut namespace = args.common.unlocked(Operation::KeyRemove)?;
+    let removed = keys::remove(&mut namespace, args.slot, args.force);
+    removed.map_err(|cause| args.common.failed(Operation::KeyRemove, cause))?;
     outln!("removed key slot {}; a backup of the header that was made before still holds it", args.slot)
 }
 
 fn change(args: &ChangeArgs) -> Result<(), Error> {
-    let (mut namespace, credential, cost) = args.with.unlocked(&args.common)?;
-    let Some(slot) = args.slot.or_else(|| namespace.slot_id()) else {
-        return Err(Error::Usage("say which slot to change: --slot NUMBER".into()));
-    };
-    namespace.change_slot(slot, &credential, cost).map_err(|source| args.common.update_failed(source))?;
+    let (mut namespace, credential, cost) = args.with.unlocked(Operation::KeyChange, &args.common)?;
+    let changed = keys::change(&mut namespace, args.slot, &credential, cost);
+    let slot = changed.map_err(|cause| args.common.failed(Operation::KeyChange, cause))?;
     outln!("changed key slot {slot}; a backup of the header that was made before still opens with the old key")
 }
 
 fn test(args: &TestArgs) -> Result<(), Error> {
     let SlotArgs { place, key } = &args.common;
-    let locked = place.locked(place.peek()?)?;
+    let found = place.look(Operation::KeyTest)?;
     let namespace = match args.slot {
-        Some(slot) if !locked.header().ephemeral => {
+        Some(slot) if !found.header().ephemeral => {
             let credential = key.read(Prompt::Once, &place.path.display().to_string())?;
-            let unlocked = locked.unlock_slot(&credential, slot);
-            unlocked.map_err(|source| Error::Unlock { path: place.path.clone(), source })?
+            found.unlock(Key::Slot(&credential, slot))?
         }
-        _ => open::unlock(locked, key, &place.path)?,
+        _ => open::unlock(found, key)?,
     };
     match namespace.slot_id() {
         Some(slot) => outln!("key slot {slot} opens with it"),
@@ -193,11 +187,8 @@ fn test(args: &TestArgs) -> Result<(), Error> {
 }
 
 fn dump_volume_key(args: &DumpArgs) -> Result<(), Error> {
-    let namespace = args.common.unlocked(Access::ReadOnly)?;
-    if namespace.header().ephemeral {
-        return Err(Error::NothingToDump { path: args.common.place.path.clone() });
-    }
-    dump::write_new("volume key file", &args.volume_key_file, namespace.volume_key().bytes())?;
+    let namespace = args.common.unlocked(Operation::KeyDump)?;
+    dump::write_new("volume key file", &args.volume_key_file, keys::dump(&namespace).bytes())?;
     warning!(
         "{} decrypts everything, now and later, whatever becomes of the key slots: keep it where no thief comes, and \
          give it back with --escrow-file",
@@ -207,8 +198,12 @@ fn dump_volume_key(args: &DumpArgs) -> Result<(), Error> {
 }
 
 impl SlotArgs {
-    fn unlocked(&self, access: Access) -> Result<Namespace, Error> {
-        open::namespace(&self.place, access, &self.key)
+    fn unlocked(&self, operation: Operation) -> Result<Namespace, Error> {
+        open::namespace(&self.place, operation, &self.key)
+    }
+
+    fn failed(&self, operation: Operation, cause: ops::Cause) -> Error {
+        ops::Error::new(operation, &self.place.path, cause).into()
     }
 
     fn update_failed(&self, source: UpdateError) -> Error {
@@ -218,10 +213,10 @@ impl SlotArgs {
 
 impl WithArgs {
     /// The namespace, and what a slot of it is to open with: the present key is asked for first.
-    fn unlocked(&self, common: &SlotArgs) -> Result<(Namespace, Credential, KdfCost), Error> {
+    fn unlocked(&self, operation: Operation, common: &SlotArgs) -> Result<(Namespace, Credential, KdfCost), Error> {
         self.new.check_stdin(&common.key)?;
         let cost = self.kdf.cost()?;
-        let namespace = common.unlocked(Access::ReadWrite)?;
+        let namespace = common.unlocked(operation)?;
         let credential = self.new.read(&common.place.path)?;
         Ok((namespace, credential, cost))
     }

@@ -12,6 +12,7 @@ mod dump;
 mod erase;
 mod error;
 mod format;
+mod from_ops;
 mod generate;
 mod header;
 mod info;
@@ -19,9 +20,9 @@ mod info;
 pub mod json {}
 mod key;
 mod log;
-mod new_place;
 mod open;
 mod output;
+mod pace;
 mod place;
 mod plain;
 mod progress;
@@ -34,7 +35,6 @@ mod secrets;
 mod serve;
 mod size;
 mod status;
-mod transfer;
 mod undumped;
 
 use std::process::ExitCode;

@@ -5,50 +5,52 @@ use std::path::Path;
 use super::credentials::{KeyArgs, Prompt};
 use super::error::Error;
 use super::output::warning;
-use super::place::PlaceArgs;
+use super::place::{self, PlaceArgs};
 use super::secrets;
 use super::size::ByteSize;
 use crate::luks2::Locked;
-use crate::namespace::{CopyState, Credential, Header, LockedNamespace, Namespace, SIZE_BYTES_WARN, Site};
-use crate::pmem::Access;
+use crate::namespace::{CopyState, Credential, Header, Namespace, SIZE_BYTES_WARN, Site};
+use crate::ops::{self, Found, Key, Operation};
 use crate::volume::Volume;
 use crate::xts::Backend;
 
-/// Opens and unlocks the namespace at `place`. The header is checked before the user is asked for a passphrase.
-pub(crate) fn namespace(place: &PlaceArgs, access: Access, key: &KeyArgs) -> Result<Namespace, Error> {
-    unlock(checked(place, access)?, key, &place.path)
+/// Opens and unlocks the namespace at `place` for `operation`. The header is checked before the user is asked for a
+/// passphrase.
+pub(crate) fn namespace(place: &PlaceArgs, operation: Operation, key: &KeyArgs) -> Result<Namespace, Error> {
+    unlock(found(place, operation)?, key)
 }
 
 /// Opens and unlocks the namespace at `place`, for who needs the credential again.
 pub(crate) fn namespace_and_credential(
     place: &PlaceArgs,
-    access: Access,
+    operation: Operation,
     key: &KeyArgs,
 ) -> Result<(Namespace, Credential), Error> {
-    let locked = checked(place, access)?;
+    let found = found(place, operation)?;
     let credential = key.read(Prompt::Once, &place.path.display().to_string())?;
-    let unlocked = locked.unlock_key(&credential);
-    let namespace = unlocked.map_err(|source| Error::Unlock { path: place.path.clone(), source })?;
+    let namespace = found.unlock(Key::Credential(&credential))?;
     Ok((namespace, credential))
 }
 
 /// Opens the namespace at `place` and says what is worth knowing about its header.
-fn checked(place: &PlaceArgs, access: Access) -> Result<LockedNamespace, Error> {
-    let locked = place.locked(place.open(access)?)?;
-    for warning in warnings(locked.header()) {
+pub(crate) fn found(place: &PlaceArgs, operation: Operation) -> Result<Found, Error> {
+    let location = place.location();
+    let found = location.find(operation)?;
+    place::warn(&location, found.site());
+    for warning in warnings(found.header()) {
         warning!("{}: {warning}", place.path.display());
     }
-    Ok(locked)
+    Ok(found)
 }
 
 /// Opens and unlocks the volume at `place`: a namespace, or with `is_luks2` a LUKS2 volume.
-pub(crate) fn volume(place: &PlaceArgs, access: Access, key: &KeyArgs, is_luks2: bool) -> Result<Volume, Error> {
+pub(crate) fn volume(place: &PlaceArgs, operation: Operation, key: &KeyArgs, is_luks2: bool) -> Result<Volume, Error> {
     let backend = Backend::from_env()?;
     if !is_luks2 {
-        return Ok(Volume::new(namespace(place, access, key)?, backend));
+        return Ok(Volume::new(namespace(place, operation, key)?, backend));
     }
     let path = place.path.display().to_string();
-    let locked = luks2(place, &place.open(access)?)?;
+    let locked = luks2(place, &place.open(operation)?)?;
     for warning in copy_warnings(["primary LUKS2 header", "secondary LUKS2 header"], &locked.info().copies) {
         warning!("{path}: {warning}");
     }
@@ -64,19 +66,31 @@ pub(crate) fn volume(place: &PlaceArgs, access: Access, key: &KeyArgs, is_luks2:
 
 /// The LUKS2 volume at `site`, which `place` was opened as.
 pub(crate) fn luks2(place: &PlaceArgs, site: &Site) -> Result<Locked, Error> {
-    Locked::open(site).map_err(|source| Error::Luks2 { path: place.header_path().clone(), source })
+    let path = place.location().header_path().to_path_buf();
+    Locked::open(site).map_err(|source| Error::Luks2 { path, source })
 }
 
 /// Unlocks with what the options name; an ephemeral namespace without anything.
-pub(crate) fn unlock(locked: LockedNamespace, key: &KeyArgs, path: &Path) -> Result<Namespace, Error> {
-    let unlocked = if locked.header().ephemeral && !key.is_given() {
-        locked.unlock_ephemeral()
-    } else if let Some(file) = &key.escrow_file {
-        locked.unlock_volume_key(secrets::escrow_file(file)?)
-    } else {
-        locked.unlock_key(&key.read(Prompt::Once, &path.display().to_string())?)
-    };
-    unlocked.map_err(|source| Error::Unlock { path: path.into(), source })
+pub(crate) fn unlock(found: Found, key: &KeyArgs) -> Result<Namespace, Error> {
+    let (path, ephemeral) = (found.location().path().to_path_buf(), found.header().ephemeral);
+    with_key(key, ephemeral, &path, |key| found.unlock(key))
+}
+
+/// Reads what the options name, and unlocks with it.
+pub(crate) fn with_key<T>(
+    key: &KeyArgs,
+    ephemeral: bool,
+    path: &Path,
+    unlock: impl FnOnce(Key<'_>) -> Result<T, ops::Error>,
+) -> Result<T, Error> {
+    if ephemeral && !key.is_given() {
+        return Ok(unlock(Key::Ephemeral)?);
+    }
+    if let Some(file) = &key.escrow_file {
+        return Ok(unlock(Key::VolumeKey(secrets::escrow_file(file)?))?);
+    }
+    let credential = key.read(Prompt::Once, &path.display().to_string())?;
+    Ok(unlock(Key::Credential(&credential))?)
 }
 
 /// What is worth knowing before using a namespace, in sentences.

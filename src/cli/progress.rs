@@ -1,13 +1,13 @@
-//! How far a long command has come: a bar on a terminal, JSON lines for programs; and the pace that it keeps to.
+//! How far a long command has come: a bar on a terminal, JSON lines for programs.
 
 use std::io::{self, IsTerminal, Write};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde::Serialize;
 
 use super::size::ByteSize;
+use crate::ops::{Ended, Watch};
 
 /// The bar is drawn again, and a JSON line printed, at most so often.
 const INTERVAL: Duration = Duration::from_millis(200);
@@ -32,16 +32,15 @@ enum Style {
     Quiet,
 }
 
-/// The progress of one command.
+/// The progress of one command, which may have several parts.
 #[derive(Debug)]
 pub(crate) struct Progress {
     style: Style,
     total_bytes: u64,
-    /// Bytes that were done before this command began.
+    /// Bytes that were done before this part began.
     first_bytes: u64,
     started: Instant,
     shown: Option<Instant>,
-    max_rate: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -54,49 +53,18 @@ struct Line {
 }
 
 impl Progress {
-    /// Progress from `first_bytes` to `total_bytes`, no faster than `max_rate` bytes a second.
-    pub(crate) fn new(first_bytes: u64, total_bytes: u64, json: bool, max_rate: Option<ByteSize>) -> Self {
+    /// As lines of JSON, or as a bar where there is a terminal.
+    pub(crate) fn new(json: bool) -> Self {
         let style = match (json, io::stderr().is_terminal()) {
             (true, _) => Style::JsonLines,
             (false, true) => Style::Bar,
             (false, false) => Style::Quiet,
         };
-        let max_rate = max_rate.map(|rate| rate.0.max(1));
-        Self { style, total_bytes, first_bytes, started: Instant::now(), shown: None, max_rate }
+        Self { style, total_bytes: 0, first_bytes: 0, started: Instant::now(), shown: None }
     }
 
-    /// The same without a word: only the pace.
-    pub(crate) const fn quiet(mut self) -> Self {
-        self.style = Style::Quiet;
-        self
-    }
-
-    /// Takes note of `done_bytes` and waits as long as the rate demands, but not longer than a moment: the caller looks
-    /// for signals in between.
-    pub(crate) fn reach(&mut self, done_bytes: u64) {
-        if self.shown.is_none_or(|shown| shown.elapsed() >= INTERVAL) {
-            self.shown = Some(Instant::now());
-            self.tell("progress", done_bytes);
-        }
-        if let Some(ahead) = self.ahead(done_bytes) {
-            thread::sleep(ahead.min(INTERVAL));
-        }
-    }
-
-    /// Whether the rate demands to wait still.
-    pub(crate) fn must_wait(&self, done_bytes: u64) -> bool {
-        self.ahead(done_bytes).is_some()
-    }
-
-    /// How much earlier than the rate allows `done_bytes` were reached.
-    fn ahead(&self, done_bytes: u64) -> Option<Duration> {
-        let moved = done_bytes.saturating_sub(self.first_bytes);
-        let due = Duration::from_secs_f64(moved as f64 / self.max_rate? as f64);
-        due.checked_sub(self.started.elapsed()).filter(|ahead| !ahead.is_zero())
-    }
-
-    /// The last word: `event` is `done` or `stopped`.
-    pub(crate) fn end(&mut self, event: &'static str, done_bytes: u64) {
+    /// The last word about a part: `event` is what became of it.
+    pub(crate) fn end_as(&mut self, event: &'static str, done_bytes: u64) {
         self.tell(event, done_bytes);
         if self.style == Style::Bar {
             eprintln!();
@@ -104,7 +72,7 @@ impl Progress {
     }
 
     /// Bytes a second since the beginning.
-    pub(crate) fn rate(&self, done_bytes: u64) -> u64 {
+    fn rate(&self, done_bytes: u64) -> u64 {
         let moved = done_bytes.saturating_sub(self.first_bytes);
         let nanoseconds = self.started.elapsed().as_nanos().max(1);
         u64::try_from(u128::from(moved) * 1_000_000_000 / nanoseconds).unwrap_or(u64::MAX)
@@ -139,16 +107,26 @@ impl Progress {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+impl Watch for Progress {
+    fn begin(&mut self, done_bytes: u64, total_bytes: u64) {
+        (self.first_bytes, self.total_bytes) = (done_bytes, total_bytes);
+        (self.started, self.shown) = (Instant::now(), None);
+    }
 
-    #[test]
-    fn a_rate_is_kept_and_what_was_done_before_does_not_count() {
-        let mut progress = Progress::new(1 << 20, 2 << 20, false, Some(ByteSize(1 << 20)));
-        progress.reach(1 << 20);
-        assert!(!progress.must_wait(1 << 20));
-        assert!(progress.must_wait(2 << 20), "a MiB a second, and no second has passed");
-        assert!(!Progress::new(0, 2 << 20, false, None).must_wait(2 << 20));
+    fn reach(&mut self, done_bytes: u64) {
+        if self.shown.is_none_or(|shown| shown.elapsed() >= INTERVAL) {
+            self.shown = Some(Instant::now());
+            self.tell("progress", done_bytes);
+        }
+    }
+
+    fn end(&mut self, ended: Ended, done_bytes: u64) {
+        let event = match ended {
+            Ended::Copied => "copied",
+            Ended::Verified => "verified",
+            Ended::Done => "done",
+            Ended::Stopped => "stopped",
+        };
+        self.end_as(event, done_bytes);
     }
 }

@@ -14,6 +14,8 @@ use super::output::{self, outln};
 use super::place::{self, PlaceArgs};
 use super::size::ByteSize;
 use crate::namespace::{self, CopyState, LockedNamespace, Region, RegionPartition};
+use crate::ops::erase::Doomed;
+use crate::ops::{self, Location, Operation};
 use crate::pmem::{Access, Allocation, Backing};
 
 #[derive(Args, Debug)]
@@ -155,7 +157,8 @@ struct Free {
 }
 
 fn list(args: &ListArgs) -> Result<(), Error> {
-    let region = place::peek_table(&args.path)?;
+    let region = ops::peek_table(Operation::Info, &args.path)?;
+    place::warn_of_table(&args.path, &region);
     let (ours, others): (Vec<_>, Vec<_>) = region.partitions().into_iter().partition(|partition| partition.is_ours);
     let namespaces = ours.into_iter().map(|partition| namespace_entry(args, partition)).collect::<Result<_, _>>()?;
     let free = region.free().into_iter().map(|free| Free { start: free.start, len_bytes: free.end - free.start });
@@ -191,9 +194,9 @@ fn row(name: &str, start: u64, len_bytes: u64, size: &str, what: &str) -> Result
 }
 
 fn namespace_entry(args: &ListArgs, partition: RegionPartition) -> Result<Entry, Error> {
-    let place = PlaceArgs::of_region(&args.path, &partition.name);
+    let location = Location::of_region(&args.path, &partition.name);
     let mut entry = Entry::of(partition);
-    match LockedNamespace::open_in(place.peek()?) {
+    match LockedNamespace::open_in(location.peek(Operation::Info)?) {
         Ok(locked) => {
             let header = locked.header();
             entry.uuid = Some(header.uuid);
@@ -219,19 +222,13 @@ fn free_bytes(region: &Region) -> u64 {
 
 /// Destroys the keys of a namespace in a region, and gives its place back.
 pub(crate) fn remove(args: &RemoveArgs) -> Result<(), Error> {
-    let Some((path, name)) = args.place.in_region() else {
-        let path = args.place.path.display();
-        return Err(Error::Usage(format!("{path} is no namespace in a region: REGION#NAME is one")));
-    };
-    let failed = |source| Error::Region { path: path.into(), source };
-    // Locked as long as it is in the table.
-    let site = args.place.open(Access::ReadWrite)?;
-    let locked = LockedNamespace::open_in(site.clone()).ok();
+    let location = args.place.location();
+    let doomed = Doomed::find_in_region(&location)?;
+    place::warn(&location, doomed.site());
     if !args.yes {
-        erase::confirm(&args.place, locked.as_ref().map(LockedNamespace::header))?;
+        erase::confirm(&args.place, doomed.header().ok())?;
     }
-    namespace::erase(&site).map_err(|source| Error::Erase { path: args.place.header_path().clone(), source })?;
-    let mut table = place::open_table(path)?;
-    table.remove(name).map_err(failed)?;
-    outln!("{}: removed namespace {name}, {} are free now", path.display(), ByteSize(free_bytes(&table)))
+    let region = doomed.remove()?;
+    let Some((path, name)) = location.region() else { return Ok(()) };
+    outln!("{}: removed namespace {name}, {} are free now", path.display(), ByteSize(free_bytes(&region)))
 }

@@ -1,35 +1,29 @@
 //! `daxcrypt rekey`: a new volume key for a namespace, in place.
 //!
-//! The namespace is usable at every instant: it opens with its key whether this command ended, was interrupted or was
-//! killed, and both halves decrypt. What is left is done by `--resume`, or by `serve` while it serves.
+//! What is interrupted is done by `--resume`, or by `serve` while it serves.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use clap::Args;
-use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::control::{Action, Answer, RekeyRequest};
 use super::credentials::{KeyArgs, Prompt};
 use super::error::Error;
 use super::format::CipherArg;
-use super::info::slot_line;
+use super::from_ops::{numbered_line, slot_lines};
 use super::open;
 use super::output::outln;
+use super::pace::{PaceArgs, catch_signals, policy};
 use super::place::PlaceArgs;
 use super::progress::Progress;
 use super::size::ByteSize;
-use crate::namespace::{
-    Cipher, Credential, DataUnit, Geometry, Namespace, OtherSlots, Placement, RekeyOptions, TransformError,
-};
-use crate::pmem::Access;
-use crate::volume::{Volume, WINDOW_BYTES};
+use crate::namespace::{Cipher, Credential, DataUnit, Namespace, TransformError};
+use crate::ops::rekey::{self, Wish};
+use crate::ops::{self, Cause, Ended, Key, Operation, Run, Watch};
+use crate::volume::Volume;
 use crate::xts::Backend;
-
-/// How much `--dry-run` decrypts to see how fast that is.
-const TRIAL_BYTES: u64 = 64 << 20;
 
 /// How often a server is asked how far it is.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
@@ -72,17 +66,6 @@ pub(crate) struct RekeyArgs {
     pause: bool,
 }
 
-/// How fast a long command goes, and how it tells.
-#[derive(Args, Debug)]
-pub(crate) struct PaceArgs {
-    /// Bytes a second at most, such as 100M
-    #[arg(long, value_name = "SIZE")]
-    pub(crate) max_rate: Option<ByteSize>,
-    /// Progress as JSON, one object a line
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
 pub(crate) fn run(args: &RekeyArgs) -> Result<(), Error> {
     if let Some(socket) = &args.control {
         return online(args, socket);
@@ -90,83 +73,38 @@ pub(crate) fn run(args: &RekeyArgs) -> Result<(), Error> {
     if args.status {
         return status(args);
     }
-    let access = if args.dry_run { Access::ReadOnly } else { Access::ReadWrite };
-    let (mut namespace, credential) = open::namespace_and_credential(&args.place, access, &args.key)?;
+    let operation = args.operation();
+    let (mut namespace, credential) = open::namespace_and_credential(&args.place, operation, &args.key)?;
     let stop = catch_signals()?; // not before the prompt, which a signal may end
     if args.pause {
         namespace.set_transform_paused(true).map_err(|source| args.failed(source))?;
         outln!("{}: paused; `daxcrypt rekey --resume` goes on", args.place.path.display())?;
         return Ok(());
     }
-    match (args.resume, namespace.pending_transform().is_some()) {
-        (true, false) => return Err(args.failed(TransformError::NotUnderWay)),
-        (false, true) => return Err(args.failed(TransformError::UnderWay)),
-        (true, true) => namespace.set_transform_paused(false).map_err(|source| args.failed(source))?,
-        (false, false) => {
-            let options = args.options(&namespace)?;
-            if args.dry_run {
-                return dry_run(args, namespace, &options);
-            }
-            begin(args, &mut namespace, &credential, &options)?;
-        }
+    if args.resume {
+        namespace.set_transform_paused(false).map_err(|source| args.failed(source))?;
+    } else if args.dry_run {
+        return dry_run(args, namespace);
+    } else {
+        begin(args, &mut namespace, &credential)?;
     }
     drop(credential);
     let volume = Volume::new(namespace, Backend::from_env()?);
-    let progress = finish(&volume, &args.pace, &stop).map_err(|error| error.at(&args.place.path))?;
+    let mut progress = Progress::new(args.pace.json);
+    let mut run = Run::new(&mut progress, &stop, args.pace.bytes_per_second());
+    let moved = run.end_transform(&volume).map_err(|cause| args.failed(cause))?;
     if !args.pace.json {
-        outln!("{}: every byte is under the new volume key ({}/s)", args.place.path.display(), ByteSize(progress))?;
+        let rate = ByteSize(moved.bytes_per_second);
+        outln!("{}: every byte is under the new volume key ({rate}/s)", args.place.path.display())?;
     }
     Ok(())
-}
-
-/// Why the data did not all move.
-pub(crate) enum Stopped {
-    Failed(TransformError),
-    Interrupted { done_bytes: u64, total_bytes: u64 },
-}
-
-impl Stopped {
-    pub(crate) fn at(self, path: &Path) -> Error {
-        match self {
-            Self::Failed(source) => Error::Rekey { path: path.into(), source: source.into() },
-            Self::Interrupted { done_bytes, total_bytes } => {
-                Error::RekeyStopped { path: path.into(), done: ByteSize(done_bytes), total: ByteSize(total_bytes) }
-            }
-        }
-    }
-}
-
-/// Moves the data until the end, or until `stop`; the rate in bytes a second.
-pub(crate) fn finish(volume: &Volume, pace: &PaceArgs, stop: &AtomicBool) -> Result<u64, Stopped> {
-    let Some(first) = volume.transform() else { return Ok(0) };
-    let mut progress = Progress::new(first.done_bytes, first.total_bytes, pace.json, pace.max_rate);
-    let mut done_bytes = first.done_bytes;
-    loop {
-        if stop.load(Ordering::Relaxed) {
-            progress.end("stopped", done_bytes);
-            return Err(Stopped::Interrupted { done_bytes, total_bytes: first.total_bytes });
-        }
-        if progress.must_wait(done_bytes) {
-            progress.reach(done_bytes);
-            continue;
-        }
-        match volume.transform_step(WINDOW_BYTES).map_err(Stopped::Failed)? {
-            Some(reached) => {
-                done_bytes = reached.done_bytes;
-                progress.reach(done_bytes);
-            }
-            None => {
-                progress.end("done", first.total_bytes);
-                return Ok(progress.rate(first.total_bytes));
-            }
-        }
-    }
 }
 
 /// Asks the server to do it, and follows the progress of what it began.
 fn online(args: &RekeyArgs, socket: &Path) -> Result<(), Error> {
     let failed = |source| Error::Control { path: socket.into(), source };
-    let locked = args.place.locked(args.place.peek()?)?;
+    let location = args.place.location();
+    let locked = location.locked(Operation::RekeyStatus, location.peek(Operation::RekeyStatus)?)?;
     let rekey = match (args.status, args.pause, args.resume) {
         (true, ..) => Action::Status,
         (_, true, _) => Action::Pause,
@@ -182,7 +120,7 @@ fn online(args: &RekeyArgs, socket: &Path) -> Result<(), Error> {
         uuid: locked.header().uuid,
         key_bits: args.cipher.map(Cipher::from),
         unit_bytes: args.unit(),
-        keep_slots: (args.keep_slots || args.drop_slots).then_some(args.keep_slots),
+        slots: policy(args.keep_slots, args.drop_slots),
         max_rate: args.pace.max_rate.map(|rate| rate.0),
         passphrase: matches!(credential, Some(Credential::Passphrase(_))),
     };
@@ -214,13 +152,14 @@ fn follow(
     total_bytes: u64,
 ) -> Result<(), Error> {
     let stop = catch_signals()?;
-    let mut progress = Progress::new(done_bytes, total_bytes, args.pace.json, None);
+    let mut progress = Progress::new(args.pace.json);
+    progress.begin(done_bytes, total_bytes);
     while !stop.load(Ordering::Relaxed) {
         let answer = request.ask(socket, None);
         match answer.map_err(|source| Error::Control { path: socket.into(), source })?.state(args)? {
             Some((reached, _)) => done_bytes = reached,
             None => {
-                progress.end("done", total_bytes);
+                progress.end(Ended::Done, total_bytes);
                 if !args.pace.json {
                     outln!("{}: every byte is under the new volume key", args.place.path.display())?;
                 }
@@ -230,7 +169,7 @@ fn follow(
         progress.reach(done_bytes);
         std::thread::sleep(FOLLOW_INTERVAL);
     }
-    progress.end("left", done_bytes);
+    progress.end_as("left", done_bytes);
     eprintln!("daxcrypt: {}: the server goes on with it", args.place.path.display());
     Ok(())
 }
@@ -239,89 +178,48 @@ impl Answer {
     fn state(self, args: &RekeyArgs) -> Result<Option<(u64, u64)>, Error> {
         match self {
             Self::State { progress, .. } => Ok(progress),
-            Self::OtherSlots(slots) => Err(Error::OtherSlots { slots }),
+            Self::OtherSlots(slots) => Err(Error::OtherSlots { slots: slot_lines(&slots) }),
             Self::WrongCredential => Err(args.failed(TransformError::Credential)),
             Self::Refused(reason) => Err(Error::Refused { reason }),
-            Self::Resized { .. } => Err(Error::unexpected_answer()),
+            Self::Resized(_) | Self::Shrinks { .. } => Err(Error::unexpected_answer()),
         }
     }
 }
 
-/// What SIGINT and SIGTERM set from now on.
-pub(crate) fn catch_signals() -> Result<Arc<AtomicBool>, Error> {
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register(signal, Arc::clone(&stop))
-            .map_err(|source| Error::Io { doing: "cannot catch SIGINT and SIGTERM", source })?;
-    }
-    Ok(stop)
-}
-
-fn begin(
-    args: &RekeyArgs,
-    namespace: &mut Namespace,
-    credential: &Credential,
-    options: &RekeyOptions,
-) -> Result<(), Error> {
-    let others = other_slots(namespace);
-    if !others.is_empty() && !args.keep_slots && !args.drop_slots {
-        return Err(Error::OtherSlots { slots: others.join("; ") });
-    }
-    namespace.begin_rekey(credential, options).map_err(|source| args.failed(source))?;
+fn begin(args: &RekeyArgs, namespace: &mut Namespace, credential: &Credential) -> Result<(), Error> {
+    let began = rekey::begin(namespace, credential, args.wish()).map_err(|cause| args.failed(cause))?;
     if !args.pace.json {
-        if let Some(slot) = namespace.slot_id() {
+        if let Some(slot) = began.slot {
             outln!("key slot {slot} is new and opens with the key given here")?;
         }
         let what = if args.keep_slots { "kept" } else { "dropped" };
-        for slot in others.iter() {
-            outln!("{what}: key slot {slot}")?;
+        for slot in &began.others {
+            outln!("{what}: key slot {}", numbered_line(slot))?;
         }
     }
     Ok(())
 }
 
-/// The slots that the key given here does not open, each as a line.
-pub(crate) fn other_slots(namespace: &Namespace) -> Vec<String> {
-    namespace.other_slots().iter().map(|slot| format!("{}, {}", slot.id, slot_line(slot))).collect()
-}
-
-fn dry_run(args: &RekeyArgs, namespace: Namespace, options: &RekeyOptions) -> Result<(), Error> {
-    let unit = options.unit.unwrap_or_else(|| namespace.geometry().unit());
-    let placement = Placement { unit, ..namespace.geometry().placement() };
-    Geometry::new(&placement, u64::MAX).map_err(|source| args.failed(source.into()))?;
-    let others = other_slots(&namespace);
+fn dry_run(args: &RekeyArgs, namespace: Namespace) -> Result<(), Error> {
     let volume = Volume::new(namespace, Backend::from_env()?);
-    let rate = decryption_rate(&volume).map_err(|source| Error::Volume { path: args.place.path.clone(), source })?;
-    outln!("{}: {} ({} bytes) to re-key", args.place.path.display(), ByteSize(volume.size()), volume.size())?;
-    for slot in others.iter() {
-        outln!("besides the key given here, these slots open it: {slot}")?;
+    let estimate = rekey::estimate(&volume, args.wish()).map_err(|cause| args.failed(cause))?;
+    let (path, size_bytes) = (args.place.path.display(), estimate.size_bytes);
+    outln!("{path}: {} ({size_bytes} bytes) to re-key", ByteSize(size_bytes))?;
+    for slot in &estimate.others {
+        outln!("besides the key given here, these slots open it: {}", numbered_line(slot))?;
     }
-    let limit = args.pace.max_rate.map_or(u64::MAX, |rate| rate.0.max(1));
-    let seconds = volume.size().div_ceil(rate.min(limit).max(1));
+    let (rate, limit) = (estimate.decrypted_bytes_per_second, args.pace.bytes_per_second().unwrap_or(u64::MAX).max(1));
+    let seconds = size_bytes.div_ceil(rate.min(limit).max(1));
     outln!(
         "at least {seconds} s: it reads and decrypts {}/s here; encryption, and writing everything twice, come on top",
         ByteSize(rate)
-    )?;
-    Ok(())
-}
-
-/// Bytes a second, from the beginning of the volume.
-fn decryption_rate(volume: &Volume) -> Result<u64, crate::volume::VolumeError> {
-    let mut buffer = zeroize::Zeroizing::new(vec![0; 1 << 20]);
-    let (started, mut offset) = (Instant::now(), 0);
-    while offset < volume.size().min(TRIAL_BYTES) && started.elapsed() < Duration::from_secs(2) {
-        let len = usize::try_from(volume.size() - offset).unwrap_or(usize::MAX).min(buffer.len());
-        volume.read_at(&mut buffer[..len], offset)?;
-        offset += len as u64;
-    }
-    let nanoseconds = started.elapsed().as_nanos().max(1);
-    Ok(u64::try_from(u128::from(offset) * 1_000_000_000 / nanoseconds).unwrap_or(u64::MAX))
+    )
 }
 
 fn status(args: &RekeyArgs) -> Result<(), Error> {
     let path = args.place.path.display();
-    let locked = args.place.locked(args.place.peek()?)?;
-    if !locked.header().rekeying {
+    let found = args.place.look(Operation::RekeyStatus)?;
+    if found.locked().transform_kind().is_none() {
         outln!("{path}: no re-key is under way")?;
         return Ok(());
     }
@@ -330,8 +228,7 @@ fn status(args: &RekeyArgs) -> Result<(), Error> {
         return Ok(());
     }
     let credential = args.key.read(Prompt::Once, &path.to_string())?;
-    let namespace =
-        locked.unlock_key(&credential).map_err(|source| Error::Unlock { path: args.place.path.clone(), source })?;
+    let namespace = found.unlock(Key::Credential(&credential))?;
     if let Some(pending) = namespace.pending_transform() {
         let (done_bytes, total_bytes) = (pending.record().done_bytes, pending.source().size_bytes());
         if args.pace.json {
@@ -349,21 +246,28 @@ fn status(args: &RekeyArgs) -> Result<(), Error> {
 }
 
 impl RekeyArgs {
-    fn failed(&self, source: TransformError) -> Error {
-        Error::Rekey { path: self.place.path.clone(), source: source.into() }
+    const fn operation(&self) -> Operation {
+        match (self.pause, self.resume, self.dry_run) {
+            (true, ..) => Operation::RekeyPause,
+            (_, true, _) => Operation::RekeyResume,
+            (.., true) => Operation::RekeyPreview,
+            _ => Operation::RekeyBegin,
+        }
+    }
+
+    fn failed(&self, cause: impl Into<Cause>) -> Error {
+        ops::Error::new(self.operation(), &self.place.path, cause).into()
     }
 
     fn unit(&self) -> Option<DataUnit> {
         self.unit.as_deref().map(|unit| if unit == "512" { DataUnit::Bytes512 } else { DataUnit::Bytes4096 })
     }
 
-    fn options(&self, namespace: &Namespace) -> Result<RekeyOptions, Error> {
-        if namespace.header().ephemeral {
-            return Err(self.failed(TransformError::Ephemeral));
+    fn wish(&self) -> Wish {
+        Wish {
+            cipher: self.cipher.map(Cipher::from),
+            unit: self.unit(),
+            slots: policy(self.keep_slots, self.drop_slots),
         }
-        let unit =
-            self.unit.as_deref().map(|unit| if unit == "512" { DataUnit::Bytes512 } else { DataUnit::Bytes4096 });
-        let other_slots = if self.keep_slots { OtherSlots::Keep } else { OtherSlots::Drop };
-        Ok(RekeyOptions { cipher: self.cipher.map(Cipher::from), unit, other_slots })
     }
 }

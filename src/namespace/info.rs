@@ -1,6 +1,6 @@
 //! A header as people and programs may see it: everything but key material.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::area::CopyState;
@@ -49,7 +49,7 @@ pub struct Header {
 }
 
 /// A key slot, without key material.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct SlotInfo {
     /// Number of the slot.

@@ -27,6 +27,7 @@ mod slot;
 mod transform;
 #[doc = include_str!("format.md")]
 pub mod specification {}
+mod state;
 mod unlocked;
 mod wipe;
 
@@ -53,6 +54,7 @@ pub use signature::{Signature, signature_found};
 pub use site::Site;
 pub use slide::{SlideError, begin_slide};
 pub use slot::SlotError;
+pub use state::TransformKind;
 pub use transform::{OtherSlots, Pending, RekeyOptions, TransformError};
 pub use unlocked::Namespace;
 pub use wipe::overwrite_with_zeros;

@@ -8,6 +8,7 @@ use super::geometry::{Geometry, HEADER_AREA_BYTES};
 use super::header::MacKey;
 use super::info::Header;
 use super::kdf::{self, Credential, Kdf};
+use super::metadata::Metadata;
 use super::signature::{Signature, known_format};
 use super::site::Site;
 use super::slot::Slot;
@@ -89,6 +90,10 @@ impl LockedNamespace {
     #[must_use]
     pub const fn header(&self) -> &Header {
         &self.header
+    }
+
+    pub(super) const fn metadata(&self) -> &Metadata {
+        &self.chosen.copy.metadata
     }
 
     /// Where the data is.

@@ -96,6 +96,18 @@ impl Transform {
         Ok(transform)
     }
 
+    pub(super) const fn former_base(&self) -> Option<u64> {
+        self.former_base
+    }
+
+    pub(super) const fn first_address(&self) -> u64 {
+        self.first_address
+    }
+
+    pub(super) const fn paused(&self) -> bool {
+        self.paused
+    }
+
     fn open_key(&self, new_key: &VolumeKey, uuid: Uuid, size_bytes: u64) -> Result<VolumeKey, TransformError> {
         let (ciphertext, tag) = self.wrapped.split_at(self.wrapped.len().saturating_sub(TAG_BYTES));
         let tag: [u8; TAG_BYTES] = tag.try_into().map_err(|_| TransformError::SourceKey)?;

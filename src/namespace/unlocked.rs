@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::area::{CopyName, CopyState, HeaderArea, WriteError};
 use super::error::UpdateError;
-use super::geometry::Geometry;
+use super::geometry::{Geometry, Placement};
 use super::header::{self, MacKey};
 use super::info::Header;
 use super::kdf::{Credential, Kdf, KdfCost};
@@ -182,6 +182,24 @@ impl Namespace {
         self.site.set_available_bytes(available_bytes);
     }
 
+    /// Whether the data area may get another size, wherever it is to have room: smaller only with `even_smaller`, and not
+    /// while a transform is under way.
+    ///
+    /// # Errors
+    ///
+    /// [`UpdateError::Transforming`], [`UpdateError::Shrinks`], [`UpdateError::Geometry`].
+    pub fn check_resize(&self, size_bytes: u64, even_smaller: bool) -> Result<(), UpdateError> {
+        if self.pending.is_some() {
+            return Err(UpdateError::Transforming);
+        }
+        let old_bytes = self.geometry.size_bytes();
+        if size_bytes < old_bytes && !even_smaller {
+            return Err(UpdateError::Shrinks { old_bytes, new_bytes: size_bytes });
+        }
+        Geometry::new(&Placement { size_bytes, ..self.geometry.placement() }, u64::MAX)?;
+        Ok(())
+    }
+
     /// Gives the data area another size, at most what its place has room for; smaller only with `even_smaller`. The
     /// data that stays is not touched.
     ///
@@ -189,13 +207,7 @@ impl Namespace {
     ///
     /// [`UpdateError`]; the size is as before unless the error is one of writing.
     pub fn resize(&mut self, size_bytes: u64, even_smaller: bool) -> Result<(), UpdateError> {
-        let old_bytes = self.geometry.size_bytes();
-        if size_bytes < old_bytes && !even_smaller {
-            return Err(UpdateError::Shrinks { old_bytes, new_bytes: size_bytes });
-        }
-        if self.pending.is_some() {
-            return Err(UpdateError::Transforming);
-        }
+        self.check_resize(size_bytes, even_smaller)?;
         let mut metadata = Metadata { size_bytes, ..self.metadata.clone() };
         let geometry = Geometry::new(&metadata.placement(self.site.origin()), self.site.available_bytes())?;
         let (old, new) = (self.metadata.purpose(), metadata.purpose());

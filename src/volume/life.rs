@@ -78,6 +78,19 @@ impl Volume {
         Ok(engine.resize(&self.area, size_bytes, even_smaller)?)
     }
 
+    /// Whether [`Self::resize`] could give it that size, if its place has room.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::resize`], but for [`VolumeError::WasMapped`].
+    pub fn check_resize(&self, size_bytes: u64, even_smaller: bool) -> Result<(), VolumeError> {
+        match self.engine().as_ref() {
+            _ if self.read_only() => Err(VolumeError::ReadOnly),
+            Some(engine) => Ok(engine.namespace().check_resize(size_bytes, even_smaller)?),
+            None => Err(self.check_unlocked().err().unwrap_or(VolumeError::NoHeader)),
+        }
+    }
+
     /// Keeps the size as it is until the guard is dropped.
     pub(crate) fn keep_size(&self) -> RwLockReadGuard<'_, ()> {
         self.mapping.read().unwrap_or_else(PoisonError::into_inner)

@@ -13,7 +13,7 @@ use crate::cli::open;
 use crate::cli::output::warning;
 use crate::cli::place::PlaceArgs;
 use crate::nbd_server::{Allowed, ExportInfo, Exports};
-use crate::pmem::Access;
+use crate::ops::{self, Operation};
 use crate::secret;
 use crate::volume::Volume;
 use crate::xts::Backend;
@@ -59,13 +59,15 @@ pub(super) fn open_all(sources: &[Source], keep_going: bool, volumes: &Volumes) 
 
 fn add(exports: &mut Exports, source: &Source, backend: Backend, volumes: &Volumes) -> Result<(), Error> {
     let path = &source.path;
-    let access = if source.read_only { Access::ReadOnly } else { Access::ReadWrite };
+    let operation = if source.read_only { Operation::ServeReadOnly } else { Operation::Serve };
     let place = PlaceArgs { path: path.clone(), header: source.header.clone() };
+    let location = place.location();
     let volume = if source.luks2 {
-        open::volume(&place, access, &source.key, true)?
+        open::volume(&place, operation, &source.key, true)?
     } else {
-        let mut namespace = open::namespace(&place, access, &source.key)?;
+        let mut namespace = open::namespace(&place, operation, &source.key)?;
         if source.allow_discards {
+            ops::also(Operation::AllowDiscards, &location, &namespace)?;
             namespace.allow_discards().map_err(|source| Error::AllowDiscards { path: path.clone(), source })?;
         }
         Volume::new(namespace, backend)
@@ -88,7 +90,7 @@ fn add(exports: &mut Exports, source: &Source, backend: Backend, volumes: &Volum
     let volume = Arc::new(volume);
     let export: Arc<Volume> = Arc::clone(&volume);
     exports.add(info, export).map_err(|source| Error::Export { path: path.clone(), source })?;
-    volumes.add(path.clone(), volume);
+    volumes.add(location, volume);
     Ok(())
 }
 

@@ -10,12 +10,11 @@ use rustix::process::nice;
 
 use super::volumes::Served;
 use crate::cli::control::{Answer, RekeyRequest};
-use crate::cli::info::slot_line;
+use crate::cli::error::chain;
 use crate::cli::output::complain;
-use crate::cli::progress::Progress;
 use crate::cli::size::ByteSize;
-use crate::namespace::{Credential, TransformError};
-use crate::volume::{Volume, WINDOW_BYTES};
+use crate::namespace::{Credential, TransformError, UpdateError};
+use crate::ops::{self, Cause, Ended, Operation, Run, Watch, rekey};
 
 /// How much nicer than the threads that serve a re-key's thread is, as nice(2) counts: at 5 it has a third of their weight.
 /// Where all processors are busy the clients then keep most of them; an idle one it uses whole. It is not the nicest there
@@ -35,37 +34,37 @@ impl Served {
         let Some(progress) = self.volume.transform() else { return };
         if self.volume.read_only() || self.volume.transform_paused() {
             let (done, total) = (ByteSize(progress.done_bytes), ByteSize(progress.total_bytes));
-            complain(format_args!("{}: a re-key rests at {done} of {total}", self.path.display()));
+            complain(format_args!("{}: a re-key rests at {done} of {total}", self.location.path().display()));
         } else {
             self.go_on(max_rate);
         }
     }
 
     pub(super) fn begin(&mut self, request: &RekeyRequest, credential: &Credential) -> Result<(), Answer> {
-        let volume = &self.volume;
-        volume.use_slot_of(credential).map_err(|error| Answer::of(&error))?;
-        let others = volume.other_slots();
-        if !others.is_empty() && request.keep_slots.is_none() {
-            let others: Vec<_> = others.iter().map(|slot| format!("{}, {}", slot.id, slot_line(slot))).collect();
-            return Err(Answer::OtherSlots(others.join("; ")));
-        }
-        volume.begin_rekey(credential, &request.options()).map_err(|error| Answer::of(&error))
+        rekey::begin_in_use(&self.volume, credential, request.wish()).map_err(|cause| self.refused(cause))
+    }
+
+    pub(super) fn refused(&self, cause: impl Into<Cause>) -> Answer {
+        Answer::of(ops::Error::new(Operation::RekeyBegin, self.location.path(), cause))
     }
 
     pub(super) fn pause(&mut self) -> Result<(), Answer> {
         self.stop();
-        self.volume.set_transform_paused(true).map_err(|error| Answer::of(&error))
+        self.volume.set_transform_paused(true).map_err(|error| self.refused(error))
     }
 
     /// Starts a thread that moves the data.
     pub(super) fn go_on(&mut self, max_rate: Option<ByteSize>) {
         let stop = Arc::new(AtomicBool::new(false));
-        let (volume, path, stopped) = (Arc::clone(&self.volume), self.path.clone(), Arc::clone(&stop));
+        let (volume, path, stopped) = (Arc::clone(&self.volume), self.location.path().to_path_buf(), Arc::clone(&stop));
         let thread = thread::spawn(move || {
             // Of the calling thread alone on Linux. Where it may not be changed, it stays.
             let _ = nice(NICER_BY);
-            if let Err(error) = run(&volume, max_rate, &stopped) {
-                tracing::error!(path = %path.display(), %error, "the re-key failed: reopen the namespace");
+            match Run::new(&mut Log, &stopped, max_rate.map(|rate| rate.0)).end_transform(&volume) {
+                Ok(_) | Err(Cause::Stopped { .. }) => {}
+                Err(error) => {
+                    tracing::error!(path = %path.display(), %error, "the re-key failed: reopen the namespace");
+                }
             }
         });
         self.running = Some(Running { stop, thread });
@@ -81,31 +80,30 @@ impl Served {
 }
 
 impl Answer {
-    pub(super) fn of(error: &TransformError) -> Self {
-        match error {
-            TransformError::Credential => Self::WrongCredential,
-            other => Self::Refused(other.to_string()),
+    /// What is said about a failure.
+    pub(super) fn of(error: ops::Error) -> Self {
+        match *error.cause {
+            Cause::OtherSlots(slots) => Self::OtherSlots(slots),
+            Cause::Update(UpdateError::Shrinks { old_bytes, new_bytes }) => Self::Shrinks { old_bytes, new_bytes },
+            Cause::Transform(error) if matches!(*error, TransformError::Credential) => Self::WrongCredential,
+            cause => Self::Refused(chain(&cause)),
         }
     }
 }
 
-fn run(volume: &Volume, max_rate: Option<ByteSize>, stop: &AtomicBool) -> Result<(), TransformError> {
-    let Some(first) = volume.transform() else { return Ok(()) };
-    let mut progress = Progress::new(first.done_bytes, first.total_bytes, false, max_rate).quiet();
-    let mut done_bytes = first.done_bytes;
-    tracing::info!(done_bytes, first.total_bytes, "the re-key goes on");
-    while !stop.load(Ordering::Relaxed) {
-        if progress.must_wait(done_bytes) {
-            progress.reach(done_bytes);
-            continue;
-        }
-        match volume.transform_step(WINDOW_BYTES)? {
-            Some(reached) => done_bytes = reached.done_bytes,
-            None => {
-                tracing::info!(first.total_bytes, "every byte is under the new volume key");
-                break;
-            }
+/// Says when it begins and ends.
+struct Log;
+
+impl Watch for Log {
+    fn begin(&mut self, done_bytes: u64, total_bytes: u64) {
+        tracing::info!(done_bytes, total_bytes, "the re-key goes on");
+    }
+
+    fn reach(&mut self, _done_bytes: u64) {}
+
+    fn end(&mut self, ended: Ended, done_bytes: u64) {
+        if ended == Ended::Done {
+            tracing::info!(done_bytes, "every byte is under the new volume key");
         }
     }
-    Ok(())
 }

@@ -1,17 +1,16 @@
 //! The volumes that are served, and what is done with each as a whole meanwhile: it is marked as in use, and the control
 //! socket has it re-keyed or resized.
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::rekey::Running;
 use crate::cli::control::{Action, Answer, Command, RekeyRequest};
 use crate::cli::error::Error;
 use crate::cli::output::complain;
-use crate::cli::place::PlaceArgs;
-use crate::cli::resize::{self, Wanted};
 use crate::cli::size::ByteSize;
 use crate::namespace::Credential;
+use crate::ops::Location;
+use crate::ops::resize::{self, Resized, Wanted};
 use crate::volume::{Volume, VolumeError};
 
 /// The volumes that are served, and the threads that re-key them; those are stopped when this is dropped.
@@ -23,7 +22,7 @@ pub(super) struct Volumes {
 
 #[derive(Debug)]
 pub(super) struct Served {
-    pub(super) path: PathBuf,
+    pub(super) location: Location,
     pub(super) volume: Arc<Volume>,
     pub(super) running: Option<Running>,
 }
@@ -35,10 +34,10 @@ impl Volumes {
     }
 
     /// Takes note of a volume, says what was left undone with it, and goes on with its re-key if one may go on.
-    pub(super) fn add(&self, path: PathBuf, volume: Arc<Volume>) {
-        let mut served = Served { path, volume, running: None };
+    pub(super) fn add(&self, location: Location, volume: Arc<Volume>) {
+        let mut served = Served { location, volume, running: None };
         if served.volume.header().unclean {
-            let path = served.path.display();
+            let path = served.location.path().display();
             complain(format_args!("{path}: it was not closed in order; nothing that a client had flushed is lost"));
         }
         served.go_on_or_rest(self.rekey_rate);
@@ -102,7 +101,7 @@ impl Served {
             Action::Status => Ok(()),
             Action::Begin => self.begin(request, credential),
             Action::Pause => self.pause(),
-            Action::Resume => self.volume.set_transform_paused(false).map_err(|error| Answer::of(&error)),
+            Action::Resume => self.volume.set_transform_paused(false).map_err(|error| self.refused(error)),
         };
         if let Err(answer) = done {
             return answer;
@@ -118,17 +117,18 @@ impl Served {
 
     /// Clients that connect from now on see the new size.
     fn resize(&self, wanted: Wanted) -> Answer {
-        match resize::apply(&PlaceArgs { path: self.path.clone(), header: None }, &self.volume, wanted) {
-            Ok((old_bytes, new_bytes)) => {
-                tracing::info!(path = %self.path.display(), old_bytes, new_bytes, "resized");
-                Answer::Resized { old_bytes, new_bytes }
+        match resize::apply(&self.location, &self.volume, wanted) {
+            Ok(resized) => {
+                let Resized { old_bytes, new_bytes } = resized;
+                tracing::info!(path = %self.location.path().display(), old_bytes, new_bytes, "resized");
+                Answer::Resized(resized)
             }
-            Err(error) => Answer::Refused(error.chain()),
+            Err(error) => Answer::of(error),
         }
     }
 
     fn failed(&self, source: VolumeError) -> Error {
-        Error::of_volume(&self.path, source)
+        Error::of_volume(self.location.path(), source)
     }
 }
 

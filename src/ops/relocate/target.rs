@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::super::error::Error;
+use super::super::error::{Error, Leftover, line};
+use super::super::gate::Operation;
+use super::super::location::{self, Location};
 use super::super::new_place::{self, NewPlace, Prepared};
-use super::super::output::warning;
-use super::super::place::{self, PlaceArgs};
 use crate::namespace::{self, Credential, FormatOptions, Kdf, KdfCost, Namespace};
 use crate::pmem::{Allocation, Backing};
+
+const OPERATION: Operation = Operation::RelocateDestination;
 
 /// A namespace like the source, whose header is withheld.
 pub(super) struct Target {
@@ -28,20 +30,21 @@ pub(super) struct Made {
 impl Target {
     /// Makes it at `place`. Blocks come as they are written: a full disk is an error then, and the source is still there.
     pub(super) fn make(
-        place: &PlaceArgs,
+        place: &Location,
         source: &Namespace,
         credential: &Credential,
         force: bool,
     ) -> Result<Self, Error> {
         let size_bytes = Some(source.geometry().size_bytes());
-        let new_place = NewPlace { place, size_bytes, allocation: Allocation::Sparse, force };
+        let allocation = Allocation::Sparse;
+        let new_place = NewPlace { operation: OPERATION, location: place, size_bytes, allocation, force };
         Self::make_in(new_place.prepare()?, place, source, credential)
     }
 
     /// Empties the header area, and only then enters a new partition into its region: nothing that was there opens.
     pub(super) fn make_in(
         prepared: Prepared,
-        place: &PlaceArgs,
+        place: &Location,
         source: &Namespace,
         credential: &Credential,
     ) -> Result<Self, Error> {
@@ -49,13 +52,11 @@ impl Target {
         let mut made = Made { files: made, partition: None, _held: Arc::clone(&data) };
         let available_bytes = Some(range.end - range.start);
         let options = FormatOptions { header, base: range.start, available_bytes, ..options_of(source) };
-        let namespace = namespace::format_withheld(data, options, credential).map_err(|source| {
-            made.take_back();
-            Error::Format { path: place.path.clone(), source }
-        })?;
-        if let (Some(mut region), Some((path, name))) = (region, place.region_and_name()) {
+        let formatted = namespace::format_withheld(data, options, credential);
+        let namespace = formatted.map_err(|source| made.taken_back(Error::new(OPERATION, place.path(), source)))?;
+        if let (Some(mut region), Some((path, name))) = (region, place.region()) {
             let added = region.add(name, range);
-            added.map_err(|source| Error::Region { path: path.into(), source }).inspect_err(|_| made.take_back())?;
+            added.map_err(|source| made.taken_back(Error::new(OPERATION, path, source)))?;
             made.partition = Some((path.into(), name.into()));
         }
         Ok(Self { namespace, made })
@@ -63,15 +64,17 @@ impl Target {
 }
 
 impl Made {
-    /// Without a header it is of no use to anybody.
-    pub(super) fn take_back(&self) {
+    /// `error`, after what was made is taken back: without a header it is of no use to anybody.
+    pub(super) fn taken_back(&self, mut error: Error) -> Error {
         new_place::remove_made(&self.files);
-        let Some((path, name)) = &self.partition else { return };
-        let failed = |source| Error::Region { path: path.clone(), source };
-        if let Err(error) = place::open_table(path).and_then(|mut table| table.remove(name).map_err(failed)) {
-            let path = path.display();
-            warning!("{}; the empty partition is left: `daxcrypt remove {path}#{name}` removes it", error.chain());
+        let Some((region, name)) = &self.partition else { return error };
+        let failed = |source| Error::new(OPERATION, region, source);
+        let table = location::open_table(OPERATION, region);
+        if let Err(reason) = table.and_then(|mut table| table.remove(name).map_err(failed)) {
+            let (region, name, reason) = (region.clone(), name.clone(), line(&reason));
+            error.left.push(Leftover::Partition { region, name, reason });
         }
+        error
     }
 }
 

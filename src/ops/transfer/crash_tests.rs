@@ -4,13 +4,16 @@
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+use super::super::pace::Unwatched;
 use super::*;
 use crate::namespace::{self, Credential, FormatOptions, LockedNamespace};
 use crate::pmem::sim::{Bounds, CrashImage, SimHandle, SimOptions};
 use crate::pmem::{Backing, Granularity};
 use crate::secret::SecretBytes;
+use crate::xts::Backend;
 
 const SIZE: u64 = 32 << 10;
 const IMPORTED: usize = 27_000;
@@ -72,10 +75,10 @@ fn survives(name: &str, granularity: Granularity) {
     let mut plain = tempfile::NamedTempFile::new().unwrap();
     plain.write_all(&pattern(77, IMPORTED)).unwrap();
     let (target, handle) = volume(&media(), options);
-    let pace = PaceArgs { max_rate: None, json: false };
-    let transfer = Transfer::new(Path::new("simulated"), &pace).unwrap();
+    let (mut watch, stop) = (Unwatched, AtomicBool::new(false));
+    let mut run = Run::new(&mut watch, &stop, None);
     let mut image = Image::open(plain.path()).unwrap();
-    import_from(plain.path(), &mut image, &target, &transfer).unwrap();
+    import(&mut image, &target, &Location::new(Path::new("simulated"), None), &mut run).unwrap();
     let acknowledged = handle.position();
 
     let samples: usize = std::env::var("DAXCRYPT_CRASH_SAMPLES").map_or(4, |samples| samples.parse().unwrap());

@@ -3,13 +3,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use super::super::new_place::Prepared;
-use super::super::place::PlaceArgs;
-use super::super::rekey::PaceArgs;
+use super::super::pace::Unwatched;
 use super::copy::Copy;
 use super::target::Target;
+use super::*;
 use crate::namespace::{
     self, CopyState, Credential, FormatOptions, HEADER_AREA_BYTES, LockedNamespace, Namespace, Region,
 };
@@ -23,7 +24,6 @@ const MIB: u64 = 1 << 20;
 const SIZE: u64 = 24 << 10;
 const PART: u64 = 4 * MIB;
 const REACH: usize = 1000;
-const PACE: PaceArgs = PaceArgs { max_rate: None, json: false };
 
 fn key_file(byte: u8) -> Credential {
     Credential::KeyFile(SecretBytes::copy_of(&[byte; 32]))
@@ -71,13 +71,16 @@ fn tell(options: SimOptions, from: u64, to: u64) -> Story {
     let (backing, handle) = backing_of(&media(from, to), options);
     let region = Region::open(Arc::clone(&backing)).unwrap();
     let source = open(&backing, "a", 1).unwrap();
-    let place = PlaceArgs::of_region(Path::new("simulated"), "b");
+    let place = Location::of_region(Path::new("simulated"), "b");
     let (data, range) = (Arc::clone(&backing), to..to + PART);
     let prepared = Prepared { data, range, header: None, made: Vec::new(), region: Some(region) };
     let target = Target::make_in(prepared, &place, &source, &key_file(1)).unwrap();
     let made = handle.position();
-    let copy = Copy { from: Path::new("a"), to: Path::new("b"), pace: &PACE, sparse: false };
-    let (source, _) = copy.run(source, target.namespace, Backend::detect()).unwrap();
+    let operation = Operation::RelocateSource;
+    let copy = Copy { operation, from: Path::new("a"), to: Path::new("b"), sparse: false };
+    let (mut watch, stop) = (Unwatched, AtomicBool::new(false));
+    let mut run = Run::new(&mut watch, &stop, None);
+    let (source, _) = copy.run(source, target.namespace, Backend::detect(), &mut run).unwrap();
     let published = handle.position();
     source.erase().unwrap();
     let erased = handle.position();

@@ -1,0 +1,56 @@
+//! The key slots of a namespace. The volume key itself never changes here: a slot that was removed opens again from an old
+//! copy of the header.
+
+use super::error::Cause;
+use crate::namespace::{Credential, KdfCost, Namespace};
+use crate::secret::VolumeKey;
+
+/// Adds a key slot, in the lowest free place when `slot` is `None`, and gives its number.
+///
+/// # Errors
+///
+/// [`Cause::Update`].
+pub fn add(
+    namespace: &mut Namespace,
+    slot: Option<u32>,
+    label: &str,
+    credential: &Credential,
+    cost: KdfCost,
+) -> Result<u32, Cause> {
+    Ok(namespace.add_slot(slot, label, credential, cost)?)
+}
+
+/// Removes a key slot from both header copies: the last one, and the one that unlocked, only with `force`.
+///
+/// # Errors
+///
+/// [`Cause::OwnSlot`], [`Cause::Update`].
+pub fn remove(namespace: &mut Namespace, slot: u32, force: bool) -> Result<(), Cause> {
+    let is_last = namespace.header().slots.len() == 1;
+    if namespace.slot_id() == Some(slot) && !is_last && !force {
+        return Err(Cause::OwnSlot { slot });
+    }
+    Ok(namespace.remove_slot(slot, force)?)
+}
+
+/// Gives a key slot, or the one that unlocked, another credential; its number.
+///
+/// # Errors
+///
+/// [`Cause::SlotNeeded`], [`Cause::Update`].
+pub fn change(
+    namespace: &mut Namespace,
+    slot: Option<u32>,
+    credential: &Credential,
+    cost: KdfCost,
+) -> Result<u32, Cause> {
+    let slot = slot.or_else(|| namespace.slot_id()).ok_or(Cause::SlotNeeded)?;
+    namespace.change_slot(slot, credential, cost)?;
+    Ok(slot)
+}
+
+/// The volume key, to be kept in escrow: it decrypts everything until the next re-key, whatever becomes of the slots.
+#[must_use]
+pub const fn dump(namespace: &Namespace) -> &VolumeKey {
+    namespace.volume_key()
+}

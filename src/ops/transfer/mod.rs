@@ -1,0 +1,126 @@
+//! Import and export: plaintext from a disk image into a namespace, and back out.
+//!
+//! Holes are skipped on the way in and made on the way out. What was written is read back and compared by checksum. A stop
+//! ends it between two pieces with an error, so that what comes after a whole transfer never comes after a part.
+
+mod image;
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+pub use self::image::Image;
+use super::error::{Cause, Error};
+use super::gate::Operation;
+use super::location::Location;
+use super::pace::{Ended, Moved, Run};
+use crate::volume::Volume;
+
+/// Zero bytes that are left out of an exported file: the blocks of common file systems.
+const HOLE_BYTES: usize = 4096;
+
+/// Writes all of the image over `volume`, which lies at `place`: durable and compared when this returns.
+///
+/// # Errors
+///
+/// [`Cause::ImageTooLong`], [`Cause::Plain`], [`Cause::Volume`], [`Cause::NotVerified`], [`Cause::Stopped`].
+pub fn import(image: &mut Image, volume: &Volume, place: &Location, run: &mut Run<'_>) -> Result<Moved, Error> {
+    let size_bytes = volume.size();
+    if let Some(len_bytes) = image.len_bytes().filter(|&len_bytes| len_bytes > size_bytes) {
+        let cause = Cause::ImageTooLong { len_bytes: Some(len_bytes), size_bytes };
+        return Err(Error::new(Operation::Import, place.path(), cause));
+    }
+    import_all(image, volume, run).map_err(|cause| Error::new(Operation::Import, place.path(), cause))
+}
+
+fn import_all(image: &mut Image, volume: &Volume, run: &mut Run<'_>) -> Result<Moved, Cause> {
+    let size_bytes = volume.size();
+    let len_bytes = image.len_bytes().unwrap_or(size_bytes);
+    let mut scratch = Vec::new();
+    let imported = run.pieces(Ended::Copied, len_bytes, |offset, piece| {
+        let (len, hole) = image.read(offset, piece).map_err(Cause::Plain)?;
+        if hole {
+            volume.punch_zeroes(offset, len as u64)?;
+        } else {
+            volume.write_once(&piece[..len], offset, &mut scratch)?;
+        }
+        Ok::<_, Cause>(len)
+    })?;
+    if image.read(imported.bytes, &mut [0]).map_err(Cause::Plain)?.0 > 0 {
+        return Err(Cause::ImageTooLong { len_bytes: None, size_bytes });
+    }
+    volume.flush()?;
+    run.verify(volume, &imported)?;
+    Ok(imported)
+}
+
+/// Writes all of `volume` to `out`, which cannot be read back.
+///
+/// # Errors
+///
+/// [`Cause::Plain`], [`Cause::Volume`], [`Cause::Stopped`].
+pub fn export_to_stream(
+    volume: &Volume,
+    place: &Location,
+    out: &mut dyn Write,
+    run: &mut Run<'_>,
+) -> Result<Moved, Error> {
+    let exported = run.pieces(Ended::Done, volume.size(), |offset, piece| {
+        volume.read_at(piece, offset)?;
+        out.write_all(piece).map_err(Cause::Plain)?;
+        Ok::<_, Cause>(piece.len())
+    });
+    let exported = exported.and_then(|moved| out.flush().map(|()| moved).map_err(Cause::Plain));
+    exported.map_err(|cause| Error::new(Operation::Export, place.path(), cause))
+}
+
+/// Writes all of `volume` to a new file at `plain`, mode 0600: durable and compared when this returns. A part of an image is
+/// no image: after an error there is none.
+///
+/// # Errors
+///
+/// As [`export_to_stream`], and [`Cause::NotVerified`].
+pub fn export_to_file(volume: &Volume, place: &Location, plain: &Path, run: &mut Run<'_>) -> Result<Moved, Error> {
+    let failed = |cause| Error::new(Operation::Export, place.path(), cause);
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(plain);
+    let file = file.map_err(|source| failed(Cause::Plain(source)))?;
+    let exported = export_all(&file, volume, run);
+    if exported.is_err() {
+        let _ = std::fs::remove_file(plain); // the first error is the one to report
+    }
+    exported.map_err(failed)
+}
+
+fn export_all(file: &File, volume: &Volume, run: &mut Run<'_>) -> Result<Moved, Cause> {
+    file.set_len(volume.size()).map_err(Cause::Plain)?;
+    let exported = run.pieces(Ended::Copied, volume.size(), |offset, piece| {
+        volume.read_at(piece, offset)?;
+        write_around_zeroes(file, offset, piece).map_err(Cause::Plain)?;
+        Ok::<_, Cause>(piece.len())
+    })?;
+    file.sync_all().map_err(Cause::Plain)?;
+    let found = run.pieces(Ended::Verified, volume.size(), |offset, piece| {
+        file.read_exact_at(piece, offset).map_err(Cause::Plain)?;
+        Ok::<_, Cause>(piece.len())
+    })?;
+    exported.compare(&found)?;
+    Ok(exported)
+}
+
+/// Writes the runs of blocks that are not all zero; the file reads as zeroes elsewhere.
+fn write_around_zeroes(file: &File, offset: u64, piece: &[u8]) -> io::Result<()> {
+    let is_zero = |block: &[u8]| block.iter().all(|&byte| byte == 0);
+    let mut at = 0;
+    for run in piece.chunks(HOLE_BYTES).collect::<Vec<_>>().chunk_by(|a, b| is_zero(a) == is_zero(b)) {
+        let len: usize = run.iter().map(|block| block.len()).sum();
+        if !is_zero(run[0]) {
+            file.write_all_at(&piece[at..at + len], offset + at as u64)?;
+        }
+        at += len;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod crash_tests;
