@@ -74,3 +74,8 @@ pub mod volume;
 #[doc = include_str!("what_happens_when.md")]
 pub mod what_happens_when {}
 pub mod xts;
+
+/// What no operation may leave on media; shared with the tests of the program.
+#[cfg(test)]
+#[path = "../tests/common/leftovers.rs"]
+mod leftovers;

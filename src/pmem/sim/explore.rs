@@ -24,6 +24,8 @@ pub struct Bounds {
     pub seed: u64,
     /// Only power cuts at these positions, from the first to the last: a mutation shows near the barrier that it drops.
     pub positions: (usize, usize),
+    /// Only at every so many crash points, and at the end.
+    pub every: usize,
 }
 
 impl Default for Bounds {
@@ -34,6 +36,7 @@ impl Default for Bounds {
             samples: 256,
             seed: 0x6461_7863_7279_7074,
             positions: (0, usize::MAX),
+            every: 1,
         }
     }
 }
@@ -110,11 +113,13 @@ impl Trace {
         let mut random = Random::new(bounds.seed);
         let mut barrier = 0;
         let mut suspects = Vec::new();
+        let mut points = 0;
         for position in 0..=self.events.len() {
             let event = self.events.get(position);
             let is_barrier = event.is_some_and(|event| barrier_kind(event).is_some());
             let is_wanted = (bounds.positions.0..=bounds.positions.1).contains(&position);
-            if is_wanted && (is_barrier || event.is_none()) {
+            points += usize::from(is_wanted && is_barrier);
+            if is_wanted && ((is_barrier && (points - 1) % bounds.every == 0) || event.is_none()) {
                 let states = explore_point(&mut replay, bounds, &mut random, &suspects, position, &mut check)?;
                 explored.crash_points += 1;
                 explored.states += states.len();

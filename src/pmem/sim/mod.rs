@@ -41,6 +41,7 @@
 mod explore;
 mod medium;
 mod mutants;
+mod proof;
 mod random;
 mod recorder;
 mod replay;
@@ -59,6 +60,7 @@ pub(super) use medium::SimMedium;
 pub use explore::{Bounds, CrashImage, Explored, Failure};
 pub use medium::visible_bytes;
 pub use mutants::Mutants;
+pub use proof::{Effort, Proof, Story, Told, prove};
 pub use replay::{Barrier, BarrierKind};
 
 /// Bytes whose change is recorded as one store, before torn units are applied: the AES block.

@@ -52,7 +52,8 @@ impl Trace {
         let barriers = self.barriers();
         let mut mutants = Mutants::default();
         for barrier in barriers.iter().filter(|barrier| barrier.effective) {
-            let last = barriers.get(barrier.number + reach).map_or(usize::MAX, |barrier| barrier.position);
+            let last =
+                barriers.get(barrier.number.saturating_add(reach)).map_or(usize::MAX, |barrier| barrier.position);
             let bounds = Bounds { positions: (barrier.position, last), ..*bounds };
             let explored = self.explore(&bounds, Some(barrier.number), |image| {
                 mutants.states += 1;

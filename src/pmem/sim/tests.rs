@@ -303,10 +303,11 @@ mod two_copies {
         copy
     }
 
-    fn update(backing: &Backing, sequence: u64) {
+    fn update(backing: &Backing, sequence: u64) -> Result<(), MediaError> {
         let at = AT[usize::try_from(sequence % 2).unwrap()];
-        put(backing, at, &encode(sequence));
-        backing.persist(at..at + COPY_BYTES as u64).unwrap();
+        let range = at..at + COPY_BYTES as u64;
+        backing.write(range.clone(), |mut target| target.copy_from(&encode(sequence)))?;
+        backing.persist(range)
     }
 
     /// The newest sequence number whose copy is whole.
@@ -320,7 +321,10 @@ mod two_copies {
     }
 
     /// Runs updates and returns the trace with what was acknowledged at which position.
-    fn run(options: SimOptions, update: impl Fn(&Backing, u64)) -> (Trace, Vec<(usize, u64)>) {
+    fn run(
+        options: SimOptions,
+        update: impl Fn(&Backing, u64) -> Result<(), MediaError>,
+    ) -> (Trace, Vec<(usize, u64)>) {
         let mut media = vec![0; 8192];
         for (sequence, at) in [(2, 0), (1, 4096)] {
             media[at..at + COPY_BYTES].copy_from_slice(&encode(sequence));
@@ -328,7 +332,7 @@ mod two_copies {
         let (backing, handle) = Backing::from_media(media, options);
         let mut acknowledged = vec![(0, 2)];
         for sequence in 3..7 {
-            update(&backing, sequence);
+            update(&backing, sequence).unwrap();
             acknowledged.push((handle.position(), sequence));
         }
         (handle.trace(), acknowledged)
@@ -384,8 +388,8 @@ mod two_copies {
             for at in AT {
                 put(backing, at, &encode(sequence));
             }
-            backing.sync_all().unwrap();
-            backing.persist(0..8192).unwrap();
+            backing.sync_all()?;
+            backing.persist(0..8192)
         };
         for granularity in BOTH {
             // At 512 bytes a copy lies in one sector and is never torn, so that this protocol would be right.
@@ -409,6 +413,75 @@ mod two_copies {
                 if image.media[16..24] == image.media[24..32] { Ok(()) } else { Err("torn") }
             });
             assert_eq!(explored.is_err(), is_torn, "torn unit {torn_bytes}: {explored:?}");
+        }
+    }
+
+    /// What is asked of an operation is asked of these updates: is a process that goes on after a dead one careful enough
+    /// to store again what it trusts?
+    struct Updates {
+        granularity: Granularity,
+        careful: bool,
+    }
+
+    impl Story for Updates {
+        type Note = u64;
+        type Seen = u64;
+
+        fn options(&self) -> SimOptions {
+            SimOptions::new(self.granularity).torn_bytes(16)
+        }
+
+        fn beginning(&self) -> Vec<Vec<u8>> {
+            let mut media = vec![0; 8192];
+            for (sequence, at) in [(2, 0), (1, 4096)] {
+                media[at..at + COPY_BYTES].copy_from_slice(&encode(sequence));
+            }
+            vec![media]
+        }
+
+        fn run(&self, backings: &[Arc<Backing>], told: &Told<u64>) -> Result<(), String> {
+            for sequence in 3..7 {
+                update(&backings[0], sequence).map_err(|error| error.to_string())?;
+                told.tell(sequence);
+            }
+            Ok(())
+        }
+
+        fn check(&self, _: &[Arc<Backing>], image: CrashImage<'_>, told: &[u64]) -> Result<(), String> {
+            let (found, last) = (newest(image.media), told.last().copied().unwrap_or(2));
+            if found >= Some(last) { Ok(()) } else { Err(format!("found {found:?}, acknowledged {last}")) }
+        }
+
+        fn finish(&self, backings: &[Arc<Backing>]) -> Result<u64, String> {
+            let found = newest(&visible_bytes(&backings[0])).ok_or("nothing")?;
+            let first = if self.careful { found } else { found + 1 };
+            for sequence in first..=found + 1 {
+                update(&backings[0], sequence).map_err(|error| error.to_string())?;
+            }
+            Ok(found + 1)
+        }
+
+        fn ended(&self, image: CrashImage<'_>, seen: Option<&u64>) -> Result<(), String> {
+            let found = newest(image.media);
+            if seen.is_none() || found.as_ref() == seen { Ok(()) } else { Err(format!("{found:?}, not {seen:?}")) }
+        }
+    }
+
+    #[test]
+    fn a_process_that_trusts_what_it_sees_is_caught_and_one_that_stores_it_again_is_not() {
+        for granularity in BOTH {
+            let effort = Effort { kills: 100, faults: 100, seconds_every: 3, ..Effort::new(8) };
+            let proof = prove(&Updates { granularity, careful: true }, &effort).unwrap();
+            assert!(proof.kills >= 8 && proof.faults >= 4 && proof.seconds > 20, "{proof}");
+            assert!(proof.kill_states > proof.kills && proof.fault_states > proof.faults, "{proof}");
+            assert!(proof.mutants.all >= 4 && proof.mutants.survivors.is_empty(), "{proof}");
+
+            let careless = Updates { granularity, careful: false };
+            let error = prove(&careless, &Effort { faults: 0, ..effort }).unwrap_err();
+            assert!(error.contains("killed at event") && error.contains("acknowledged"), "{error}");
+            let error = prove(&careless, &Effort { kills: 0, ..effort }).err();
+            let is_caught = error.is_some_and(|error| error.contains("fails (") && error.contains("another process"));
+            assert_eq!(is_caught, granularity == Granularity::Page, "a flush of lines does not fail");
         }
     }
 }
