@@ -361,6 +361,81 @@ fn what_cryptsetup_overlooks_and_what_it_does_not_is_refused_by_name() {
     );
 }
 
+#[test]
+fn data_never_begins_within_a_header_and_its_key_slots() {
+    let bench = bench();
+    // A detached header, given as if the data were behind it.
+    fs::write(bench.path("data.img"), noise(9, 2 * MIB)).unwrap();
+    let format = [&["--type", "luks2", "--header", "data.luks"][..], &PBKDF2, &["data.img"]].concat();
+    cryptsetup(&bench, "luksFormat", &format).succeeds();
+    let header = fs::read(bench.path("data.luks")).unwrap();
+    let hint = ["within the header and its key slots", "--header data.luks"];
+    bench.run(&["info", "data.luks", "--luks2"]).fails(3, &hint);
+    bench.run(&[&["serve", "data.luks", "--luks2", "--socket", "s"][..], &PASS].concat()).fails(3, &hint);
+    assert!(fs::read(bench.path("data.luks")).unwrap() == header);
+    serve(&bench, &["--header", "data.luks"]).stop();
+
+    // An attached one whose data reaches into the place of the key slots by one sector.
+    luks_format(&bench, 20, &PBKDF2);
+    let path = bench.path("data.img");
+    let good = fs::read(&path).unwrap();
+    for (offset, is_apart) in [("16777216", true), ("16773120", false), ("32768", false), ("0", false)] {
+        let bytes = with_metadata(&good, |metadata| metadata["segments"]["0"]["offset"] = json!(offset));
+        fs::write(&path, bytes).unwrap();
+        assert_eq!(we_open(&path), is_apart, "{offset}");
+    }
+}
+
+#[test]
+fn labels_and_metadata_reach_no_terminal_as_commands() {
+    let bench = bench();
+    luks_format(&bench, 20, &PBKDF2);
+    let path = bench.path("data.img");
+    let good = fs::read(&path).unwrap();
+    let mut bytes = good.clone();
+    let label = b"\x1b[2J\xc2\x9b31m\nsize 1 TiB";
+    COPIES.iter().for_each(|start| bytes[start + 24..][..label.len()].copy_from_slice(label));
+    fix_checksums(&mut bytes);
+    fs::write(&path, &bytes).unwrap();
+    let shown = bench.run(&["info", "data.img", "--luks2"]).succeeds().stdout;
+    assert!(shown.contains("\\u001b[2J\\u009b31m\n  size 1 TiB"), "{shown}");
+    let shown = bench.run(&["info", "data.img", "--luks2", "--json"]).succeeds().stdout;
+    assert!(!shown.contains(['\x1b', '\u{9b}']), "{shown}");
+    let json: Value = serde_json::from_str(&shown).unwrap();
+    assert_eq!(json["label"].as_str().unwrap().as_bytes(), label);
+    let kind = |metadata: &mut Value| metadata["keyslots"]["0"]["kdf"]["type"] = json!("\x1b[2J");
+    fs::write(&path, with_metadata(&good, kind)).unwrap();
+    bench.run(&["info", "data.img", "--luks2"]).fails(3, &["variant `\\u001b[2J`"]);
+}
+
+#[test]
+fn a_key_derivation_that_takes_too_long_is_refused_before_it_begins() {
+    let bench = bench();
+    luks_format(&bench, 20, &PBKDF2);
+    let good = fs::read(bench.path("data.img")).unwrap();
+    let salt = |metadata: &Value| metadata["keyslots"]["0"]["kdf"]["salt"].clone();
+    let argon2id = |metadata: &mut Value| {
+        metadata["keyslots"]["0"]["kdf"] =
+            json!({"type": "argon2id", "time": 1024, "memory": 4 << 20, "cpus": 1, "salt": salt(metadata)});
+    };
+    // Each slot is within its bounds, and the digest of the key that comes out of it costs as much again.
+    let pbkdf2 = |metadata: &mut Value| {
+        metadata["keyslots"]["0"]["kdf"]["iterations"] = json!(1 << 28);
+        metadata["digests"]["0"]["iterations"] = json!(1 << 28);
+        for id in 1..4 {
+            metadata["keyslots"][id.to_string()] = metadata["keyslots"]["0"].clone();
+            metadata["keyslots"][id.to_string()]["area"]["offset"] = json!((32768 + id * 258_048).to_string());
+        }
+        metadata["digests"]["0"]["keyslots"] = json!(["0", "1", "2", "3"]);
+    };
+    let argon2id = (with_metadata(&good, argon2id), "4097 GiB x passes");
+    for (volume, words) in [argon2id, (with_metadata(&good, pbkdf2), "768 GiB x passes")] {
+        fs::write(bench.path("data.img"), volume).unwrap();
+        let serve = [&["serve", "data.img", "--luks2", "--socket", "s"][..], &PASS].concat();
+        bench.run(&serve).fails(3, &["key slot 0", words, "refused"]);
+    }
+}
+
 /// Every place in a value, as a JSON pointer.
 fn pointers(value: &Value, at: &str, into: &mut Vec<String>) {
     let children: Vec<(String, &Value)> = match value {

@@ -140,6 +140,24 @@ fn nothing_panics_when_nobody_reads_what_is_printed() {
     }
 }
 
+/// Files of the command line that write by themselves: the one that makes text harmless, a bar of numbers, logs (whose
+/// library escapes), and the plaintext of `export -`.
+const WRITERS: &[&str] = &["src/cli/output.rs", "src/cli/progress.rs", "src/cli/log.rs", "src/cli/plain.rs"];
+
+#[test]
+fn text_reaches_the_terminal_by_one_way() {
+    for (path, text) in sources() {
+        let code = text.find("#[cfg(test)]\nmod tests {").map_or(text.as_str(), |tests| &text[..tests]);
+        if WRITERS.contains(&path.to_str().unwrap()) || !path.starts_with("src/cli") {
+            continue;
+        }
+        for mark in ["stdout()", "stderr()", "eprint"] {
+            let found = code.lines().find(|line| !line.trim_start().starts_with("//") && line.contains(mark));
+            assert!(found.is_none(), "{}: {mark} instead of cli::output", path.display());
+        }
+    }
+}
+
 #[test]
 fn nothing_is_left_to_do_in_the_code() {
     let marks = ["todo!(", "unimplemented!(", "#[ignore", "FIXME", "XXX"];

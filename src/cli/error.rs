@@ -219,22 +219,8 @@ impl Error {
             Self::Slide { .. } | Self::NoKeyGiven { .. } => Exit::Usage,
             Self::Rekey { source, .. } => rekey_exit(source),
             Self::OwnSlot { .. } | Self::NotConfirmed { .. } => Exit::Usage,
-            Self::Update { source: UpdateError::Slot(SlotError::Label(_) | SlotError::Cost(_)), .. } => Exit::Usage,
-            Self::Update { source: UpdateError::Write(_) | UpdateError::Slot(_) | UpdateError::Key(_), .. } => Exit::Io,
-            Self::Update { source: UpdateError::RewrapFailed { .. } | UpdateError::SequenceExhausted, .. } => {
-                Exit::Damaged
-            }
-            Self::Update { .. } => Exit::Usage,
-            Self::Unlock { source: UnlockError::Credential(CredentialError::Memory { .. }), .. } => Exit::Io,
-            Self::Unlock {
-                source: UnlockError::EmptySlot { .. } | UnlockError::NotEphemeral | UnlockError::Ephemeral,
-                ..
-            } => Exit::Usage,
-            Self::Unlock {
-                source: UnlockError::Forged | UnlockError::Erased | UnlockError::Key(_) | UnlockError::Transform(_),
-                ..
-            } => Exit::Damaged,
-            Self::Unlock { .. } => Exit::WrongKey,
+            Self::Update { source, .. } => update_exit(source),
+            Self::Unlock { source, .. } => unlock_exit(source),
             Self::Volume { source: VolumeError::NoHeader | VolumeError::ReadOnly, .. } => Exit::Usage,
             _ => Exit::Io,
         }
@@ -281,6 +267,9 @@ impl Error {
             ),
             Self::Control { .. } => {
                 Some("is a server running with --control SOCKET? The socket is its user's and root's alone".into())
+            }
+            Self::Luks2 { source: luks2::OpenError::DataInHeader { .. }, path } => {
+                Some(format!("name the file or device of the data, with --header {}", path.display()))
             }
             Self::WouldOverwrite { .. } => Some("--force overwrites it, and what it holds is then lost".into()),
             Self::Volume { source: VolumeError::NoHeader, .. } => {
@@ -389,6 +378,28 @@ const fn rekey_exit(error: &TransformError) -> Exit {
         TransformError::Geometry(_) | TransformError::Slot(_) => Exit::Usage,
         TransformError::SourceKey | TransformError::JournalLost | TransformError::SavedWindow { .. } => Exit::Damaged,
         _ => Exit::Io,
+    }
+}
+
+fn unlock_exit(error: &UnlockError) -> Exit {
+    match error {
+        UnlockError::Credential(CredentialError::Memory { .. }) => Exit::Io,
+        UnlockError::EmptySlot { .. } | UnlockError::NotEphemeral | UnlockError::Ephemeral => Exit::Usage,
+        UnlockError::Forged
+        | UnlockError::Erased
+        | UnlockError::Key(_)
+        | UnlockError::Transform(_)
+        | UnlockError::Work(_) => Exit::Damaged,
+        _ => Exit::WrongKey,
+    }
+}
+
+const fn update_exit(error: &UpdateError) -> Exit {
+    match error {
+        UpdateError::Slot(SlotError::Label(_) | SlotError::Cost(_) | SlotError::Work(_)) => Exit::Usage,
+        UpdateError::Write(_) | UpdateError::Slot(_) | UpdateError::Key(_) => Exit::Io,
+        UpdateError::RewrapFailed { .. } | UpdateError::SequenceExhausted => Exit::Damaged,
+        _ => Exit::Usage,
     }
 }
 

@@ -15,7 +15,7 @@ use super::dump;
 use super::error::Error;
 use super::info;
 use super::open;
-use super::output::{self, out, outln, warning};
+use super::output::{self, outln, warning};
 use super::place::PlaceArgs;
 use crate::luks2::{ExportOptions, SlotKdf};
 use crate::namespace::{self, BACKUP_BYTES, Header, RestoreError};
@@ -181,7 +181,7 @@ fn inspect(args: &InspectArgs) -> Result<(), Error> {
             Content::Fault(reason) => outln!("  not usable: {reason}")?,
             Content::Header(header) => {
                 for (name, value) in info::header_lines(header) {
-                    out!("  {name:<14} {value}\n")?;
+                    outln!("  {name:<14} {value}")?;
                 }
             }
         }

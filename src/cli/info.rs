@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::error::Error;
 use super::open;
-use super::output::{self, out};
+use super::output::{self, outln};
 use super::place::PlaceArgs;
 use super::size::ByteSize;
 use crate::namespace::{Cipher, CopyState, Header, Kdf, SIZE_BYTES_MAX, SIZE_BYTES_WARN, Site, SlotInfo};
@@ -106,7 +106,7 @@ fn luks2(args: &InfoArgs, site: &Site, backend: Backend) -> Result<(), Error> {
     }
     line("granularity", granularity_reason);
     line("AES-XTS", backend.name().into());
-    lines.iter().try_for_each(|(name, value)| out!("{name:<14} {value}\n"))
+    lines.iter().try_for_each(|(name, value)| outln!("{name:<14} {value}"))
 }
 
 fn state_text(state: &CopyState) -> String {
@@ -135,7 +135,7 @@ fn print(info: &Info<'_>) -> Result<(), Error> {
     lines.push(("granularity".into(), info.granularity_reason.clone()));
     lines.push(("AES-XTS".into(), info.xts_backend.into()));
     lines.extend(info.warnings.iter().map(|warning| ("warning".to_owned(), warning.clone())));
-    lines.iter().try_for_each(|(name, value)| out!("{name:<14} {value}\n"))
+    lines.iter().try_for_each(|(name, value)| outln!("{name:<14} {value}"))
 }
 
 /// What a header says, as pairs of a name and a value.
@@ -163,9 +163,6 @@ pub(crate) fn header_lines(header: &Header) -> Vec<(String, String)> {
     }
     if header.ephemeral {
         line("key", "ephemeral: a new one, and new content, at each opening".into());
-    }
-    if header.rekeying {
-        line("re-key", "under way; `daxcrypt rekey --status` with its key says how far it has come".into());
     }
     for slot in &header.slots {
         line(&format!("key slot {}", slot.id), slot_line(slot));

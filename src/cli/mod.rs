@@ -26,6 +26,7 @@ mod pace;
 mod place;
 mod plain;
 mod progress;
+mod prompt;
 mod recovery;
 mod region;
 mod rekey;
@@ -214,7 +215,7 @@ pub fn main() -> ExitCode {
         Err(error) => {
             output::complain(format_args!("{}", error.chain()));
             if let Some(hint) = error.hint() {
-                output::ask(format_args!("  try: {hint}\n"));
+                output::hint(&hint);
             }
             ExitCode::from(error.exit() as u8)
         }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use serde::Serialize;
 
+use super::output::outln;
 use super::size::ByteSize;
 use crate::ops::{Ended, Watch};
 
@@ -67,7 +68,7 @@ impl Progress {
     pub(crate) fn end_as(&mut self, event: &'static str, done_bytes: u64) {
         self.tell(event, done_bytes);
         if self.style == Style::Bar {
-            eprintln!();
+            let _ = writeln!(io::stderr());
         }
     }
 
@@ -88,7 +89,7 @@ impl Progress {
                 let total_bytes = self.total_bytes;
                 let line = Line { event, done_bytes, total_bytes, bytes_per_second: rate, seconds_left };
                 // A reader that went away is no reason to stop.
-                let _ = serde_json::to_string(&line).map(|line| writeln!(io::stdout(), "{line}"));
+                let _ = serde_json::to_string(&line).map(|line| outln!("{line}"));
             }
             Style::Bar => {
                 let cells = (done_bytes * BAR_CELLS).checked_div(self.total_bytes).unwrap_or(BAR_CELLS);

@@ -14,7 +14,7 @@ use super::error::Error;
 use super::format::CipherArg;
 use super::from_ops::{numbered_line, slot_lines};
 use super::open;
-use super::output::outln;
+use super::output::{complain, outln};
 use super::pace::{PaceArgs, catch_signals, policy};
 use super::place::PlaceArgs;
 use super::progress::Progress;
@@ -170,7 +170,7 @@ fn follow(
         std::thread::sleep(FOLLOW_INTERVAL);
     }
     progress.end_as("left", done_bytes);
-    eprintln!("daxcrypt: {}: the server goes on with it", args.place.path.display());
+    complain(format_args!("{}: the server goes on with it", args.place.path.display()));
     Ok(())
 }
 

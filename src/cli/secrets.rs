@@ -9,14 +9,18 @@ use std::io::{self, IsTerminal, Read};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use linux_keyutils::{Key, KeyError, KeyRing, KeyRingIdentifier};
-use zeroize::Zeroize;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::credentials::Prompt;
 use super::error::Error;
-use super::output::{ask, warning};
+use super::output::{ask, harmless, warning};
+use super::prompt::Silent;
 use crate::namespace::{
     Cipher, KEY_FILE_BYTES_MAX, KEY_FILE_BYTES_MIN, KEY_SPEC_BYTES_MAX, PASSPHRASE_BYTES_MAX, volume_key_from_spec,
 };
@@ -154,18 +158,28 @@ impl AsMut<[u8]> for SecretBuffer<'_> {
     }
 }
 
+/// How long a program may take to print a passphrase: it may ask somebody.
+const COMMAND_LIMIT: Duration = Duration::from_secs(120);
+
 /// The passphrase that a program prints. It is run without a shell, with our standard input and standard error, so that it
 /// may ask.
 pub(super) fn command(line: &str) -> Result<SecretBytes, Error> {
+    command_within(line, COMMAND_LIMIT)
+}
+
+fn command_within(line: &str, limit: Duration) -> Result<SecretBytes, Error> {
     let words = shlex::split(line).filter(|words| !words.is_empty());
     let Some(words) = words else {
         return Err(Error::Usage("--passphrase-command: no command, or a quote that is not closed".into()));
     };
     let program = words[0].clone();
     let failed = |source| Error::PassphraseCommand { program: program.clone(), source };
+    let deadline = Deadline::after(limit);
     let mut child = Command::new(&program).args(&words[1..]).stdout(Stdio::piped()).spawn().map_err(failed)?;
     let output = child.stdout.take().expect("the child's standard output is a pipe");
-    let printed = read_at_most(output, PASSPHRASE_BYTES_MAX).and_then(within_limit);
+    let printed = read_at_most(Timely { from: output, deadline }, PASSPHRASE_BYTES_MAX).and_then(within_limit);
+    // Who has printed may still have to end, and who has closed its output may still run.
+    let printed = printed.and_then(|passphrase| deadline.wait_for_end(&child).map(|()| passphrase));
     if printed.is_err() {
         let _ = child.kill(); // it may be waiting for a reader
     }
@@ -180,26 +194,71 @@ pub(super) fn command(line: &str) -> Result<SecretBytes, Error> {
     Ok(passphrase)
 }
 
+/// When a program must have ended.
+#[derive(Clone, Copy)]
+struct Deadline {
+    limit: Duration,
+    at: Instant,
+}
+
+impl Deadline {
+    fn after(limit: Duration) -> Self {
+        Self { limit, at: Instant::now() + limit }
+    }
+
+    /// Waits until something can be read from `descriptor`.
+    fn wait_for(&self, descriptor: &impl AsFd) -> io::Result<()> {
+        loop {
+            let left = self.at.saturating_duration_since(Instant::now());
+            let timeout = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
+            match poll(&mut [PollFd::new(descriptor, PollFlags::IN)], Some(&timeout)) {
+                Ok(0) => {
+                    let limit = self.limit.as_secs_f32();
+                    return Err(io::Error::other(format!("it did not end within {limit} seconds and was killed")));
+                }
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn wait_for_end(&self, child: &Child) -> io::Result<()> {
+        match pidfd_open(Pid::from_child(child), PidfdFlags::empty()) {
+            Ok(ended) => self.wait_for(&ended),
+            Err(Errno::NOSYS) => Ok(()), // before Linux 5.3
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Reads until the deadline only.
+struct Timely {
+    from: ChildStdout,
+    deadline: Deadline,
+}
+
+impl Read for Timely {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.deadline.wait_for(&self.from)?;
+        self.from.read(buffer)
+    }
+}
+
 /// Asks at the terminal.
 pub(super) fn terminal(prompt: Prompt, what: &str) -> Result<SecretBytes, Error> {
     if !io::stdin().is_terminal() {
         return Err(Error::Prompt(io::Error::other("standard input is not a terminal")));
     }
-    let first = ask_once(&format!("Passphrase for {what}: "))?;
+    let mut terminal = Silent::new().map_err(Error::Prompt)?;
+    let first = terminal.ask(&harmless(&format!("Passphrase for {what}: "))).map_err(Error::Prompt)?;
     if prompt == Prompt::Twice {
-        let second = ask_once("The same again: ")?;
+        let second = terminal.ask("The same again: ").map_err(Error::Prompt)?;
         if *first != *second {
             return Err(Error::PassphrasesDiffer);
         }
     }
     Ok(first)
-}
-
-fn ask_once(text: &str) -> Result<SecretBytes, Error> {
-    let mut typed = rpassword::prompt_password(text).map_err(Error::Prompt)?;
-    let secret = SecretBytes::copy_of(typed.as_bytes());
-    typed.zeroize();
-    Ok(secret)
 }
 
 /// Asks for a line that is no secret.
@@ -327,6 +386,19 @@ mod tests {
         ] {
             let error = command(line).unwrap_err();
             assert!(error.chain().contains(words), "{line}: {}", error.chain());
+        }
+    }
+
+    #[test]
+    fn a_command_that_does_not_end_is_killed() {
+        // One says nothing, one has said it and closed its output, and one leaves its output to a child of its own.
+        for line in ["sleep 1000", "sh -c 'echo secret; exec >&-; exec sleep 1000'", "sh -c 'exec 2>&-; sleep 5; true'"]
+        {
+            let limit = Duration::from_millis(50);
+            let begun = Instant::now();
+            let error = command_within(line, limit).unwrap_err();
+            assert!(error.chain().contains("did not end within 0.05 seconds"), "{line}: {}", error.chain());
+            assert!(begun.elapsed() >= limit, "it was given its time");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What can go wrong with LUKS2: at opening, unlocking and exporting.
 
-use crate::namespace::{CostError, GeometryError};
+use crate::namespace::{CostError, GeometryError, WorkError};
 use crate::pmem::MediaError;
 use crate::secret::KeyError;
 
@@ -107,6 +107,17 @@ pub enum OpenError {
         /// The tweak found.
         iv_tweak: u64,
     },
+    /// The data would begin within the header and its key slots, although they are in one file or device.
+    #[error(
+        "the data of the LUKS2 volume begins at byte {data_offset}, within the header and its key slots, which end at byte \
+         {header_end}: the header is a detached one, and the data is in another file or device"
+    )]
+    DataInHeader {
+        /// Where the data begins.
+        data_offset: u64,
+        /// Where both copies of the header and the place of the key slots end.
+        header_end: u64,
+    },
     /// The data area is impossible here.
     #[error("the data segment of the LUKS2 header is impossible here")]
     Geometry(#[from] GeometryError),
@@ -134,6 +145,9 @@ pub enum UnlockError {
         /// Memory that the slot names.
         memory_kib: u32,
     },
+    /// Trying the slots would take too long.
+    #[error(transparent)]
+    Work(#[from] WorkError),
     /// The key slot's area cannot be read.
     #[error("the area of a LUKS2 key slot cannot be read")]
     Media(#[from] MediaError),
@@ -163,6 +177,9 @@ pub enum ExportError {
     /// The cost is out of its bounds.
     #[error(transparent)]
     Cost(#[from] CostError),
+    /// An unlocking of it would take too long.
+    #[error(transparent)]
+    Work(#[from] WorkError),
     /// The number of iterations is out of its bounds.
     #[error("{iterations} iterations of PBKDF2 are outside of {min}..={max}")]
     Iterations {

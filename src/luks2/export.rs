@@ -12,7 +12,7 @@ use super::kdf::{Hash, Kdf, PBKDF2_ITERATIONS_MAX, PBKDF2_ITERATIONS_MIN, SALT_B
 use super::metadata::encode_base64;
 use super::slot::{AREA_ENCRYPTION, AREA_START, area_cipher, material_bytes};
 use crate::memory::Target;
-use crate::namespace::{Credential, KdfCost, Namespace};
+use crate::namespace::{Credential, KdfCost, KdfWork, Namespace};
 use crate::secret::{KeyError, SecretBytes, VolumeKey};
 
 /// Bytes of the whole file.
@@ -87,6 +87,7 @@ fn checked(kdf: SlotKdf) -> Result<Kdf, ExportError> {
     match kdf {
         SlotKdf::Argon2id(cost) => {
             cost.check()?;
+            KdfWork::check([(0, cost.work())])?;
             Ok(Kdf::Argon2 { algorithm: argon2::Algorithm::Argon2id, cost })
         }
         SlotKdf::Pbkdf2 { iterations } => {

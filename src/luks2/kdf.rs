@@ -5,7 +5,7 @@ use sha2::{Sha256, Sha512};
 use zeroize::Zeroizing;
 
 use super::metadata::{KdfObject, decode_base64};
-use crate::namespace::KdfCost;
+use crate::namespace::{KdfCost, KdfWork};
 use crate::secret::{self, SecretBytes};
 
 /// Most iterations of PBKDF2 that a header may ask for: minutes on a slow machine. `cryptsetup` asks for two seconds.
@@ -13,6 +13,9 @@ pub const PBKDF2_ITERATIONS_MAX: u32 = 1 << 28;
 
 /// Fewest iterations, as `cryptsetup` wants them (RFC 8018, section 4.2).
 pub(super) const PBKDF2_ITERATIONS_MIN: u32 = 1000;
+
+/// How many iterations take as long as one pass of Argon2 over a KiB.
+const PBKDF2_ITERATIONS_PER_WORK: u64 = 4;
 
 /// Bytes of every salt.
 pub(super) const SALT_BYTES: usize = 32;
@@ -52,6 +55,11 @@ impl Hash {
             Self::Sha512 => out.copy_from_slice(digest_of::<Sha512>(head, tail).as_slice()),
         }
         digest
+    }
+
+    /// What PBKDF2 costs in time: the iterations once for each digest that the output has room for.
+    pub(super) const fn pbkdf2_work(self, iterations: u32, len_bytes: usize) -> KdfWork {
+        KdfWork((iterations as u64 * len_bytes.div_ceil(self.len_bytes()) as u64).div_ceil(PBKDF2_ITERATIONS_PER_WORK))
     }
 
     pub(super) fn pbkdf2(self, password: &[u8], salt: &[u8], iterations: u32, out: &mut [u8]) {
@@ -115,6 +123,14 @@ impl SaltedKdf {
             }
         }
         Some(key)
+    }
+
+    /// What the derivation of `len_bytes` bytes costs in time.
+    pub(super) const fn work(&self, len_bytes: usize) -> KdfWork {
+        match self.kdf {
+            Kdf::Pbkdf2 { hash, iterations } => hash.pbkdf2_work(iterations, len_bytes),
+            Kdf::Argon2 { cost, .. } => cost.work(),
+        }
     }
 
     /// Memory that the derivation needs, in KiB.

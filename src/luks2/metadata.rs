@@ -187,8 +187,7 @@ impl Metadata {
         if slots_bytes > SLOTS_BYTES_MAX || !slots_bytes.is_multiple_of(AREA_ALIGNMENT_BYTES) {
             return Err(OpenError::Field { field: "config.keyslots_size" });
         }
-        let place = 2 * header_bytes..2 * header_bytes + slots_bytes;
-        self.check_areas(&place)?;
+        self.check_areas(&self.slots_place(header_bytes))?;
         for digest in self.digests.values() {
             if digest.keyslots.iter().any(|id| !self.keyslots.contains_key(id)) {
                 return Err(OpenError::Field { field: "digests.keyslots" });
@@ -198,6 +197,12 @@ impl Metadata {
             }
         }
         Ok(())
+    }
+
+    /// Where key slots may be in a header of `header_bytes` bytes: behind both copies, and in front of the data. The size
+    /// has been checked.
+    pub(super) const fn slots_place(&self, header_bytes: u64) -> Range<u64> {
+        2 * header_bytes..2 * header_bytes + self.config.keyslots_size.0
     }
 
     /// Areas lie in their place, aligned, and apart.

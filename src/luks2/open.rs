@@ -11,7 +11,7 @@ use super::header::{self, Chosen};
 use super::kdf::Kdf;
 use super::metadata::{Id, Metadata, Segment};
 use super::slot::{AREA_ENCRYPTION, Slot};
-use crate::namespace::{Cipher, CopyState, Credential, DataUnit, Geometry, GeometryError, Header, Site};
+use crate::namespace::{Cipher, CopyState, Credential, DataUnit, Geometry, GeometryError, Header, KdfWork, Site};
 use crate::pmem::Backing;
 use crate::secret::{self, VolumeKey};
 
@@ -82,6 +82,7 @@ impl Locked {
         let Chosen { copy, states } = header::read(header, header_base)?;
         let metadata = Metadata::decode(&copy.json, copy.length_bytes)?;
         let segment = only_segment(&metadata)?;
+        check_apart(segment, metadata.slots_place(copy.length_bytes).end, site)?;
         let geometry = geometry(segment, site)?;
         let slots: Vec<_> = metadata.keyslots.keys().map(|&id| (id, Slot::from_metadata(&metadata, id))).collect();
         let key_bits = slots.iter().find_map(|(_, slot)| slot.as_ref().ok()).map(|slot| slot.key_bytes * 8);
@@ -120,7 +121,7 @@ impl Locked {
     ///
     /// # Errors
     ///
-    /// [`UnlockError::WrongPassphrase`] when no slot opens.
+    /// [`UnlockError::WrongPassphrase`] when no slot opens, [`UnlockError::Work`] before any is tried.
     pub fn unlock(self, credential: &Credential) -> Result<Unlocked, UnlockError> {
         let (Credential::Passphrase(passphrase) | Credential::KeyFile(passphrase)) = credential;
         let mut slots: Vec<_> = self.slots.iter().filter_map(|slot| slot.as_ref().ok()).collect();
@@ -130,6 +131,7 @@ impl Locked {
             let reason = self.slots.iter().find_map(|slot| slot.as_ref().err()).cloned();
             return Err(UnlockError::NoSlot { reason });
         }
+        KdfWork::check(slots.iter().map(|slot| (slot.id, slot.work())))?;
         for slot in &slots {
             let opened = secret::with_wiped_stack(|| slot.open(passphrase, &self.header, self.header_base));
             if let Some(volume_key) = opened? {
@@ -219,6 +221,16 @@ fn only_segment(metadata: &Metadata) -> Result<&Segment, OpenError> {
         0 => Ok(segment),
         iv_tweak => Err(OpenError::IvTweak { iv_tweak }),
     }
+}
+
+/// What is written as data must not be a header or a key slot: in front of the data, they end where the data begins at the
+/// latest.
+fn check_apart(segment: &Segment, header_end: u64, site: &Site) -> Result<(), OpenError> {
+    let data_offset = segment.offset.0;
+    if !site.is_detached() && data_offset < header_end {
+        return Err(OpenError::DataInHeader { data_offset, header_end });
+    }
+    Ok(())
 }
 
 fn geometry(segment: &Segment, site: &Site) -> Result<Geometry, OpenError> {

@@ -9,6 +9,7 @@ use super::error::UnlockError;
 use super::kdf::{Hash, PBKDF2_ITERATIONS_MAX, SaltedKdf};
 use super::metadata::{self, Digest as DigestObject, Metadata};
 use crate::memory::Target;
+use crate::namespace::KdfWork;
 use crate::pmem::Backing;
 use crate::secret::{SecretBytes, VolumeKey};
 use crate::xts::{Backend, DataUnit, Span, XtsKey};
@@ -83,6 +84,12 @@ impl Slot {
             digest: Digest::from_object(digest)?,
             priority: slot.priority.unwrap_or(1),
         })
+    }
+
+    /// What trying a passphrase costs in time: its derivation, and the digest of the key that comes out.
+    pub(super) const fn work(&self) -> KdfWork {
+        let digest = self.digest.hash.pbkdf2_work(self.digest.iterations, self.digest.hash.len_bytes());
+        KdfWork(self.kdf.work(self.area_key_bytes).0.saturating_add(digest.0))
     }
 
     /// The volume key, when `passphrase` is the one of this slot. The header begins at byte `base` of `backing`.

@@ -11,7 +11,7 @@ use super::geometry::{
     size_that_fits,
 };
 use super::header::{self, MacKey};
-use super::kdf::{Credential, Kdf, KdfCost};
+use super::kdf::{Credential, Kdf, KdfCost, KdfWork};
 use super::metadata::{Cipher, CipherName, Metadata, check_label};
 use super::site::Site;
 use super::slot::{Slot, SlotError};
@@ -121,6 +121,7 @@ fn create(
 ) -> Result<Namespace, FormatError> {
     check_label(&options.label).map_err(SlotError::Label)?;
     options.kdf_cost.check().map_err(SlotError::Cost)?;
+    KdfWork::check([(0, options.kdf_cost.work())]).map_err(SlotError::Work)?;
     let site = Site::part(backing, options.base, options.available_bytes.unwrap_or(u64::MAX));
     let site = site.with_header(options.header.clone());
     let geometry = place(&site, &options)?;

@@ -6,7 +6,7 @@ use std::fmt;
 use super::area::WriteError;
 use super::geometry::GeometryError;
 use super::header::{CopyFault, TooLong};
-use super::kdf::CredentialError;
+use super::kdf::{CredentialError, WorkError};
 use super::metadata::SLOT_COUNT_MAX;
 use super::signature::Signature;
 use super::slot::SlotError;
@@ -164,6 +164,9 @@ pub enum UnlockError {
     /// The credential cannot be used.
     #[error(transparent)]
     Credential(#[from] CredentialError),
+    /// Trying the slots would take too long.
+    #[error(transparent)]
+    Work(#[from] WorkError),
     /// The key opened, but it did not write this header.
     #[error("the header is forged or damaged: it opens, but its MAC is not that of the key")]
     Forged,

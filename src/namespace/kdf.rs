@@ -110,7 +110,62 @@ pub struct CostError {
     pub max: u32,
 }
 
+/// What key derivation costs in time: KiB of memory x passes over it, a microsecond each on a slow machine. PBKDF2 has four
+/// iterations for one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct KdfWork(pub u64);
+
+impl KdfWork {
+    /// The most that one unlocking does, over all slots that it may have to try: 256 GiB x passes, about four minutes. The
+    /// bounds of a single cost alone would let a header that nobody has authenticated ask for an hour a slot.
+    pub const UNLOCK_MAX: Self = Self(256 << 20);
+
+    /// Refuses slots (number and work) that are more together than one unlocking does.
+    ///
+    /// # Errors
+    ///
+    /// [`WorkError`] names the most expensive one.
+    pub fn check(slots: impl IntoIterator<Item = (u32, Self)>) -> Result<(), WorkError> {
+        let (mut total, mut most) = (Self(0), (0, Self(0)));
+        for (id, work) in slots {
+            total.0 = total.0.saturating_add(work.0);
+            if work > most.1 {
+                most = (id, work);
+            }
+        }
+        if total <= Self::UNLOCK_MAX { Ok(()) } else { Err(WorkError { slot: most.0, slot_work: most.1, total }) }
+    }
+}
+
+impl fmt::Display for KdfWork {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} GiB x passes", self.0.div_ceil(1 << 20))
+    }
+}
+
+/// Slots whose key derivation would take too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "key slot {slot} asks for a key derivation of {slot_work}, and all slots that one unlocking tries for {total}: more than \
+     {} is refused",
+    KdfWork::UNLOCK_MAX
+)]
+pub struct WorkError {
+    /// The most expensive slot.
+    pub slot: u32,
+    /// What it costs.
+    pub slot_work: KdfWork,
+    /// What all cost together.
+    pub total: KdfWork,
+}
+
 impl KdfCost {
+    /// What it costs in time.
+    #[must_use]
+    pub const fn work(&self) -> KdfWork {
+        KdfWork(self.memory_kib as u64 * self.time as u64)
+    }
+
     /// Most memory that a header may ask for, in KiB: 4 GiB.
     pub const MEMORY_KIB_MAX: u32 = 4 << 20;
     /// Most passes that a header may ask for.
@@ -162,6 +217,14 @@ pub enum Kdf {
 }
 
 impl Kdf {
+    /// What it costs in time.
+    pub(super) const fn work(&self) -> KdfWork {
+        match self {
+            Self::Argon2id(cost) => cost.work(),
+            Self::HkdfSha256 => KdfWork(0),
+        }
+    }
+
     /// The kind of slot for a credential; the cost counts for a passphrase.
     pub(super) const fn for_credential(credential: &Credential, cost: KdfCost) -> Self {
         match credential {
@@ -256,6 +319,21 @@ mod tests {
         assert_eq!(refused(1 << 20, 1, 65), "lanes");
         assert_eq!(refused(8, 0, 1), "time");
         assert_eq!(refused(8, 1025, 1), "time");
+    }
+
+    #[test]
+    fn the_work_of_all_slots_together_is_bounded() {
+        let slots = |count: u32, cost: KdfCost| KdfWork::check((0..count).map(|id| (id, cost.work())));
+        assert_eq!(slots(32, KdfCost::default()), Ok(()));
+        assert_eq!(slots(1, KdfCost { memory_kib: 4 << 20, time: 64, lanes: 1 }), Ok(()));
+        let error = slots(1, KdfCost { memory_kib: 4 << 20, time: 65, lanes: 1 }).unwrap_err();
+        assert_eq!(error.slot_work, error.total);
+        assert!(error.to_string().contains("key slot 0 asks for a key derivation of 260 GiB x passes"), "{error}");
+        let quarter = KdfCost { memory_kib: 1 << 20, time: 64, lanes: 1 };
+        assert_eq!(slots(4, quarter), Ok(()));
+        assert!(slots(5, quarter).unwrap_err().to_string().contains("for 320 GiB x passes"));
+        let one = KdfWork::check([(3, KdfWork(1)), (7, KdfWork(u64::MAX)), (9, KdfWork(2))]).unwrap_err();
+        assert_eq!((one.slot, one.total), (7, KdfWork(u64::MAX)));
     }
 
     #[test]

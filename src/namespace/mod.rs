@@ -43,7 +43,8 @@ pub use header::{CopyFault, FORMAT_VERSION, TooLong};
 pub use info::{Header, SlotInfo};
 pub use journal::{Journal, Record, WINDOW_BYTES_MAX};
 pub use kdf::{
-    CostError, Credential, CredentialError, KEY_FILE_BYTES_MAX, KEY_FILE_BYTES_MIN, Kdf, KdfCost, PASSPHRASE_BYTES_MAX,
+    CostError, Credential, CredentialError, KEY_FILE_BYTES_MAX, KEY_FILE_BYTES_MIN, Kdf, KdfCost, KdfWork,
+    PASSPHRASE_BYTES_MAX, WorkError,
 };
 pub use key_spec::{KEY_SPEC_BYTES_MAX, KeySpecError, volume_key_from_spec};
 pub use metadata::{Cipher, LABEL_BYTES_MAX, MetadataError, SLOT_COUNT_MAX};

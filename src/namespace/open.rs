@@ -7,7 +7,7 @@ use super::error::{OpenError, UnlockError};
 use super::geometry::{Geometry, HEADER_AREA_BYTES};
 use super::header::MacKey;
 use super::info::Header;
-use super::kdf::{self, Credential, Kdf};
+use super::kdf::{self, Credential, Kdf, KdfWork};
 use super::metadata::Metadata;
 use super::signature::{Signature, known_format};
 use super::site::Site;
@@ -200,6 +200,7 @@ impl LockedNamespace {
     }
 
     fn unlock_with(self, credential: &Credential, slots: &[Slot]) -> Result<Namespace, UnlockError> {
+        KdfWork::check(slots.iter().map(|slot| (slot.id, slot.kdf.work())))?;
         let purpose = self.chosen.copy.metadata.purpose();
         for slot in slots {
             if let Some(key) = slot.open(credential, &purpose)? {

@@ -15,7 +15,7 @@ use zeroize::Zeroize;
 
 use super::geometry::Placement;
 use super::hex;
-use super::kdf::{self, CostError, Credential, CredentialError, Kdf, Key256, SALT_BYTES};
+use super::kdf::{self, CostError, Credential, CredentialError, Kdf, Key256, SALT_BYTES, WorkError};
 use super::metadata::{Cipher, LABEL_BYTES_MAX, MetadataError};
 use crate::secret::{KeyError, SecretBytes, VolumeKey};
 
@@ -68,6 +68,9 @@ pub enum SlotError {
     /// The cost of the key derivation is out of its bounds.
     #[error(transparent)]
     Cost(#[from] CostError),
+    /// An unlocking that has to try it would take too long.
+    #[error(transparent)]
+    Work(#[from] WorkError),
     /// The credential cannot be used.
     #[error(transparent)]
     Credential(#[from] CredentialError),

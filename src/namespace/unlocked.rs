@@ -9,7 +9,7 @@ use super::error::UpdateError;
 use super::geometry::{Geometry, Placement};
 use super::header::{self, MacKey};
 use super::info::Header;
-use super::kdf::{Credential, Kdf, KdfCost};
+use super::kdf::{Credential, Kdf, KdfCost, KdfWork};
 use super::metadata::{Cipher, Metadata, SLOT_COUNT_MAX, check_label};
 use super::site::Site;
 use super::slot::{Slot, SlotError};
@@ -248,6 +248,8 @@ impl Namespace {
         }
         cost.check().map_err(SlotError::Cost)?;
         let kdf = Kdf::for_credential(credential, cost);
+        let others = self.metadata.slots.iter().filter(|slot| slot.id != id).map(|slot| (slot.id, slot.kdf.work()));
+        KdfWork::check(others.chain([(id, kdf.work())])).map_err(SlotError::Work)?;
         Ok(Slot::create(id, label, kdf, credential, &self.metadata.purpose(), &self.volume_key)?)
     }
 

@@ -123,9 +123,6 @@ struct Plan {
 
 pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     log::start(args.log.as_deref())?;
-    // Signals are caught before anything is there that they could leave behind.
-    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
-        .map_err(|source| Error::Io { doing: "cannot catch SIGTERM, SIGINT and SIGHUP", source })?;
     let reads_stdin = args.key.passphrase_file.as_deref() == Some(Path::new("-"));
     if reads_stdin && args.paths.len() > 1 {
         let what = "standard input can be read for one namespace only: give --passphrase-file FILE, or --config FILE";
@@ -150,6 +147,10 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     options.threads = plan.threads.map_or(options.threads, usize::from);
     options.hang_up = plan.hang_up;
     let server = Server::new(exports, plan.limits.clone(), options)?;
+    // Until here a signal ends the process, whatever it waits for: a key derivation may take minutes. From here on there is
+    // something that it could leave behind.
+    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
+        .map_err(|source| Error::Io { doing: "cannot catch SIGTERM, SIGINT and SIGHUP", source })?;
     volumes.mark_in_use()?;
     let served = listen(&plan, server, &names, &volumes).and_then(|server| {
         stop_on_signal(signals, server.handle());
