@@ -51,6 +51,8 @@ pub struct Backing {
     access: Access,
     reason: GranularityReason,
     disk_offset: u64,
+    /// Another node of the same device, which is locked alike.
+    node: Option<std::fs::File>,
     /// Holds the lock on the disk of a partition.
     _disk: Option<std::fs::File>,
     sector_bytes: Option<u64>,
@@ -105,7 +107,7 @@ impl Backing {
     ) -> Result<Self, OpenError> {
         let (mapping, finding) = map(&opened, access)?;
         let reason = GranularityReason::new(finding, forced);
-        let OpenedFile { file, disk, kind, len_bytes, disk_offset, sector_bytes, physical_address } = opened;
+        let OpenedFile { file, node, disk, kind, len_bytes, disk_offset, sector_bytes, physical_address } = opened;
         let medium = KernelMedium::new(file, kind, reason.granularity(), mapping.len_bytes() as u64);
         Ok(Self {
             path: path.to_path_buf(),
@@ -113,6 +115,7 @@ impl Backing {
             access,
             reason,
             disk_offset,
+            node,
             _disk: disk,
             sector_bytes,
             physical_address,
@@ -147,6 +150,7 @@ impl Backing {
             access: Access::ReadWrite,
             reason: GranularityReason::new(finding, None),
             disk_offset: 0,
+            node: None,
             _disk: None,
             sector_bytes: None,
             physical_address: None,
@@ -502,10 +506,17 @@ impl Backing {
     /// [`OpenError::Busy`] when another user has a part of it: the lock is then as before.
     pub fn lock_range(&self, range: Range<u64>) -> Result<(), OpenError> {
         let Medium::Kernel(medium) = &self.medium else { return Ok(()) };
-        if !lock::try_lock(medium.file(), self.access, &LockRange::Bytes(range.clone())).map_err(OpenError::Io)? {
-            return Err(OpenError::Busy);
+        // The node where all meet first: what it grants, the other one has nobody to refuse to.
+        let nodes = || self.node.iter().chain([medium.file()]);
+        for node in nodes() {
+            if !lock::try_lock(node, self.access, &LockRange::Bytes(range.clone())).map_err(OpenError::Io)? {
+                return Err(OpenError::Busy);
+            }
         }
-        lock::unlock_outside(medium.file(), &range).map_err(OpenError::Io)
+        for node in nodes() {
+            lock::unlock_outside(node, &range).map_err(OpenError::Io)?;
+        }
+        Ok(())
     }
 
     fn check_writable(&self) -> Result<(), MediaError> {
