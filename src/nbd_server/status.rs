@@ -27,14 +27,32 @@ const COMMAND_BYTES_MAX: usize = (8 << 20) + (4 << 10);
 
 /// What answers commands on the control socket; to the server they are bytes.
 #[derive(Clone)]
-pub struct Commands(Arc<Answer>);
+pub struct Commands {
+    answer: Arc<Answer>,
+    /// What the status tells besides, by name.
+    besides: Option<(&'static str, Arc<Tell>)>,
+}
 
 type Answer = dyn Fn(&[u8]) -> String + Send + Sync;
+type Tell = dyn Fn() -> serde_json::Value + Send + Sync;
 
 impl Commands {
     /// `answer` gets a command as it was sent, which may hold secrets, and gives the answer.
     pub fn new(answer: impl Fn(&[u8]) -> String + Send + Sync + 'static) -> Self {
-        Self(Arc::new(answer))
+        Self { answer: Arc::new(answer), besides: None }
+    }
+
+    /// The status tells what `tell` gives, too, under `name`.
+    #[must_use]
+    pub fn besides(mut self, name: &'static str, tell: impl Fn() -> serde_json::Value + Send + Sync + 'static) -> Self {
+        self.besides = Some((name, Arc::new(tell)));
+        self
+    }
+
+    fn add_to(&self, status: &mut serde_json::Value) {
+        if let (Some((name, tell)), Some(status)) = (&self.besides, status.as_object_mut()) {
+            status.insert((*name).to_owned(), tell());
+        }
     }
 }
 
@@ -73,13 +91,19 @@ pub(super) fn answer_all(
 fn answer(kind: Kind, socket: &OwnedFd, shared: &Shared, commands: Option<&Commands>) -> io::Result<()> {
     rustix::net::sockopt::set_socket_timeout(socket, rustix::net::sockopt::Timeout::Send, Some(PATIENCE))?;
     let command = match (kind, commands) {
-        (Kind::Control, Some(commands)) => read_command(socket)?.map(|command| (commands.0)(&command)),
+        (Kind::Control, Some(commands)) => read_command(socket)?.map(|command| (commands.answer)(&command)),
         _ => None,
     };
     let status = shared.status();
     let text = match kind {
         Kind::Control if command.is_some() => command.unwrap_or_default(),
-        Kind::Control => serde_json::to_string(&status).map_err(io::Error::from)? + "\n",
+        Kind::Control => {
+            let mut status = serde_json::to_value(&status).map_err(io::Error::from)?;
+            if let Some(commands) = commands {
+                commands.add_to(&mut status);
+            }
+            status.to_string() + "\n"
+        }
         Kind::Metrics if asks_for_metrics(socket)? => http("200 OK", &status.to_prometheus()),
         Kind::Metrics => http("404 Not Found", "see /metrics\n"),
     };
