@@ -17,6 +17,8 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mlock, mmap_anonymous, munmap};
+use rustix::process::{Resource, getrlimit};
+use rustix::thread::{CapabilitySet, capabilities};
 use subtle::ConstantTimeEq;
 use zeroize::Zeroize;
 
@@ -26,6 +28,17 @@ static LOCK_REFUSED: AtomicBool = AtomicBool::new(false);
 #[must_use]
 pub fn lock_refused() -> bool {
     LOCK_REFUSED.load(Ordering::Relaxed)
+}
+
+/// What keys may take of the limit on locked memory, in bytes.
+const KEPT_FOR_KEYS_BYTES: u64 = 64 << 20;
+
+/// Whether `len_bytes` of data may be locked in RAM and enough of the limit is left for keys.
+#[must_use]
+pub fn data_may_be_locked(len_bytes: usize) -> bool {
+    let limit = getrlimit(Resource::Memlock).current;
+    let privileged = || capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::IPC_LOCK));
+    limit.is_none_or(|limit| limit >= (len_bytes as u64).saturating_add(KEPT_FOR_KEYS_BYTES)) || privileged()
 }
 
 /// Bytes of stack that [`scrub_stack`] overwrites: the largest frame of an AES-XTS kernel (3.2 KiB), the largest one of what
@@ -195,6 +208,21 @@ impl SecretBytes {
     #[must_use]
     pub fn zeroed(len_bytes: usize) -> Self {
         Self { pages: LockedPages::new(len_bytes), len_bytes }
+    }
+
+    /// `len_bytes` zero bytes for data that passes through, with everything that secrets have but, unless `locked`, the lock
+    /// in RAM: data is large, and must not use up the limit that keys need.
+    ///
+    /// # Panics
+    ///
+    /// Panics when memory is exhausted.
+    #[must_use]
+    pub fn for_data(len_bytes: usize, locked: bool) -> Self {
+        let pages = LockedPages::map(len_bytes)
+            .unwrap_or_else(|error| panic!("no memory for a buffer of {len_bytes} bytes: {error}"));
+        // A refusal costs the lock alone.
+        let _ = locked && pages.lock();
+        Self { pages, len_bytes }
     }
 
     /// A copy of `bytes`; wiping the original is the caller's part.

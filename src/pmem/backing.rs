@@ -19,9 +19,6 @@ use super::persist::LINE_BYTES;
 use super::sim::SimMedium;
 use crate::memory::{Source, Target};
 
-/// The most extents that one call of [`Backing::extents`] returns.
-pub const EXTENTS_MAX: usize = 4096;
-
 /// What a backing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackingKind {
@@ -51,10 +48,8 @@ pub struct Backing {
     access: Access,
     reason: GranularityReason,
     disk_offset: u64,
-    /// Another node of the same device, which is locked alike.
-    node: Option<std::fs::File>,
     /// Holds the lock on the disk of a partition.
-    disk: Option<std::fs::File>,
+    _disk: Option<std::fs::File>,
     sector_bytes: Option<u64>,
     physical_address: Option<u64>,
     len_bytes: AtomicU64,
@@ -107,7 +102,7 @@ impl Backing {
     ) -> Result<Self, OpenError> {
         let (mapping, finding) = map(&opened, access)?;
         let reason = GranularityReason::new(finding, forced);
-        let OpenedFile { file, node, disk, kind, len_bytes, disk_offset, sector_bytes, physical_address } = opened;
+        let OpenedFile { file, disk, kind, len_bytes, disk_offset, sector_bytes, physical_address } = opened;
         let medium = KernelMedium::new(file, kind, reason.granularity(), mapping.len_bytes() as u64);
         Ok(Self {
             path: path.to_path_buf(),
@@ -115,8 +110,7 @@ impl Backing {
             access,
             reason,
             disk_offset,
-            node,
-            disk,
+            _disk: disk,
             sector_bytes,
             physical_address,
             len_bytes: AtomicU64::new(len_bytes),
@@ -150,8 +144,7 @@ impl Backing {
             access: Access::ReadWrite,
             reason: GranularityReason::new(finding, None),
             disk_offset: 0,
-            node: None,
-            disk: None,
+            _disk: None,
             sector_bytes: None,
             physical_address: None,
             len_bytes: AtomicU64::new(len_bytes),
@@ -159,27 +152,6 @@ impl Backing {
             mapping,
             medium,
         }
-    }
-
-    /// How many bytes the file system under a file can still give to this user; `None` for what is not a file.
-    #[must_use]
-    pub fn free_bytes(&self) -> Option<u64> {
-        let file = self.file().filter(|_| self.kind == BackingKind::File)?;
-        let status = rustix::fs::fstatvfs(file).ok()?;
-        Some(status.f_bavail.saturating_mul(status.f_frsize))
-    }
-
-    /// The open file, which memory has none of.
-    pub(super) fn file(&self) -> Option<&std::fs::File> {
-        match &self.medium {
-            Medium::Kernel(medium) => Some(medium.file()),
-            Medium::Simulated(_) | Medium::Volatile => None,
-        }
-    }
-
-    /// The disk of a partition, when this user may open that.
-    pub(super) const fn disk_file(&self) -> Option<&std::fs::File> {
-        self.disk.as_ref()
     }
 
     /// The path that it was opened by.
@@ -464,19 +436,45 @@ impl Backing {
         }
     }
 
-    /// Which bytes of `range` hold data, in ascending order without gaps. At most [`EXTENTS_MAX`] extents: when there are
-    /// more, they cover the beginning of `range`, and the caller asks again from their end.
+    /// Which bytes of `range` hold data, in ascending order without gaps. At most `count_max` extents, and no more are looked
+    /// for: when there are more, those given cover the beginning of `range`, and the caller asks again from their end.
     ///
     /// # Errors
     ///
     /// `OutOfRange`, `Io`.
-    pub fn extents(&self, range: Range<u64>) -> Result<Vec<BackingExtent>, MediaError> {
+    pub fn extents(&self, range: Range<u64>, count_max: usize) -> Result<Vec<BackingExtent>, MediaError> {
         let span = self.span(&range)?;
         match &self.medium {
-            Medium::Kernel(medium) => medium.extents(&range),
-            _ if range.is_empty() => Ok(Vec::new()),
-            Medium::Simulated(_) => Ok(SimMedium::extents(&self.mapping, &span)),
+            Medium::Kernel(medium) => medium.extents(&range, count_max),
+            _ if range.is_empty() || count_max == 0 => Ok(Vec::new()),
+            Medium::Simulated(_) => {
+                let mut extents = SimMedium::extents(&self.mapping, &span);
+                extents.truncate(count_max);
+                Ok(extents)
+            }
             Medium::Volatile => Ok(vec![BackingExtent { range, allocated: true }]),
+        }
+    }
+
+    /// Whether a flush has failed, so that every later one does until the backing is reopened.
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        match &self.medium {
+            Medium::Kernel(medium) => medium.is_poisoned(),
+            Medium::Simulated(_) | Medium::Volatile => false,
+        }
+    }
+
+    /// Asks the kernel to read `range` of a file into its cache soon. `false` where there is no such cache.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfRange`, `Io`.
+    pub fn prefetch(&self, range: &Range<u64>) -> Result<bool, MediaError> {
+        self.span(range)?;
+        match &self.medium {
+            Medium::Kernel(medium) => medium.prefetch(range),
+            Medium::Simulated(_) | Medium::Volatile => Ok(false),
         }
     }
 
@@ -527,17 +525,10 @@ impl Backing {
     /// [`OpenError::Busy`] when another user has a part of it: the lock is then as before.
     pub fn lock_range(&self, range: Range<u64>) -> Result<(), OpenError> {
         let Medium::Kernel(medium) = &self.medium else { return Ok(()) };
-        // The node where all meet first: what it grants, the other one has nobody to refuse to.
-        let nodes = || self.node.iter().chain([medium.file()]);
-        for node in nodes() {
-            if !lock::try_lock(node, self.access, &LockRange::Bytes(range.clone())).map_err(OpenError::Io)? {
-                return Err(OpenError::Busy);
-            }
+        if !lock::try_lock(medium.file(), self.access, &LockRange::Bytes(range.clone())).map_err(OpenError::Io)? {
+            return Err(OpenError::Busy);
         }
-        for node in nodes() {
-            lock::unlock_outside(node, &range).map_err(OpenError::Io)?;
-        }
-        Ok(())
+        lock::unlock_outside(medium.file(), &range).map_err(OpenError::Io)
     }
 
     fn check_writable(&self) -> Result<(), MediaError> {

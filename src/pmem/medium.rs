@@ -6,14 +6,15 @@
 //! length need a system call.
 
 use std::fs::File;
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fdatasync, fstat, ftruncate, seek};
+use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, fdatasync, fstat, ftruncate, seek};
 use rustix::io::{Errno, pread, pwrite};
 
-use super::backing::{BackingExtent, BackingKind, EXTENTS_MAX};
+use super::backing::{BackingExtent, BackingKind};
 use super::bitmap::Bitmap;
 use super::error::MediaError;
 use super::granularity::Granularity;
@@ -220,8 +221,8 @@ impl KernelMedium {
         }
     }
 
-    pub(super) fn extents(&self, range: &Range<u64>) -> Result<Vec<BackingExtent>, MediaError> {
-        if range.is_empty() {
+    pub(super) fn extents(&self, range: &Range<u64>, count_max: usize) -> Result<Vec<BackingExtent>, MediaError> {
+        if range.is_empty() || count_max == 0 {
             return Ok(Vec::new());
         }
         if self.kind != BackingKind::File {
@@ -229,7 +230,7 @@ impl KernelMedium {
         }
         let mut extents = Vec::new();
         let mut position = range.start;
-        while position < range.end && extents.len() < EXTENTS_MAX {
+        while position < range.end && extents.len() < count_max {
             let data = self.seek_or(SeekFrom::Data(position), range.end)?.min(range.end);
             let (end, allocated) = if data > position {
                 (data, false)
@@ -243,6 +244,22 @@ impl KernelMedium {
             position = end;
         }
         Ok(extents)
+    }
+
+    /// Whether a flush has failed, so that every later one does.
+    pub(super) fn is_poisoned(&self) -> bool {
+        self.syncs.check().is_err()
+    }
+
+    /// Whether the range was asked for: a cache is under files that are not on persistent memory.
+    pub(super) fn prefetch(&self, range: &Range<u64>) -> Result<bool, MediaError> {
+        if self.kind != BackingKind::File || self.granularity == Granularity::CacheLine {
+            return Ok(false);
+        }
+        if let Some(len_bytes) = NonZeroU64::new(range.end - range.start) {
+            fadvise(&self.file, range.start, Some(len_bytes), Advice::WillNeed).map_err(MediaError::from_errno)?;
+        }
+        Ok(true)
     }
 
     /// How long the file or device is now.

@@ -12,7 +12,6 @@ mod backing;
 mod bitmap;
 mod error;
 mod granularity;
-mod identity;
 mod lock;
 mod mapping;
 mod medium;
@@ -24,8 +23,7 @@ mod sigbus;
 pub mod sim;
 mod sync;
 
-pub use backing::{Backing, BackingExtent, BackingKind, EXTENTS_MAX};
+pub use backing::{Backing, BackingExtent, BackingKind};
 pub use error::{MediaError, OpenError};
 pub use granularity::{FORCE_GRANULARITY_VARIABLE, Granularity, GranularityReason};
-pub use identity::{BackingId, Extent};
 pub use options::{Access, Allocation, OpenOptions};

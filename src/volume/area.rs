@@ -303,29 +303,52 @@ impl HeldBlocks<'_> {
         self.on_sides(range, |side, part| self.area.backing.punch_hole(side.physical(part)))
     }
 
-    /// Where the backing has blocks and where not, in logical `range`: runs in order.
+    /// Asks for the ciphertext of logical `range` to be in the kernel's cache soon. `false` where there is none.
     ///
     /// # Errors
     ///
     /// What the medium says, and [`VolumeError::Locked`].
-    pub(super) fn extents(self, range: Range<u64>) -> Result<Vec<BackingExtent>, VolumeError> {
+    pub(super) fn prefetch(self, range: Range<u64>) -> Result<bool, VolumeError> {
+        let mut asked = false;
+        let sides = self.sides(&range)?;
+        for (side, part) in sides.parts(range, self.area.size_bytes())?.into_iter().flatten() {
+            asked |= self.area.backing.prefetch(&side.physical(part))?;
+        }
+        Ok(asked)
+    }
+
+    /// Where the backing has blocks and where not, in logical `range`: runs in order, at most `count_max`, and no more are
+    /// looked for. They cover the beginning of `range`, or all of it.
+    ///
+    /// # Errors
+    ///
+    /// What the medium says, and [`VolumeError::Locked`].
+    pub(super) fn extents(self, range: Range<u64>, count_max: usize) -> Result<Vec<BackingExtent>, VolumeError> {
         let sides = self.sides(&range)?;
         let mut extents = Vec::new();
-        let add = |extents: &mut Vec<_>, range: Range<u64>| -> Result<(), VolumeError> {
-            for (side, part) in sides.parts(range, self.area.size_bytes())?.into_iter().flatten() {
-                extents.extend(self.area.backing.extents(side.physical(part))?);
-            }
-            Ok(())
-        };
-        match sides.saved(&range) {
-            None => add(&mut extents, range)?,
+        let parts = match sides.saved(&range) {
+            None => [(range, true), (0..0, true), (0..0, true)],
             Some(Saved { part, .. }) => {
                 let after = part.end..range.end;
-                add(&mut extents, range.start..part.start)?;
-                extents.push(BackingExtent { range: part, allocated: true });
-                add(&mut extents, after)?;
+                [(range.start..part.start, true), (part.clone(), false), (after, true)]
+            }
+        };
+        for (range, on_media) in parts.into_iter().filter(|(range, _)| !range.is_empty()) {
+            if !on_media {
+                extents.push(BackingExtent { range, allocated: true });
+                continue;
+            }
+            for (side, part) in sides.parts(range, self.area.size_bytes())?.into_iter().flatten() {
+                let physical = side.physical(part);
+                let found = self.area.backing.extents(physical.clone(), count_max.saturating_sub(extents.len()))?;
+                let covered = found.last().is_some_and(|last| last.range.end == physical.end) || physical.is_empty();
+                extents.extend(found);
+                if !covered {
+                    return Ok(extents); // what follows would stand behind a gap
+                }
             }
         }
+        extents.truncate(count_max);
         Ok(extents)
     }
 

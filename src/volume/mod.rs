@@ -358,6 +358,28 @@ impl Volume {
         self.write_zeroes(units.end, range.end - units.end)
     }
 
+    /// Makes `len_bytes` bytes at `offset` read as zeroes by giving their blocks back, if they are whole units and the
+    /// filesystem can: otherwise gives `false`, with nothing changed and nothing read.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::write_at`].
+    pub fn punch_only(&self, offset: u64, len_bytes: u64) -> Result<bool, VolumeError> {
+        let range = self.check_write(offset, len_bytes)?;
+        Ok(self.discards() && self.whole_units(&range) == range && self.punch(&range)?)
+    }
+
+    /// Asks for `len_bytes` bytes of ciphertext at `offset` to be read into the kernel's cache soon. `false` where there is no
+    /// such cache.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError::OutOfRange`] or [`VolumeError::Media`].
+    pub fn prefetch(&self, offset: u64, len_bytes: u64) -> Result<bool, VolumeError> {
+        let range = self.check(offset, len_bytes)?;
+        self.area.shared(range.clone()).blocks().prefetch(range)
+    }
+
     /// Says that the content of `len_bytes` bytes at `offset` is needed no more. Without [`Self::discards`] nothing
     /// happens, because holes would show on media which units are unused.
     ///
@@ -403,9 +425,11 @@ impl Volume {
         if !self.discards() || resident {
             return Ok(vec![VolumeExtent { len_bytes, hole: false }]);
         }
-        let extents = self.area.shared(range.clone()).blocks().extents(range)?;
-        let runs = extents.iter().take(count_max);
-        Ok(runs.map(|run| VolumeExtent { len_bytes: run.range.end - run.range.start, hole: !run.allocated }).collect())
+        let extents = self.area.shared(range.clone()).blocks().extents(range, count_max)?;
+        Ok(extents
+            .iter()
+            .map(|run| VolumeExtent { len_bytes: run.range.end - run.range.start, hole: !run.allocated })
+            .collect())
     }
 
     /// Makes what was written to `range` durable: flush and drain of that range.

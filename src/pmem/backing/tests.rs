@@ -90,7 +90,7 @@ fn ranges_outside_are_refused_without_running_the_closure() {
         is_refused(backing.persist(range.clone()));
         is_refused(backing.allocate(range.clone()));
         is_refused(backing.punch_hole(range.clone()));
-        is_refused(backing.extents(range.clone()).map(drop));
+        is_refused(backing.extents(range.clone(), 9).map(drop));
     }
 }
 
@@ -103,7 +103,7 @@ fn an_empty_range_is_served_anywhere_up_to_the_end() {
         backing.persist(offset..offset).unwrap();
         backing.allocate(offset..offset).unwrap();
         backing.punch_hole(offset..offset).unwrap();
-        assert!(backing.extents(offset..offset).unwrap().is_empty());
+        assert!(backing.extents(offset..offset, 9).unwrap().is_empty());
     }
 }
 
@@ -200,9 +200,9 @@ fn a_hole_reads_as_zeros_shows_in_the_extents_and_takes_stores_again() {
     assert_eq!(get(&backing, (1 << 20) - 1..(1 << 20) + 1).unwrap(), [7, 0]);
     let expected = [(0..1 << 20, true), (1 << 20..2 << 20, false), (2 << 20..4 << 20, true)];
     let expected = expected.map(|(range, allocated)| BackingExtent { range, allocated });
-    assert_eq!(backing.extents(0..4 << 20).unwrap(), expected);
+    assert_eq!(backing.extents(0..4 << 20, 9).unwrap(), expected);
     let inner = [BackingExtent { range: (1 << 20) + 5..(1 << 20) + 9, allocated: false }];
-    assert_eq!(backing.extents((1 << 20) + 5..(1 << 20) + 9).unwrap(), inner);
+    assert_eq!(backing.extents((1 << 20) + 5..(1 << 20) + 9, 9).unwrap(), inner);
     put(&backing, 1 << 20, b"again").unwrap();
     backing.sync_all().unwrap();
     assert_eq!(&fs::read(backing.path()).unwrap()[1 << 20..(1 << 20) + 5], b"again");
