@@ -11,9 +11,7 @@ use std::sync::Arc;
 
 use daxcrypt::memory::Target;
 use daxcrypt::namespace::{self, Credential, FormatOptions, HEADER_AREA_BYTES};
-use daxcrypt::nbd_server::{
-    Durability, Export, ExportError, ExportInfo, Exports, Hole, Limits, Listener, Options, Server,
-};
+use daxcrypt::nbd_server::{Export, ExportError, ExportInfo, Exports, Hole, Limits, Listener, Options, Server};
 use daxcrypt::pmem::{Allocation, Backing};
 use daxcrypt::secret::SecretBytes;
 use daxcrypt::volume::Volume;
@@ -43,21 +41,20 @@ impl Export for Plaintext {
         self.0.read(range, |source| source.copy_to(buf)).map_err(|_| ExportError::Media)
     }
 
-    fn write_at(&self, offset: u64, data: &[u8], durability: Durability) -> Result<(), ExportError> {
+    fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), ExportError> {
         let range = offset..offset + data.len() as u64;
-        let copied = self.0.write(range.clone(), |mut target: Target<'_>| target.copy_from(data));
-        let persisted = match durability {
-            Durability::Cached => Ok(()),
-            Durability::Fua => self.0.persist(range),
-        };
-        copied.and(persisted).map_err(|_| ExportError::Media)
+        self.0.write(range, |mut target: Target<'_>| target.copy_from(data)).map_err(|_| ExportError::Media)
     }
 
-    fn write_zeroes(&self, offset: u64, len_bytes: u64, _: Hole, durability: Durability) -> Result<(), ExportError> {
-        self.write_at(offset, &vec![0; usize::try_from(len_bytes).unwrap()], durability)
+    fn write_zeroes(&self, offset: u64, len_bytes: u64, _: Hole) -> Result<(), ExportError> {
+        self.write_at(offset, &vec![0; usize::try_from(len_bytes).unwrap()])
     }
 
-    fn discard(&self, _: u64, _: u64, _: Durability) -> Result<(), ExportError> {
+    fn persist(&self, offset: u64, len_bytes: u64) -> Result<(), ExportError> {
+        self.0.persist(offset..offset + len_bytes).map_err(|_| ExportError::Media)
+    }
+
+    fn discard(&self, _: u64, _: u64) -> Result<(), ExportError> {
         Err(ExportError::Unsupported)
     }
 

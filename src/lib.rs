@@ -67,6 +67,7 @@ pub mod memory;
 pub mod namespace;
 pub mod nbd_server;
 pub mod ops;
+mod peer_groups;
 pub mod pmem;
 pub mod secret;
 mod sync;

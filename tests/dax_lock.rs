@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use daxcrypt::dax::{DaxError, MapMode, MapOptions};
 use daxcrypt::namespace::{self, FormatOptions};
-use daxcrypt::nbd_server::{Durability, Export, ExportError};
+use daxcrypt::nbd_server::{Export, ExportError};
 use daxcrypt::pmem::{Access, Allocation, Backing};
 use daxcrypt::secret::{SecretBytes, VolumeKey};
 use daxcrypt::volume::{Volume, VolumeError};
@@ -42,7 +42,7 @@ fn locking_keeps_every_store_and_refuses_everything_after() {
         assert!(is_locked(&volume.map(0..PAGE, &MapOptions::new())));
         let export: &dyn Export = &*volume;
         assert!(matches!(export.read_at(0, &mut [0]), Err(ExportError::ShuttingDown)));
-        assert!(matches!(export.write_at(0, &[0], Durability::Cached), Err(ExportError::ShuttingDown)));
+        assert!(matches!(export.write_at(0, &[0]), Err(ExportError::ShuttingDown)));
         assert!(is_locked(&map.read(0, &mut [0])));
         assert!(is_locked(&map.write(0, &[0])));
         assert!(is_locked(&map.persist(0..1)));

@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use daxcrypt::dax::{DaxMapping, MapOptions};
-use daxcrypt::nbd_server::{Durability, Export, Hole};
+use daxcrypt::nbd_server::{Export, Hole};
 use daxcrypt::pmem::{Access, Granularity};
 use daxcrypt::volume::Volume;
 use vault::{PAGE, Random, Vault, writable};
@@ -138,7 +138,8 @@ impl Worker {
         let export: &dyn Export = &**volume;
         if self.random.below(3) == 0 {
             self.stored[slot] += 1;
-            export.write_at(index * 8, &word(index, self.stored[slot]).to_le_bytes(), Durability::Fua).unwrap();
+            export.write_at(index * 8, &word(index, self.stored[slot]).to_le_bytes()).unwrap();
+            export.persist(index * 8, 8).unwrap();
             self.durable[slot] = self.stored[slot];
         } else {
             let mut bytes = [0; 8];
@@ -230,12 +231,12 @@ fn stress(run_for: Duration) -> u64 {
             while !stop.load(Ordering::Relaxed) {
                 let page = random.below(LEN / PAGE) * PAGE;
                 bytes.fill(random.below(256) as u8);
-                export.write_at(page + 2048, &bytes, Durability::Cached).unwrap();
+                export.write_at(page + 2048, &bytes).unwrap();
                 let mut back = [0; 512];
                 export.read_at(page + 2048, &mut back).unwrap();
                 assert_eq!(bytes, back);
                 if random.below(50) == 0 {
-                    export.write_zeroes(page + 3072, 1024, Hole::Allowed, Durability::Cached).unwrap();
+                    export.write_zeroes(page + 3072, 1024, Hole::Allowed).unwrap();
                 }
                 assert!(volume.resident_bytes() <= 1 << 20);
             }

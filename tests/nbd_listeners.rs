@@ -65,7 +65,7 @@ fn a_descriptor_that_does_not_listen_is_refused() {
 #[test]
 fn vsock_serves_where_the_kernel_has_it() {
     // The largest port number lets the kernel choose (VMADDR_PORT_ANY).
-    let Ok(listener) = Listener::vsock(u32::MAX) else { return };
+    let Ok(listener) = Listener::vsock(u32::MAX, Vec::new()) else { return };
     let port = vsock::VsockListener::from(listener.as_fd().try_clone_to_owned().unwrap()).local_addr().unwrap().port();
     let mut exports = Exports::new();
     exports.add(info("disk"), MemoryExport::new(1 << 20)).unwrap();

@@ -65,9 +65,17 @@ h.shutdown()";
 
 #[test]
 fn only_named_certificates_see_a_guarded_export() {
-    for (name, admitted) in [("tenant1", true), ("tenant10", false)] {
+    for (name, rule, admitted) in [
+        ("tenant1", "cn:tenant1", true),
+        ("tenant10", "cn:tenant1", false),
+        // A name of another kind opens nothing, though it says the same.
+        ("tenant1", "dns:tenant1", false),
+        ("tenant1", "email:tenant1", false),
+        ("tenant1", "dns:localhost", true),
+        ("tenant1", "cn:localhost", false),
+    ] {
         let certificates = certificates(name);
-        let allowed = Allowed { certificate_names: vec!["tenant1".into()], ..Allowed::default() };
+        let allowed = Allowed { certificate_names: vec![rule.parse().unwrap()], ..Allowed::default() };
         let mut exports = disk(ExportInfo { allowed, ..info("guarded") });
         exports.add(info("open"), MemoryExport::new(4096)).unwrap();
         let options = options(certificates.path(), ClientCertificates::Optional, false);

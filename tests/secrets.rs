@@ -88,6 +88,13 @@ fn arena(bench: &Bench) -> Vec<(String, Vec<u8>)> {
     blocks.iter().enumerate().map(|(index, block)| (format!("Argon2 block {index}"), start(block))).collect()
 }
 
+/// Serves `image` at `vault.sock`.
+fn serve(bench: &Bench, image: &str, key: &str) -> Server {
+    let socket = bench.path("vault.sock");
+    let args = ["serve", image, "--key-file", key, "--socket", socket.to_str().unwrap()];
+    Server::start(bench.command(&args), socket.clone())
+}
+
 /// A piece of another process's memory.
 struct Mapping {
     name: String,
@@ -219,6 +226,42 @@ fn a_server_keeps_its_key_on_locked_pages_and_out_of_its_core_and_its_logs() {
             assert!(!contains(&log, needle) && !contains(&log, hex(needle).as_bytes()), "{name} in the log");
         }
     }
+}
+
+/// Data that no other page holds: so many blocks, in needles of an AES block.
+fn data_needles(data: &[u8]) -> Vec<(String, Vec<u8>)> {
+    let pieces = data.chunks(16).step_by(16_381).enumerate();
+    pieces.map(|(index, piece)| (format!("data, piece {index}"), piece.to_vec())).collect()
+}
+
+#[test]
+fn nothing_is_left_of_data_when_its_client_has_left() {
+    let bench = vault();
+    let server = serve(&bench, "vault.img", "second.key");
+    // Small and large requests: pieces of 4 KiB and of 1 MiB, written and read.
+    let data = noise(4711, 4 << 20);
+    bench.secret("data", &data);
+    let (data_file, back) = (bench.path("data"), bench.path("back"));
+    let (data_file, back) = (data_file.to_str().unwrap(), back.to_str().unwrap());
+    for size in ["--request-size=4096", "--request-size=1048576"] {
+        tool("nbdcopy", &[size, "--connections=2", data_file, &server.uri("vault")]);
+        tool("nbdcopy", &[size, "--connections=2", &server.uri("vault"), back]);
+        assert!(fs::read(back).unwrap() == data);
+    }
+    let pid = server.child.id();
+    // The clients' sockets are closed before their threads have ended.
+    let threads = || fs::read_dir(format!("/proc/{pid}/task")).unwrap().count();
+    let start = std::time::Instant::now();
+    while fs::read_dir(format!("/proc/{pid}/task"))
+        .unwrap()
+        .any(|task| fs::read_to_string(task.unwrap().path().join("comm")).is_ok_and(|name| name.starts_with("nbd-")))
+    {
+        assert!(start.elapsed().as_secs() < 10, "{} threads", threads());
+        std::thread::yield_now();
+    }
+    let found = describe(&in_process(pid, &data_needles(&data)));
+    assert!(found.is_empty(), "{} places: {:#?}", found.len(), &found[..found.len().min(8)]);
+    server.stop();
 }
 
 #[test]

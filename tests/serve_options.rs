@@ -8,8 +8,8 @@ mod common;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
@@ -122,7 +122,7 @@ fn status_and_metrics_show_what_was_done() {
     stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
     let mut page = String::new();
     stream.read_to_string(&mut page).unwrap();
-    assert!(page.starts_with("HTTP/1.0 200 OK"), "{page}");
+    assert!(page.starts_with("HTTP/1.1 200 OK"), "{page}");
     assert!(page.contains("daxcrypt_nbd_written_bytes_total{export=\"vault\"} 1048576\n"), "{page}");
     server.stop();
     assert!(!control.exists(), "the control socket is unlinked at exit");
@@ -179,7 +179,7 @@ fn only_the_certificates_of_an_export_see_it() {
         let ours = certificates(name);
         let folder = ours.path().to_str().unwrap();
         let tls = format!("[tls]\ncertificates = '{folder}'\nverify_client = true\n");
-        let guarded = "[[namespace]]\npath = 'c.img'\nkey_file = 'vault.key'\nallowed_certificates = ['tenant1']\n";
+        let guarded = "[[namespace]]\npath = 'c.img'\nkey_file = 'vault.key'\nallowed_certificates = ['cn:tenant1']\n";
         let bench = configured(&format!("{tls}{guarded}"));
         bench.format("c.img", "4M", &[]);
         let server = Server::start(bench.command(&["serve", "--config", "serve.toml"]), bench.path("nbd.sock"));
@@ -195,7 +195,7 @@ fn only_the_certificates_of_an_export_see_it() {
 fn a_file_with_a_key_that_is_not_known_names_it() {
     let bench = configured("conections = 3\n");
     bench.run(&["serve", "--config", "serve.toml"]).fails(1, &["serve.toml", "conections", "line"]);
-    let bench = configured("[[namespace]]\npath = 'c.img'\nallowed_certificates = ['x']\n");
+    let bench = configured("[[namespace]]\npath = 'c.img'\nallowed_certificates = ['dns:x']\n");
     bench.run(&["serve", "--config", "serve.toml"]).fails(1, &["allowed_certificates", "TLS is off"]);
 }
 
@@ -224,12 +224,16 @@ fn systemd_passes_the_socket_and_is_told_when_reads_work() {
     command.current_dir(bench.dir.path()).arg("-l").arg(&socket);
     command.arg("-E").arg(format!("NOTIFY_SOCKET={}", bench.path("notify").display()));
     command.arg(env!("CARGO_BIN_EXE_daxcrypt")).args(["serve", "vault.img", "--key-file", "vault.key"]);
+    // A socket of its own beside it makes nothing of systemd's be ignored.
+    command.args(["--socket", "own.sock"]);
     // The first connection starts the program, in the launcher's process.
     let mut server = Server::start(command, socket);
     let mut state = [0; 64];
     let len = states.recv(&mut state).unwrap();
     assert_eq!(&state[..len], b"READY=1");
     tool("qemu-io", &["-f", "raw", "-c", "write -P 3 0 1M", "-c", "read -P 3 0 1M", &server.uri("vault")]);
+    let own = format!("nbd+unix:///vault?socket={}", bench.path("own.sock").display());
+    tool("qemu-io", &["-f", "raw", "-c", "read -P 3 0 1M", &own]);
     rustix::process::kill_process(rustix::process::Pid::from_child(&server.child), rustix::process::Signal::TERM)
         .unwrap();
     let len = states.recv(&mut state).unwrap();
@@ -249,4 +253,176 @@ fn discards_that_are_allowed_once_are_recorded() {
     let server = bench.serve("vault.img", &[]);
     assert!(tool_command("nbdinfo", &["--can", "trim", &server.uri("vault")]).status().unwrap().success());
     server.stop();
+}
+
+/// Connects to `address` over TCP, sends `text` and gives the answer.
+fn asked(address: &str, text: &str) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.write_all(text.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+/// A TCP address that nobody listens on.
+fn free_address() -> String {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+}
+
+#[test]
+fn metrics_are_openmetrics_over_http() {
+    let bench = Bench::new();
+    bench.format("vault.img", "8M", &[]);
+    let metrics = free_address();
+    let server = bench.serve("vault.img", &["--metrics", &metrics]);
+    tool("qemu-io", &["-f", "raw", "-c", "write -P 3 0 1M", &server.uri("vault")]);
+    let page = asked(&metrics, "GET /metrics?name[]=x HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert!(page.starts_with("HTTP/1.1 200 OK\r\nContent-Type: application/openmetrics-text"), "{page}");
+    for line in [
+        "# HELP daxcrypt_nbd_written_bytes Bytes that writes brought",
+        "# TYPE daxcrypt_nbd_request_duration_seconds histogram",
+        "daxcrypt_nbd_written_bytes_total{export=\"vault\"} 1048576",
+    ] {
+        assert!(page.lines().any(|found| found == line), "no {line} in\n{page}");
+    }
+    let bucket =
+        |line: &str| line.contains("_seconds_bucket{") && line.contains("le=\"+Inf\"") && line.contains("vault");
+    assert!(page.lines().any(bucket), "{page}");
+    assert!(!page.contains("latency_p99"), "{page}");
+    let head = asked(&metrics, "HEAD /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert!(head.starts_with("HTTP/1.1 200 OK") && head.ends_with("\r\n\r\n"), "{head}");
+    assert!(asked(&metrics, "GET /other HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 404"));
+    assert!(asked(&metrics, "POST /metrics HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 405"));
+    assert!(asked(&metrics, "nonsense\r\n\r\n").starts_with("HTTP/1.1 400"));
+    server.stop();
+}
+
+#[test]
+fn silent_and_dribbling_questioners_delay_nobody_and_hold_no_shutdown() {
+    let bench = Bench::new();
+    bench.format("vault.img", "8M", &[]);
+    let (control, metrics) = (bench.path("control"), free_address());
+    let server = bench.serve("vault.img", &["--control", control.to_str().unwrap(), "--metrics", &metrics]);
+    // Each would be given its time before the next, one after the other: far more than a question may take.
+    let silent: Vec<_> = (0..60).map(|_| TcpStream::connect(&metrics).unwrap()).collect();
+    let mut dribbling: Vec<_> = (0..60).map(|_| UnixStream::connect(&control).unwrap()).collect();
+    for stream in &mut dribbling {
+        stream.write_all(b"{").unwrap();
+    }
+    let start = std::time::Instant::now();
+    assert!(asked(&metrics, "GET /metrics HTTP/1.1\r\n\r\n").contains("200 OK"));
+    bench.run(&["status", "--control", "control", "--json"]).succeeds();
+    assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
+    // A byte now and then is no reason to wait for more.
+    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    let dribbler = std::thread::spawn(move || {
+        while stopped.recv_timeout(Duration::from_millis(200)).is_err() {
+            if dribbling[0].write_all(b" ").is_err() {
+                return;
+            }
+        }
+    });
+    let start = std::time::Instant::now();
+    server.stop();
+    assert!(start.elapsed().as_secs() < 15, "{:?}", start.elapsed());
+    drop(stop);
+    drop(silent);
+    dribbler.join().unwrap();
+}
+
+#[test]
+fn without_descriptors_for_all_the_silent_ones_make_room() {
+    let bench = Bench::new();
+    bench.format("vault.img", "8M", &[]);
+    let (socket, address) = (bench.path("vault.img.sock"), free_address());
+    let serve = ["serve", "vault.img", "--key-file", "vault.key", "--socket", socket.to_str().unwrap()];
+    let direct = bench.command(&[&serve[..], &["--listen", &address]].concat());
+    let mut limited = tool_command("prlimit", &["--nofile=96:96"]);
+    limited.arg(direct.get_program()).args(direct.get_args()).current_dir(bench.path(""));
+    limited.stderr(fs::File::create(bench.path("said")).unwrap());
+    let server = Server::start(limited, socket);
+    let said = fs::read_to_string(bench.path("said")).unwrap();
+    assert!(said.contains("ulimit -n"), "{said}");
+    let _silent: Vec<_> = (0..300).map(|_| TcpStream::connect(&address).unwrap()).collect();
+    let busy = |pid: u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let fields: Vec<u64> = stat.rsplit(')').next().unwrap().split(' ').filter_map(|f| f.parse().ok()).collect();
+        fields[10] + fields[11] // utime and stime, in ticks of 10 ms; the state before them is no number
+    };
+    for _ in 0..3 {
+        tool("qemu-io", &["-f", "raw", "-c", "write -P 3 0 64k", "-c", "read -P 3 0 64k", &server.uri("vault")]);
+    }
+    let before = busy(server.child.id());
+    std::thread::sleep(Duration::from_secs(2));
+    let spent = busy(server.child.id()) - before;
+    assert!(spent < 60, "{spent} ticks of 200 while nobody does anything");
+    server.stop();
+}
+
+#[test]
+fn sockets_have_the_rights_that_are_asked_for_and_supplementary_groups_count() {
+    let bench = Bench::new();
+    bench.format("a.img", "4M", &[]);
+    fs::set_permissions(bench.path(""), fs::Permissions::from_mode(0o755)).unwrap();
+    let text = "[[namespace]]\npath = 'a.img'\nname = 'a'\nkey_file = 'vault.key'\nallowed_gids = [4321]\n\
+                [[listen]]\nunix = 's'\nmode = '0666'\ngroup = 4321\n";
+    fs::write(bench.path("serve.toml"), text).unwrap();
+    let socket = bench.path("s");
+    let server = Server::start(bench.command(&["serve", "--config", "serve.toml"]), socket.clone());
+    let metadata = fs::metadata(&socket).unwrap();
+    assert_eq!((metadata.permissions().mode() & 0o777, metadata.gid()), (0o666, 4321));
+    let size = |groups: &str| {
+        let args = ["--reuid=4000", "--regid=4000", groups, "nbdinfo", "--size", &server.uri("a")];
+        Command::new("setpriv").args(args).output().unwrap()
+    };
+    let member = size("--groups=5,4321");
+    assert!(member.status.success(), "{}", String::from_utf8_lossy(&member.stderr));
+    assert!(!size("--groups=5,43210").status.success(), "a stranger got in");
+    server.stop();
+    let serve = ["serve", "a.img", "--key-file", "vault.key", "--socket", "s"];
+    bench.run(&[&serve[..], &["--socket-mode", "rw"]].concat()).fails(1, &["0660"]);
+    let command = bench.command(&[&serve[..], &["--socket-mode", "0660", "--socket-group", "4321"]].concat());
+    let server = Server::start(command, socket.clone());
+    let metadata = fs::metadata(&socket).unwrap();
+    assert_eq!((metadata.permissions().mode() & 0o777, metadata.gid()), (0o660, 4321));
+    server.stop();
+}
+
+#[test]
+fn the_log_says_who_came_what_failed_and_why_and_who_was_refused() {
+    let bench = Bench::new();
+    bench.format("vault.img", "8M", &[]);
+    bench.format("c.img", "4M", &[]);
+    let text = "[[namespace]]\npath = 'vault.img'\nname = 'vault'\nkey_file = 'vault.key'\n\
+                [[namespace]]\npath = 'c.img'\nname = 'guarded'\nkey_file = 'vault.key'\nallowed_uids = [4999]\n\
+                [[listen]]\nunix = 's'\n";
+    fs::write(bench.path("serve.toml"), text).unwrap();
+    let mut command = bench.command(&["serve", "--config", "serve.toml"]);
+    command.stderr(fs::File::create(bench.path("said")).unwrap());
+    let server = Server::start(command, bench.path("s"));
+    assert!(!tool_command("nbdinfo", &["--size", &server.uri("guarded")]).status().unwrap().success());
+    // The second half of the backing is cut off: reads there are media errors.
+    fs::File::options().write(true).open(bench.path("vault.img")).unwrap().set_len(4 << 20).unwrap();
+    let reads = "import nbd\nh = nbd.NBD()\nh.connect_uri('URI')\nfor i in range(100):\n    try: h.pread(512, 7 << 20)\n    \
+                 except nbd.Error: pass\n";
+    let script = reads.replace("URI", &server.uri("vault"));
+    assert!(Command::new("/usr/bin/python3").args(["-c", &script]).status().unwrap().success());
+    server.kill();
+    let said = fs::read_to_string(bench.path("said")).unwrap();
+    let failed: Vec<_> = said.lines().filter(|line| line.contains("request failed")).collect();
+    assert!((1..=20).contains(&failed.len()), "{} lines of 100 failures", failed.len());
+    for word in
+        ["peer=uid 0", "export=\"vault\"", "command=\"read\"", "offset=7340032", "len_bytes=512", "media error: "]
+    {
+        assert!(failed[0].contains(word), "no {word} in {}", failed[0]);
+    }
+    for words in [
+        ["client connected", "peer=uid 0"],
+        ["client has chosen an export", "vault"],
+        ["client left", "peer=uid 0"],
+        ["client refused: no rule admits it", "guarded"],
+    ] {
+        let found = said.lines().any(|line| words.iter().all(|word| line.contains(word)));
+        assert!(found, "no {words:?} in\n{said}");
+    }
 }

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::error::Error;
-use super::output::warning;
 use super::secrets;
 use super::size::ByteSize;
 use crate::namespace::{Credential, KdfCost};
@@ -89,9 +88,6 @@ impl NewKeyArgs {
     }
 }
 
-/// Less memory than this deserves a word: no recommendation for passphrases is as low (OWASP, RFC 9106).
-const KDF_MEMORY_KIB_WARN: u32 = 7 << 10;
-
 /// What guessing a new passphrase is to cost.
 #[derive(Args, Debug)]
 pub(crate) struct KdfArgs {
@@ -104,31 +100,14 @@ pub(crate) struct KdfArgs {
 }
 
 impl KdfArgs {
-    /// The cost of a new slot.
     pub(crate) fn cost(&self) -> Result<KdfCost, Error> {
-        self.cost_from(KdfCost::default())
-    }
-
-    /// Memory in KiB and passes, where they are named.
-    pub(crate) fn named(&self) -> Result<(Option<u32>, Option<u32>), Error> {
-        let cost = self.cost_from(KdfCost::default())?;
-        Ok((self.kdf_memory.map(|_| cost.memory_kib), self.kdf_time))
-    }
-
-    /// The cost of a slot that has `cost` so far: what the options do not name stays.
-    pub(crate) fn cost_from(&self, mut cost: KdfCost) -> Result<KdfCost, Error> {
+        let mut cost = KdfCost::default();
         if let Some(ByteSize(bytes)) = self.kdf_memory {
             cost.memory_kib = u32::try_from(bytes >> 10)
                 .map_err(|_| Error::Usage(format!("--kdf-memory {} is too much", ByteSize(bytes))))?;
         }
         if let Some(passes) = self.kdf_time {
             cost.time = passes;
-        }
-        if cost.memory_kib < KDF_MEMORY_KIB_WARN {
-            warning!(
-                "Argon2id with {} of memory makes guessing cheap: it is for phrases that a machine made up",
-                ByteSize(u64::from(cost.memory_kib) << 10)
-            );
         }
         Ok(cost)
     }
@@ -160,11 +139,7 @@ impl KeyArgs {
     /// As [`Self::read`], with key files of at least `key_file_bytes_min` bytes.
     pub(crate) fn read_with(&self, prompt: Prompt, what: &str, key_file_bytes_min: usize) -> Result<Credential, Error> {
         if let Some(path) = &self.key_file {
-            let key = secrets::key_file(path, key_file_bytes_min)?;
-            if prompt == Prompt::Twice && key.iter().all(|byte| *byte == key[0]) {
-                warning!("every byte of {} is the same: that is no key, and whoever tries it is in", path.display());
-            }
-            return Ok(Credential::KeyFile(key));
+            return secrets::key_file(path, key_file_bytes_min).map(Credential::KeyFile);
         }
         if self.escrow_file.is_some() {
             return Err(Error::Usage("--escrow-file unlocks a namespace, but cannot be the key of a key slot".into()));

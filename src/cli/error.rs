@@ -101,14 +101,8 @@ pub(crate) enum Error {
         #[source]
         refusal: Refusal,
     },
-    #[error("{path} holds data, which would be overwritten", path = path.display())]
-    HoldsData { path: PathBuf },
-    #[error("{path} is formatted, but only {done} of its {total} are filled with noise", path = path.display())]
-    WipeStopped { path: PathBuf, done: ByteSize, total: ByteSize },
     #[error("the server refuses: {reason}")]
-    Refused { reason: String, help: Option<String> },
-    #[error("{path}: the server could not go on with its re-key: {reason}", path = path.display())]
-    RekeyDied { path: PathBuf, reason: String },
+    Refused { reason: String },
     #[error("the namespace has other key slots: {slots}")]
     OtherSlots { slots: String },
     #[error("cannot erase {path}: key material may be left", path = path.display())]
@@ -117,6 +111,8 @@ pub(crate) enum Error {
     EscrowFile { path: PathBuf, source: VolumeKeyError },
     #[error("cannot use the key specification {path}", path = path.display())]
     KeySpec { path: PathBuf, source: KeySpecError },
+    #[error("{path} is formatted, but its data area is not filled with noise", path = path.display())]
+    Fill { path: PathBuf, source: VolumeError },
     #[error("cannot write the {what} {path}", path = path.display())]
     WriteFile { what: &'static str, path: PathBuf, source: io::Error },
     #[error("cannot read the {what} {path}", path = path.display())]
@@ -135,8 +131,6 @@ pub(crate) enum Error {
     Bench(#[from] BenchError),
     #[error("cannot make a key")]
     Key(#[from] VolumeKeyError),
-    #[error("the recovery phrase could not be written to standard output, so no key slot was made for it")]
-    PhraseNotShown { source: io::Error },
     #[error("cannot serve {path}", path = path.display())]
     Export { path: PathBuf, source: RegistryError },
     #[error("{path}: cannot record that discards are allowed", path = path.display())]
@@ -162,7 +156,7 @@ pub(crate) enum Error {
 impl Error {
     /// A server has answered another question.
     pub(crate) fn unexpected_answer() -> Self {
-        Self::Refused { reason: "its answer is to another question: is it of another version?".into(), help: None }
+        Self::Refused { reason: "its answer is to another question: is it of another version?".into() }
     }
 
     /// A failure of the volume at `path`; one of its header as what `key` and `resize` give without a server.
@@ -219,8 +213,7 @@ impl Error {
             Self::Luks2Export { .. } => Exit::Usage,
             Self::Format { source: FormatError::Write(_), .. } => Exit::Io,
             Self::Format { .. } => Exit::Usage,
-            Self::RekeyStopped { .. } | Self::TransferStopped { .. } | Self::WipeStopped { .. } => Exit::Stopped,
-            Self::HoldsData { .. } => Exit::Usage,
+            Self::RekeyStopped { .. } | Self::TransferStopped { .. } => Exit::Stopped,
             Self::Adopt { source, .. } => adopt_exit(source),
             Self::OtherSlots { .. } | Self::Refused { .. } | Self::Gate { .. } => Exit::Usage,
             Self::Slide { .. } | Self::NoKeyGiven { .. } => Exit::Usage,
@@ -269,8 +262,7 @@ impl Error {
     fn place_hint(&self) -> Option<String> {
         match self {
             Self::Open { source: OpenError::Busy, .. } => Some(
-                "stop the process that serves it first (`fuser -v` as root shows which), or open it with --read-only there; \
-                 `rekey`, `resize` and `key add|remove|change` ask a running server with --control SOCKET"
+                "stop the process that serves it first (`fuser -v` as root shows which), or open it with --read-only there"
                     .into(),
             ),
             Self::Control { .. } => {
@@ -298,18 +290,9 @@ impl Error {
             Self::Update { source: UpdateError::SlotInUse { .. } | UpdateError::SlotEmpty { .. }, .. } => {
                 Some("`daxcrypt key list` shows which slots are in use".into())
             }
-            Self::OtherSlots { .. } => {
-                Some("--drop-slots goes on without them, --keep-slots lets them open the new volume key too".into())
-            }
-            Self::Refused { help, .. } => help.clone(),
-            Self::HoldsData { .. } => Some("--force overwrites it, and what it holds is then lost".into()),
-            Self::WipeStopped { path, .. } => Some(format!(
-                "`daxcrypt format {} --wipe --force` begins again; until then media shows what is in use",
-                path.display()
-            )),
-            Self::RekeyDied { path, .. } => Some(format!(
-                "start the server again: a re-key goes on when its namespace {} is opened", path.display()
-            )),
+            Self::OtherSlots { .. } => Some(
+                "--drop-slots goes on without them; `rekey --keep-slots` wraps the new volume key for them too".into(),
+            ),
             Self::RekeyStopped { path, .. } => {
                 Some(format!("`daxcrypt rekey --resume {0}` goes on, and so does `daxcrypt serve {0}`", path.display()))
             }

@@ -9,13 +9,13 @@ use super::error::Error;
 /// The environment variable that stands in for `--log`.
 const VARIABLE: &str = "DAXCRYPT_LOG";
 
-/// Starts logging at the level that was asked for, or that the environment names; without either, warnings.
+/// Starts logging at the level that was asked for, or that the environment names; without either, who comes and goes, what failed and why.
 pub(super) fn start(asked: Option<&str>) -> Result<(), Error> {
     let from_environment = std::env::var(VARIABLE).ok();
     let (origin, text) = match (asked, &from_environment) {
         (Some(text), _) => ("--log", text),
         (None, Some(text)) => (VARIABLE, text.as_str()),
-        (None, None) => ("", "warn"),
+        (None, None) => ("", "info"),
     };
     let level: LevelFilter = text
         .parse()

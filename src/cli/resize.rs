@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::control::{Answer, Asked, Command};
+use super::control::{Answer, ResizeRequest};
 use super::credentials::KeyArgs;
 use super::error::Error;
 use super::open;
 use super::output::outln;
 use super::place::PlaceArgs;
 use super::size::ByteSize;
+use crate::namespace::UpdateError;
 use crate::ops::Operation;
 use crate::ops::resize::{self, Resized, Wanted};
 use crate::volume::Volume;
@@ -53,8 +54,16 @@ pub(crate) fn run(args: &ResizeArgs) -> Result<(), Error> {
 
 /// Asks the server to do it.
 fn online(place: &PlaceArgs, socket: &Path, wanted: Wanted) -> Result<Resized, Error> {
-    match Asked::new(socket, Operation::Resize, &place.location())?.about(Command::Resize(wanted), &[])? {
+    let location = place.location();
+    let locked = location.locked(Operation::Resize, location.peek(Operation::Resize)?)?;
+    let request = ResizeRequest { resize: wanted, uuid: locked.header().uuid };
+    drop(locked);
+    match request.ask(socket).map_err(|source| Error::Control { path: socket.into(), source })? {
         Answer::Resized(resized) => Ok(resized),
+        Answer::Shrinks { old_bytes, new_bytes } => {
+            Err(Error::Update { path: place.path.clone(), source: UpdateError::Shrinks { old_bytes, new_bytes } })
+        }
+        Answer::Refused(reason) => Err(Error::Refused { reason }),
         _ => Err(Error::unexpected_answer()),
     }
 }

@@ -11,7 +11,6 @@ use std::time::Duration;
 use clap::Args;
 use serde::Deserialize;
 
-use super::control::{RekeyLine, RekeyState};
 use super::error::Error;
 use super::output::{out, outln};
 use super::size::ByteSize;
@@ -39,8 +38,6 @@ struct Status {
     buffer_bytes: u64,
     exports: Vec<Export>,
     clients: Vec<Client>,
-    #[serde(default)]
-    rekeys: Vec<RekeyLine>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -48,6 +45,7 @@ struct Export {
     name: String,
     size_bytes: u64,
     read_only: bool,
+    poisoned: bool,
     resident_plaintext_bytes: u64,
     stats: Stats,
 }
@@ -100,15 +98,16 @@ fn table(status: &Status) -> String {
     );
     let mut rows = vec![head(&["EXPORT", "SIZE", "ACCESS", "PLAINTEXT"])];
     for export in &status.exports {
-        let access = if export.read_only { "read-only" } else { "read-write" };
+        let access = match (export.poisoned, export.read_only) {
+            (true, _) => "POISONED",
+            (false, true) => "read-only",
+            (false, false) => "read-write",
+        };
         let size = ByteSize(export.size_bytes).to_string();
         let plaintext = ByteSize(export.resident_plaintext_bytes).to_string();
         rows.push(row([printable(&export.name), size, access.into(), plaintext], &export.stats));
     }
     align(&mut text, &rows);
-    for line in &status.rekeys {
-        let _ = writeln!(text, "\nre-key of {}: {}", printable(&line.path), rekey_text(&line.state));
-    }
     if !status.clients.is_empty() {
         text.push('\n');
         rows = vec![head(&["CLIENT", "EXPORT", "UID"])];
@@ -119,18 +118,6 @@ fn table(status: &Status) -> String {
         align(&mut text, &rows);
     }
     text
-}
-
-fn rekey_text(state: &RekeyState) -> String {
-    let done = state.progress.map_or_else(String::new, |progress| {
-        format!("{} of {} done", ByteSize(progress.done_bytes), ByteSize(progress.total_bytes))
-    });
-    match &state.failed {
-        Some(reason) => format!("{done}; it FAILED: {}", printable(reason)),
-        None if state.paused => format!("{done}; paused"),
-        None if state.running => done,
-        None => format!("{done}; it rests"),
-    }
 }
 
 fn head(first: &[&str]) -> Vec<String> {

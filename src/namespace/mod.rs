@@ -7,7 +7,6 @@
 
 mod area;
 mod backup;
-mod carry;
 mod create;
 mod error;
 mod geometry;
@@ -20,7 +19,6 @@ mod key_spec;
 mod metadata;
 mod moved;
 mod open;
-mod recovery;
 mod region;
 mod signature;
 mod site;
@@ -52,7 +50,6 @@ pub use key_spec::{KEY_SPEC_BYTES_MAX, KeySpecError, volume_key_from_spec};
 pub use metadata::{Cipher, LABEL_BYTES_MAX, MetadataError, SLOT_COUNT_MAX};
 pub use moved::{AdoptError, MovedNamespace};
 pub use open::{LockedNamespace, erase};
-pub use recovery::recovery_phrase;
 pub use region::{REGION_ALIGNMENT_BYTES, REGION_PARTITION_TYPE, Region, RegionError, RegionPartition, TableFault};
 pub use signature::{Signature, signature_found};
 pub use site::Site;

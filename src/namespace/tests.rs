@@ -46,7 +46,6 @@ fn metadata() -> Metadata {
         unclean: false,
         discards: false,
         slots: Vec::new(),
-        wiping: false,
         transform: None,
     };
     let purpose = metadata.purpose();

@@ -1,24 +1,110 @@
 //! Who a client is, and which clients an export admits.
 //!
-//! Identities are compared whole, never by prefix. An empty rule admits everybody who could connect at all: the
-//! socket's mode, the listen address and the server's TLS mode are decided elsewhere.
+//! Identities are compared whole, never by prefix, and only with rules of their own kind. An empty rule admits everybody who
+//! could connect at all: the socket's mode, the listen address and the server's TLS mode are decided elsewhere.
+
+use std::fmt;
+use std::str::FromStr;
 
 /// What is known about the other end of a connection.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Peer {
-    /// Unix peer credentials: user and group.
+    /// Unix peer credentials: user and groups.
     pub unix: Option<UnixPeer>,
+    /// Context number of the virtual machine, over vsock.
+    pub cid: Option<u32>,
+    /// Internet address and port.
+    pub address: Option<std::net::SocketAddr>,
     /// Names in the verified TLS client certificate: the subject's common name and the alternative names.
-    pub certificate_names: Vec<String>,
+    pub certificate_names: Vec<CertificateName>,
 }
 
-/// User and group of a process at the other end of a Unix socket, as the kernel recorded them at connect.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.unix, self.cid, self.address) {
+            (Some(unix), ..) => write!(f, "uid {} gid {} pid {}", unix.uid, unix.gid, unix.pid)?,
+            (None, Some(cid), _) => write!(f, "vsock {cid}")?,
+            (None, None, Some(address)) => write!(f, "{address}")?,
+            (None, None, None) => f.write_str("unknown")?,
+        }
+        // What a certificate says is whoever's who had it signed.
+        self.certificate_names.iter().try_for_each(|name| write!(f, " {}", name.to_string().escape_debug()))
+    }
+}
+
+/// User and groups of a process at the other end of a Unix socket, as the kernel recorded them at connect.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct UnixPeer {
     /// Effective user.
     pub uid: u32,
     /// Effective group.
     pub gid: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+    /// Process, for logs: another one may have its number by now.
+    pub pid: i32,
+}
+
+/// A name in a certificate. In rules and in texts it is `KIND:NAME`, such as `dns:host.example`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CertificateName {
+    /// The subject's common name (`cn:`).
+    Common(String),
+    /// A host (`dns:`).
+    Dns(String),
+    /// A mailbox (`email:`).
+    Email(String),
+    /// A resource (`uri:`).
+    Uri(String),
+}
+
+/// Why a text is no [`CertificateName`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} does not say what kind of name it is: write cn:{0}, dns:{0}, email:{0} or uri:{0}")]
+pub struct NoCertificateName(String);
+
+impl FromStr for CertificateName {
+    type Err = NoCertificateName;
+
+    fn from_str(text: &str) -> Result<Self, NoCertificateName> {
+        let (kind, name) = text.split_once(':').filter(|(_, name)| !name.is_empty()).unwrap_or(("", text));
+        let name = name.to_owned();
+        match kind {
+            "cn" => Ok(Self::Common(name)),
+            "dns" => Ok(Self::Dns(name)),
+            "email" => Ok(Self::Email(name)),
+            "uri" => Ok(Self::Uri(name)),
+            _ => Err(NoCertificateName(text.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for CertificateName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Common(name) => write!(f, "cn:{name}"),
+            Self::Dns(name) => write!(f, "dns:{name}"),
+            Self::Email(name) => write!(f, "email:{name}"),
+            Self::Uri(name) => write!(f, "uri:{name}"),
+        }
+    }
+}
+
+impl CertificateName {
+    /// Whether both are the same name of the same kind. ASCII case is ignored where the kind ignores it.
+    fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Common(one), Self::Common(two)) | (Self::Dns(one), Self::Dns(two)) => one.eq_ignore_ascii_case(two),
+            (Self::Email(one), Self::Email(two)) => match (one.rsplit_once('@'), two.rsplit_once('@')) {
+                (Some((user, host)), Some((user_two, host_two))) => {
+                    user == user_two && host.eq_ignore_ascii_case(host_two)
+                }
+                _ => one == two,
+            },
+            (Self::Uri(one), Self::Uri(two)) => one == two,
+            _ => false,
+        }
+    }
 }
 
 /// The clients that may use an export. Without any entry every client may.
@@ -26,22 +112,30 @@ pub struct UnixPeer {
 pub struct Allowed {
     /// Users that may come over a Unix socket.
     pub uids: Vec<u32>,
-    /// Groups that may come over a Unix socket.
+    /// Groups that may come over a Unix socket, supplementary ones included.
     pub gids: Vec<u32>,
-    /// Names, one of which the TLS client certificate must carry (ASCII case is ignored).
-    pub certificate_names: Vec<String>,
+    /// Virtual machines that may come over vsock, by context number.
+    pub cids: Vec<u32>,
+    /// Names, one of which the TLS client certificate must carry.
+    pub certificate_names: Vec<CertificateName>,
 }
 
 impl Allowed {
     /// Whether `peer` may use the export: no rule at all, or one that matches.
     pub fn admits(&self, peer: &Peer) -> bool {
-        let open = self.uids.is_empty() && self.gids.is_empty() && self.certificate_names.is_empty();
-        let by_unix = peer.unix.is_some_and(|unix| self.uids.contains(&unix.uid) || self.gids.contains(&unix.gid));
-        let by_name = self
-            .certificate_names
-            .iter()
-            .any(|allowed| peer.certificate_names.iter().any(|name| name.eq_ignore_ascii_case(allowed)));
-        open || by_unix || by_name
+        let by_unix = peer.unix.as_ref().is_some_and(|unix| {
+            let groups = || unix.groups.iter().chain([&unix.gid]);
+            self.uids.contains(&unix.uid) || groups().any(|gid| self.gids.contains(gid))
+        });
+        let by_cid = peer.cid.is_some_and(|cid| self.cids.contains(&cid));
+        let carried = |allowed: &CertificateName| peer.certificate_names.iter().any(|name| name.is(allowed));
+        self.is_open() || by_unix || by_cid || self.certificate_names.iter().any(carried)
+    }
+
+    /// Whether there is no rule.
+    pub fn is_open(&self) -> bool {
+        let numbers = self.uids.is_empty() && self.gids.is_empty() && self.cids.is_empty();
+        numbers && self.certificate_names.is_empty()
     }
 
     /// Whether a client that is refused now could be admitted by its TLS certificate.
@@ -60,21 +154,50 @@ mod tests {
     }
 
     #[test]
-    fn names_are_compared_whole() {
-        let allowed = Allowed { certificate_names: vec!["host1".into()], ..Allowed::default() };
-        for (name, admitted) in [("host1", true), ("HOST1", true), ("host10", false), ("host", false), ("", false)] {
-            let peer = Peer { certificate_names: vec![name.into()], ..Peer::default() };
-            assert_eq!(allowed.admits(&peer), admitted, "{name}");
+    fn names_are_compared_whole_and_with_their_own_kind() {
+        let rule = |text: &str| Allowed { certificate_names: vec![text.parse().unwrap()], ..Allowed::default() };
+        for (allowed, name, admitted) in [
+            ("dns:host1", "dns:host1", true),
+            ("dns:host1", "dns:HOST1", true),
+            ("dns:host1", "dns:host10", false),
+            ("dns:host1", "dns:host", false),
+            ("dns:host1", "cn:host1", false),
+            ("dns:host1", "email:host1", false),
+            ("dns:host1", "uri:host1", false),
+            ("cn:host1", "cn:Host1", true),
+            ("cn:host1", "dns:host1", false),
+            ("email:Me@example.org", "email:Me@EXAMPLE.org", true),
+            ("email:Me@example.org", "email:me@example.org", false),
+            ("uri:spiffe://a/b", "uri:spiffe://a/b", true),
+            ("uri:spiffe://a/b", "uri:spiffe://a/B", false),
+        ] {
+            let peer = Peer { certificate_names: vec![name.parse().unwrap()], ..Peer::default() };
+            assert_eq!(rule(allowed).admits(&peer), admitted, "{name} by {allowed}");
         }
-        assert!(!allowed.admits(&Peer::default()));
+        assert!(!rule("dns:host1").admits(&Peer::default()));
     }
 
     #[test]
-    fn users_and_groups_are_separate_numbers() {
-        let allowed = Allowed { uids: vec![7], gids: vec![8], ..Allowed::default() };
-        for (uid, gid, admitted) in [(7, 1, true), (1, 8, true), (8, 7, false), (70, 80, false)] {
-            let peer = Peer { unix: Some(UnixPeer { uid, gid }), ..Peer::default() };
-            assert_eq!(allowed.admits(&peer), admitted, "{uid}:{gid}");
+    fn a_name_without_its_kind_is_refused() {
+        for text in ["host1", "dns:", ":host1", "ip:1.2.3.4", ""] {
+            let error = text.parse::<CertificateName>().unwrap_err().to_string();
+            assert!(error.contains("write cn:") && error.contains("dns:"), "{error}");
+        }
+        assert_eq!("dns:host1".parse::<CertificateName>().unwrap().to_string(), "dns:host1");
+    }
+
+    #[test]
+    fn users_groups_and_machines_are_separate_numbers() {
+        let allowed = Allowed { uids: vec![7], gids: vec![8], cids: vec![9], ..Allowed::default() };
+        for (uid, gid, group, admitted) in
+            [(7, 1, 1, true), (1, 8, 1, true), (1, 1, 8, true), (8, 7, 7, false), (9, 9, 9, false), (70, 80, 80, false)]
+        {
+            let unix = UnixPeer { uid, gid, groups: vec![3, group], pid: 1 };
+            let peer = Peer { unix: Some(unix), ..Peer::default() };
+            assert_eq!(allowed.admits(&peer), admitted, "{uid}:{gid},{group}");
+        }
+        for (cid, admitted) in [(9, true), (7, false), (8, false)] {
+            assert_eq!(allowed.admits(&Peer { cid: Some(cid), ..Peer::default() }), admitted, "{cid}");
         }
     }
 }

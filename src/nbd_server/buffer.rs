@@ -1,132 +1,222 @@
 //! Request and reply memory of connections: small buffers that a connection always has, large ones from a pool.
 //!
-//! Guards: the large buffers of all connections together never exceed the configured budget; when it is used up, a
-//! connection goes on with its small buffers, so nobody waits for another client's memory. Buffers hold plaintext
-//! of earlier requests; [`ReplyBuffer`] therefore exposes only what was written since it was last emptied.
+//! Guards: the large buffers of all connections together, with the socket buffers that the kernel was asked to enlarge for
+//! them, never exceed the configured budget; when it is used up, a connection goes on with its small buffers, so nobody
+//! waits for another client's memory. A connection gets large buffers when small ones were not enough, and gives them back
+//! when they were for a while. Buffers hold plaintext of earlier requests: they are pages that are not dumped, and locked
+//! where the limit allows it; what was used of one is wiped when it is given back; [`ReplyBuffer`] exposes only what was
+//! written since it was last emptied. What the kernel's sockets hold is the kernel's, until the client has read it.
 
 use std::sync::{Mutex, PoisonError};
 
-use super::limits::{RECEIVE_BUFFER_BYTES, REPLY_BUFFER_BYTES, SMALL_BUFFER_BYTES};
+use super::limits::{Limits, RECEIVE_BUFFER_BYTES, REPLY_BUFFER_BYTES, SMALL_BUFFER_BYTES};
+use crate::secret::{self, SecretBytes};
 
 /// Alignment that payloads get when they can, in bytes.
 const PAYLOAD_ALIGNMENT: usize = 64;
 /// Bytes of large buffers that stay allocated while nobody uses them.
 const KEPT_BYTES_MAX: usize = 32 << 20;
+/// Small buffers that stay allocated while nobody uses them.
+const KEPT_SMALL_MAX: usize = 64;
+
+/// Memory of a buffer, and how much of it has been used since it was wiped.
+#[derive(Debug)]
+struct Memory {
+    bytes: SecretBytes,
+    used: usize,
+}
+
+impl Memory {
+    fn new(len_bytes: usize, locked: bool) -> Self {
+        Self { bytes: SecretBytes::for_data(len_bytes, locked), used: 0 }
+    }
+
+    fn wipe(&mut self) {
+        let used = &mut self.bytes[..self.used];
+        // Not byte by byte as for keys: data is large. It stays allocated, so these stores are never thought useless.
+        used.fill(0);
+        std::hint::black_box(used);
+        self.used = 0;
+    }
+}
 
 /// Storage for one connection: for what it receives and for what it replies.
 #[derive(Debug)]
-pub(super) struct Storage {
-    receive: Vec<u8>,
-    reply: Vec<u8>,
+struct Storage {
+    receive: Memory,
+    reply: Memory,
 }
 
 impl Storage {
-    fn large() -> Self {
-        Self { receive: vec![0; RECEIVE_BUFFER_BYTES], reply: vec![0; REPLY_BUFFER_BYTES] }
+    fn large(locked: bool) -> Self {
+        Self { receive: Memory::new(RECEIVE_BUFFER_BYTES, locked), reply: Memory::new(REPLY_BUFFER_BYTES, locked) }
     }
 
-    fn bytes() -> usize {
+    fn small(locked: bool) -> Self {
+        Self { receive: Memory::new(SMALL_BUFFER_BYTES, locked), reply: Memory::new(SMALL_BUFFER_BYTES, locked) }
+    }
+
+    const fn large_bytes() -> usize {
         RECEIVE_BUFFER_BYTES + REPLY_BUFFER_BYTES
+    }
+
+    fn wiped(mut self) -> Self {
+        self.receive.wipe();
+        self.reply.wipe();
+        self
     }
 }
 
-/// The large buffers of all connections.
+/// The buffers of all connections.
 #[derive(Debug)]
 pub(super) struct BufferPool {
-    lent_max: usize,
+    lent_bytes_max: usize,
+    locked: bool,
     state: Mutex<PoolState>,
 }
 
 #[derive(Debug, Default)]
 struct PoolState {
-    lent: usize,
-    free: Vec<Storage>,
+    lent_bytes: usize,
+    large: Vec<Storage>,
+    small: Vec<Storage>,
+}
+
+/// What a loan takes from the budget.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Loan {
+    bytes: usize,
+    /// Whether the socket's own buffers may be enlarged.
+    sockets: bool,
 }
 
 impl BufferPool {
-    pub(super) fn new(buffer_bytes_max: usize) -> Self {
-        Self { lent_max: buffer_bytes_max / Storage::bytes(), state: Mutex::default() }
+    pub(super) fn new(limits: &Limits) -> Self {
+        let small = limits.connections_max.saturating_mul(2 * SMALL_BUFFER_BYTES);
+        let locked = secret::data_may_be_locked(limits.buffer_bytes_max.saturating_add(small));
+        Self { lent_bytes_max: limits.buffer_bytes_max, locked, state: Mutex::default() }
     }
 
-    /// Large storage, or nothing when the budget is used up. It has to come back through [`give_back`](Self::give_back).
-    pub(super) fn lend(&self) -> Option<Storage> {
+    /// Large storage, with the right to `socket_bytes` of the kernel's if there is budget for them too, or nothing.
+    fn lend(&self, socket_bytes: usize) -> Option<(Loan, Storage)> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.lent == self.lent_max {
-            return None;
-        }
-        state.lent += 1;
-        let kept = state.free.pop();
+        let left = self.lent_bytes_max.saturating_sub(state.lent_bytes);
+        let with_sockets = Storage::large_bytes().saturating_add(socket_bytes);
+        let loan = match left {
+            _ if left >= with_sockets => Loan { bytes: with_sockets, sockets: true },
+            _ if left >= Storage::large_bytes() => Loan { bytes: Storage::large_bytes(), sockets: false },
+            _ => return None,
+        };
+        state.lent_bytes += loan.bytes;
+        let kept = state.large.pop();
         drop(state);
-        Some(kept.unwrap_or_else(Storage::large))
+        Some((loan, kept.unwrap_or_else(|| Storage::large(self.locked))))
     }
 
-    pub(super) fn give_back(&self, storage: Storage) {
+    fn give_back(&self, loan: Loan, storage: Storage) {
+        let storage = storage.wiped();
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.lent -= 1;
-        if (state.free.len() + 1) * Storage::bytes() <= KEPT_BYTES_MAX {
-            state.free.push(storage);
+        state.lent_bytes -= loan.bytes;
+        if (state.large.len() + 1) * Storage::large_bytes() <= KEPT_BYTES_MAX {
+            state.large.push(storage);
         }
     }
 
-    /// Bytes that are lent now.
+    fn small(&self) -> Storage {
+        let kept = self.state.lock().unwrap_or_else(PoisonError::into_inner).small.pop();
+        kept.unwrap_or_else(|| Storage::small(self.locked))
+    }
+
+    fn give_back_small(&self, storage: Storage) {
+        let storage = storage.wiped();
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.small.len() < KEPT_SMALL_MAX {
+            state.small.push(storage);
+        }
+    }
+
+    /// Bytes that are lent now, the kernel's included.
     pub(super) fn lent_bytes(&self) -> usize {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).lent * Storage::bytes()
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).lent_bytes
     }
 }
 
-/// The two buffers of a connection. They are exchanged between small and large only while both are empty.
+/// The two buffers of a connection.
 #[derive(Debug)]
 pub(super) struct Buffers<'a> {
     pub(super) receive: ReceiveBuffer,
     pub(super) reply: ReplyBuffer,
     pool: &'a BufferPool,
     /// The small storage while the large one is in use.
-    resting: Option<Storage>,
+    resting: Option<(Loan, Storage)>,
+}
+
+/// What changed with the buffers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Changed {
+    /// Nothing.
+    No,
+    /// The memory alone.
+    Memory,
+    /// The memory, and the socket's own buffers may be changed likewise.
+    MemoryAndSockets,
+}
+
+impl Changed {
+    fn with(loan: Loan) -> Self {
+        if loan.sockets { Self::MemoryAndSockets } else { Self::Memory }
+    }
 }
 
 impl<'a> Buffers<'a> {
     pub(super) fn small(pool: &'a BufferPool) -> Self {
-        let receive = ReceiveBuffer { bytes: vec![0; SMALL_BUFFER_BYTES], start: 0, end: 0 };
-        let reply = ReplyBuffer { bytes: vec![0; SMALL_BUFFER_BYTES], filled: 0 };
-        Self { receive, reply, pool, resting: None }
+        let Storage { receive, reply } = pool.small();
+        let receive = ReceiveBuffer { memory: receive, start: 0, end: 0 };
+        Self { receive, reply: ReplyBuffer { memory: reply, filled: 0 }, pool, resting: None }
     }
 
-    fn is_empty(&self) -> bool {
-        self.receive.unread().is_empty() && self.reply.pending().is_empty()
+    pub(super) fn are_large(&self) -> bool {
+        self.resting.is_some()
     }
 
-    /// Changes to large buffers if nothing is buffered and the budget allows it.
-    pub(super) fn enlarge(&mut self) {
-        if self.resting.is_none()
-            && self.is_empty()
-            && let Some(large) = self.pool.lend()
-        {
-            self.resting = Some(self.exchange(large));
+    /// Changes to large buffers if the budget allows it. What they hold comes along.
+    pub(super) fn enlarge(&mut self, socket_bytes: usize) -> Changed {
+        if self.resting.is_some() || self.receive.unread().len() > SMALL_BUFFER_BYTES {
+            return Changed::No;
         }
+        let Some((loan, large)) = self.pool.lend(socket_bytes) else { return Changed::No };
+        self.resting = Some((loan, self.exchange(large)));
+        Changed::with(loan)
     }
 
-    /// Returns the large buffers if nothing is buffered.
-    pub(super) fn rest(&mut self) {
-        if self.is_empty()
-            && let Some(small) = self.resting.take()
-        {
-            let large = self.exchange(small);
-            self.pool.give_back(large);
-        }
+    /// Returns the large buffers if what they hold fits the small ones, where it then is.
+    pub(super) fn rest(&mut self) -> Changed {
+        let fits = self.receive.unread().len() <= SMALL_BUFFER_BYTES && self.reply.filled <= SMALL_BUFFER_BYTES;
+        let Some((loan, small)) = self.resting.take_if(|_| fits) else { return Changed::No };
+        let large = self.exchange(small);
+        self.pool.give_back(loan, large);
+        Changed::with(loan)
     }
 
     fn exchange(&mut self, storage: Storage) -> Storage {
-        let receive = std::mem::replace(&mut self.receive, ReceiveBuffer { bytes: storage.receive, start: 0, end: 0 });
-        let reply = std::mem::replace(&mut self.reply, ReplyBuffer { bytes: storage.reply, filled: 0 });
-        Storage { receive: receive.bytes, reply: reply.bytes }
+        let receive = self.receive.exchange(storage.receive);
+        Storage { receive, reply: self.reply.exchange(storage.reply) }
     }
 }
 
 impl Drop for Buffers<'_> {
     fn drop(&mut self) {
-        if let Some(small) = self.resting.take() {
-            let large = self.exchange(small);
-            self.pool.give_back(large);
+        let nothing = || Memory { bytes: SecretBytes::for_data(0, false), used: 0 };
+        let mut take = || {
+            let receive = std::mem::replace(&mut self.receive.memory, nothing());
+            Storage { receive, reply: std::mem::replace(&mut self.reply.memory, nothing()) }
+        };
+        match self.resting.take() {
+            None => self.pool.give_back_small(take()),
+            Some((loan, small)) => {
+                self.pool.give_back(loan, take());
+                self.pool.give_back_small(small);
+            }
         }
     }
 }
@@ -134,14 +224,15 @@ impl Drop for Buffers<'_> {
 /// Bytes received and not processed yet.
 #[derive(Debug)]
 pub(super) struct ReceiveBuffer {
-    bytes: Vec<u8>,
+    memory: Memory,
     start: usize,
     end: usize,
 }
 
 impl ReceiveBuffer {
+    #[inline]
     pub(super) fn unread(&self) -> &[u8] {
-        &self.bytes[self.start..self.end]
+        &self.memory.bytes[self.start..self.end]
     }
 
     pub(super) fn consume(&mut self, len_bytes: usize) {
@@ -152,50 +243,65 @@ impl ReceiveBuffer {
     /// Room for more, after the unread bytes. These are moved so that the byte `lead_bytes` after the first unread one
     /// is aligned: that is where a payload begins. Empty only if the buffer is full of unread bytes.
     pub(super) fn room(&mut self, lead_bytes: usize) -> &mut [u8] {
-        let aligned = self.bytes.as_ptr().align_offset(PAYLOAD_ALIGNMENT);
-        let wanted = (aligned + PAYLOAD_ALIGNMENT).saturating_sub(lead_bytes % PAYLOAD_ALIGNMENT);
+        // Pages are aligned better than payloads need to be.
+        let wanted = PAYLOAD_ALIGNMENT.saturating_sub(lead_bytes % PAYLOAD_ALIGNMENT);
         let unread = self.end - self.start;
-        let begin = if wanted + unread < self.bytes.len() { wanted } else { 0 };
+        let begin = if wanted + unread < self.memory.bytes.len() { wanted } else { 0 };
         if begin != self.start {
-            self.bytes.copy_within(self.start..self.end, begin);
+            self.memory.bytes.copy_within(self.start..self.end, begin);
             (self.start, self.end) = (begin, begin + unread);
+            self.memory.used = self.memory.used.max(self.end);
         }
-        &mut self.bytes[self.end..]
+        &mut self.memory.bytes[self.end..]
     }
 
     /// Says that `len_bytes` of [`room`](Self::room) were received.
     pub(super) fn received(&mut self, len_bytes: usize) {
         self.end += len_bytes;
-        debug_assert!(self.end <= self.bytes.len());
+        self.memory.used = self.memory.used.max(self.end);
+        debug_assert!(self.end <= self.memory.bytes.len());
     }
 
     /// Makes room for `len_bytes` unread bytes in total if there is none left.
     pub(super) fn reserve_if_full(&mut self, len_bytes: usize) {
-        if self.end - self.start == self.bytes.len() && self.bytes.len() < len_bytes {
-            self.bytes.resize(len_bytes, 0);
+        if self.end - self.start == self.memory.bytes.len() && self.memory.bytes.len() < len_bytes {
+            let larger = Memory::new(len_bytes, false);
+            let mut smaller = self.exchange(larger);
+            smaller.wipe();
         }
+    }
+
+    /// Goes on in `memory`, which what is unread fits.
+    fn exchange(&mut self, memory: Memory) -> Memory {
+        let mut other = memory;
+        let unread = self.end - self.start;
+        other.bytes[..unread].copy_from_slice(self.unread());
+        other.used = other.used.max(unread);
+        (self.start, self.end) = (0, unread);
+        std::mem::replace(&mut self.memory, other)
     }
 }
 
 /// Replies that have not been sent yet.
 #[derive(Debug)]
 pub(super) struct ReplyBuffer {
-    bytes: Vec<u8>,
+    memory: Memory,
     filled: usize,
 }
 
 impl ReplyBuffer {
     /// What waits to be sent.
+    #[inline]
     pub(super) fn pending(&self) -> &[u8] {
-        &self.bytes[..self.filled]
+        &self.memory.bytes[..self.filled]
     }
 
     pub(super) fn free_bytes(&self) -> usize {
-        self.bytes.len() - self.filled
+        self.memory.bytes.len() - self.filled
     }
 
     pub(super) fn capacity_bytes(&self) -> usize {
-        self.bytes.len()
+        self.memory.bytes.len()
     }
 
     /// Appends bytes, for which there has to be room.
@@ -207,7 +313,8 @@ impl ReplyBuffer {
     pub(super) fn grab(&mut self, len_bytes: usize) -> &mut [u8] {
         let begin = self.filled;
         self.filled += len_bytes;
-        &mut self.bytes[begin..self.filled]
+        self.memory.used = self.memory.used.max(self.filled);
+        &mut self.memory.bytes[begin..self.filled]
     }
 
     /// Forgets what was appended after `len_bytes`.
@@ -215,39 +322,89 @@ impl ReplyBuffer {
         debug_assert!(len_bytes <= self.filled);
         self.filled = len_bytes;
     }
+
+    /// Goes on in `memory`, which what is pending fits.
+    fn exchange(&mut self, memory: Memory) -> Memory {
+        let mut other = memory;
+        other.bytes[..self.filled].copy_from_slice(self.pending());
+        other.used = other.used.max(self.filled);
+        std::mem::replace(&mut self.memory, other)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn pool(buffer_bytes_max: usize) -> BufferPool {
+        BufferPool::new(&Limits { buffer_bytes_max, ..Limits::default() })
+    }
+
     #[test]
     fn the_pool_lends_its_budget_and_not_more() {
-        let pool = BufferPool::new(2 * Storage::bytes() + 1);
+        let pool = pool(2 * Storage::large_bytes() + 1);
         let mut clients: Vec<_> = (0..3).map(|_| Buffers::small(&pool)).collect();
-        clients.iter_mut().for_each(Buffers::enlarge);
-        assert_eq!(pool.lent_bytes(), 2 * Storage::bytes());
+        for client in &mut clients {
+            client.enlarge(0);
+        }
+        assert_eq!(pool.lent_bytes(), 2 * Storage::large_bytes());
         assert_eq!(clients[2].reply.capacity_bytes(), SMALL_BUFFER_BYTES);
         clients[0].rest();
-        clients[2].enlarge();
+        clients[2].enlarge(0);
         assert_eq!(clients[2].reply.capacity_bytes(), REPLY_BUFFER_BYTES);
         drop(clients);
         assert_eq!(pool.lent_bytes(), 0);
     }
 
     #[test]
-    fn buffers_in_use_are_not_exchanged() {
-        let pool = BufferPool::new(usize::MAX);
+    fn the_kernels_socket_buffers_count_and_are_the_first_to_go() {
+        const SOCKETS: usize = 4 << 20;
+        let pool = pool(2 * Storage::large_bytes() + SOCKETS);
+        let mut clients: Vec<_> = (0..3).map(|_| Buffers::small(&pool)).collect();
+        let changed: Vec<_> = clients.iter_mut().map(|client| client.enlarge(SOCKETS)).collect();
+        assert_eq!(changed, [Changed::MemoryAndSockets, Changed::Memory, Changed::No]);
+        assert_eq!(pool.lent_bytes(), 2 * Storage::large_bytes() + SOCKETS);
+        assert_eq!(clients[0].rest(), Changed::MemoryAndSockets);
+        assert_eq!(pool.lent_bytes(), Storage::large_bytes());
+    }
+
+    #[test]
+    fn what_buffers_hold_comes_along_and_leaves_no_copy() {
+        let pool = pool(usize::MAX);
         let mut buffers = Buffers::small(&pool);
         buffers.reply.push(b"reply");
-        buffers.enlarge();
-        assert_eq!(buffers.reply.pending(), b"reply");
-        assert_eq!(pool.lent_bytes(), 0);
+        buffers.receive.room(28)[..7].copy_from_slice(b"request");
+        buffers.receive.received(7);
+        for large in [true, false] {
+            if large {
+                buffers.enlarge(0)
+            } else {
+                buffers.rest()
+            };
+            assert_eq!(buffers.are_large(), large);
+            assert_eq!((buffers.reply.pending(), buffers.receive.unread()), (&b"reply"[..], &b"request"[..]));
+        }
+        let kept = pool.state.lock().unwrap();
+        assert!(kept.large[0].reply.bytes.iter().chain(kept.large[0].receive.bytes.iter()).all(|byte| *byte == 0));
+        drop(kept);
+        drop(buffers);
+        let kept = pool.state.lock().unwrap();
+        assert!(kept.small[0].reply.bytes.iter().chain(kept.small[0].receive.bytes.iter()).all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn more_than_small_buffers_hold_is_not_exchanged() {
+        let pool = pool(usize::MAX);
+        let mut buffers = Buffers::small(&pool);
+        buffers.enlarge(0);
+        buffers.reply.grab(SMALL_BUFFER_BYTES + 1);
+        assert_eq!(buffers.rest(), Changed::No);
+        assert!(pool.lent_bytes() > 0 && buffers.are_large());
     }
 
     #[test]
     fn a_payload_behind_a_header_is_aligned() {
-        let pool = BufferPool::new(usize::MAX);
+        let pool = pool(usize::MAX);
         let mut buffers = Buffers::small(&pool);
         let receive = &mut buffers.receive;
         for header_bytes in [28, 32] {
@@ -265,8 +422,9 @@ mod tests {
 
     #[test]
     fn a_full_buffer_of_unread_bytes_is_kept() {
-        let pool = BufferPool::new(0);
-        let mut receive = Buffers::small(&pool).receive_for_test();
+        let pool = pool(0);
+        let mut buffers = Buffers::small(&pool);
+        let receive = &mut buffers.receive;
         let mut total = 0;
         loop {
             let room = receive.room(28).len();
@@ -281,11 +439,5 @@ mod tests {
         receive.reserve_if_full(total + 1);
         assert!(!receive.room(28).is_empty());
         assert_eq!(receive.unread(), vec![9; total]);
-    }
-
-    impl Buffers<'_> {
-        fn receive_for_test(&mut self) -> ReceiveBuffer {
-            std::mem::replace(&mut self.receive, ReceiveBuffer { bytes: Vec::new(), start: 0, end: 0 })
-        }
     }
 }

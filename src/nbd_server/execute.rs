@@ -1,74 +1,126 @@
 //! Runs requests that the transmission machine has permitted, and buffers their replies.
 //!
 //! Guards: a request's data is in the reply buffer before anything promises that it will come, except for reads that
-//! are larger than the buffer and may not be split; what a failed read left in the buffer is never sent.
+//! are larger than the buffer and may not be split; what a failed read left in the buffer is never sent; what may take long
+//! runs beside the connection, if somebody takes it.
 
+use std::ops::Range;
+use std::sync::Arc;
 use std::time::Instant;
 
-use super::connection::{End, Session};
-use super::export::{Durability, Export, ExportError, Hole};
-use super::limits::EXTENTS_MAX;
+use super::connection::{End, Fate, Session};
+use super::export::{Durability, Export, ExportError, Extent, ExtentKind, Hole};
+use super::failures::command_name;
+use super::limits::{EXTENTS_MAX, HOLES_READ_BYTES, HOLES_READ_MAX, SLOW_PER_CONNECTION_MAX, SLOW_ZEROES_BYTES};
+use super::slow::{Finished, Work};
 use super::transmission::{Refusal, Replies, Request, StatusQuery, Verdict};
 use super::wire::{NBD_EINVAL, NBD_EIO, NBD_ENOSPC, NBD_ENOTSUP, NBD_EPERM, NBD_ESHUTDOWN, RequestHeader};
 
 /// Room that every head of a reply fits.
 const HEAD_BYTES: usize = 64;
-/// Where writes that arrive in pieces are cut, in bytes of the export: no unit is written twice.
+/// Where data that moves in pieces is cut, in bytes of the export: no unit is written or read twice.
 const CUT_BYTES: u64 = 4096;
+
+/// A request that is being answered.
+#[derive(Debug, Clone, Copy)]
+struct Call {
+    header: RequestHeader,
+    replies: Replies,
+    start: Instant,
+}
 
 impl Session<'_> {
     /// Answers one request whose header has been consumed.
     pub(super) fn answer(&mut self, header: &RequestHeader) -> Result<(), End> {
         let start = Instant::now();
-        self.failed = false;
-        let answered = self.answer_uncounted(header);
-        self.link.client.traffic.record(
-            header,
-            start.elapsed(),
-            self.failed || matches!(answered, Err(ref end) if !matches!(end, End::Disconnected)),
-        );
+        (self.header, self.fate) = (*header, Fate::Succeeded);
+        let answered = self.answer_uncounted(&Call { header: *header, replies: self.machine.replies(header), start });
+        if self.fate != Fate::Deferred {
+            let broken = matches!(answered, Err(ref end) if !matches!(end, End::Disconnected));
+            self.link.client.traffic.record(header, start.elapsed(), self.fate == Fate::Failed || broken);
+        }
         answered
     }
 
-    fn answer_uncounted(&mut self, header: &RequestHeader) -> Result<(), End> {
-        let replies = self.machine.replies(header);
-        match self.machine.validate_request(header, self.link.refuses()) {
-            Verdict::Run(request) => self.run(request, replies),
+    fn answer_uncounted(&mut self, call: &Call) -> Result<(), End> {
+        match self.machine.validate_request(&call.header, self.link.refuses()) {
+            Verdict::Run(request) => self.run(request, call),
             Verdict::Refuse { refusal, drain_bytes } => {
                 self.drain(drain_bytes)?;
-                self.refuse(replies, refusal)
+                self.refuse(call.replies, refusal)
             }
             Verdict::Disconnect { payload_bytes } => Err(End::PayloadTooLarge(payload_bytes)),
         }
     }
 
-    fn run(&mut self, request: Request, replies: Replies) -> Result<(), End> {
-        let export = self.machine.negotiated().served.export.clone();
-        let export = export.as_ref();
-        let done = match request {
+    fn run(&mut self, request: Request, call: &Call) -> Result<(), End> {
+        let export = Arc::clone(&self.machine.negotiated().served.export);
+        let replies = call.replies;
+        let work = match request {
             Request::Disconnect => return Err(End::Disconnected),
             Request::Read { offset, len_bytes, dont_fragment } => {
-                return self.read(export, replies, offset, len_bytes, dont_fragment);
+                return self.read(export.as_ref(), replies, offset, len_bytes, dont_fragment);
             }
-            Request::BlockStatus(query) => return self.block_status(export, replies, query),
+            Request::BlockStatus(query) => return self.block_status(export.as_ref(), replies, query),
             Request::BlockStatusPayload { offset, payload_bytes, one } => {
-                return self.block_status_payload(export, replies, offset, payload_bytes, one);
+                return self.block_status_payload(export.as_ref(), replies, offset, payload_bytes, one);
             }
-            Request::Write { offset, len_bytes, durability } => self.write(export, offset, len_bytes, durability)?,
-            Request::Flush => export.flush(),
+            Request::Write { offset, len_bytes, durability } => {
+                match (self.write(export.as_ref(), offset, len_bytes)?, durability) {
+                    (Ok(()), Durability::Fua) if len_bytes > 0 => {
+                        Work::Persist { offset, len_bytes: u64::from(len_bytes) }
+                    }
+                    (done, _) => return self.reply(replies, &done),
+                }
+            }
             Request::Trim { len_bytes: 0, .. }
             | Request::Cache { len_bytes: 0, .. }
-            | Request::WriteZeroes { len_bytes: 0, .. } => Ok(()),
-            Request::Trim { offset, len_bytes, durability } => export.discard(offset, len_bytes, durability),
-            Request::Cache { offset, len_bytes } => export.prefetch(offset, len_bytes),
-            Request::WriteZeroes { offset, len_bytes, hole, fast, durability } => {
-                debug_assert!(!fast || hole == Hole::Allowed);
-                export.write_zeroes(offset, len_bytes, hole, durability)
+            | Request::WriteZeroes { len_bytes: 0, .. } => return self.reply(replies, &Ok(())),
+            Request::Flush => Work::Flush,
+            Request::Trim { offset, len_bytes, durability } => Work::Discard { offset, len_bytes, durability },
+            Request::Cache { offset, len_bytes } => Work::Prefetch { offset, len_bytes },
+            Request::WriteZeroes { offset, len_bytes, hole, durability } => {
+                Work::Zeroes { offset, len_bytes, hole, durability }
             }
         };
+        if matches!(work, Work::Zeroes { .. } | Work::Discard { .. }) {
+            self.known_data = 0..0;
+        }
+        self.run_work(work, &export, call)
+    }
+
+    /// Does what may take long: beside the connection if it really may, and somebody takes it.
+    fn run_work(&mut self, work: Work, export: &Arc<dyn Export>, call: &Call) -> Result<(), End> {
+        if may_take_long(work, export.as_ref()) {
+            while self.link.slow.in_flight() >= SLOW_PER_CONNECTION_MAX {
+                self.await_one()?;
+            }
+            let (link, call) = (&mut self.link, (call.header, call.replies, call.start));
+            if link.slow.give_away(work, call, Arc::clone(export), (link.client, link.shared)) {
+                self.fate = Fate::Deferred;
+                return Ok(());
+            }
+        }
+        let done = work.run(export.as_ref(), self.link.client, self.link.shared);
+        self.reply(call.replies, &done)
+    }
+
+    /// Answers a request that has ended beside the connection.
+    pub(super) fn answer_finished(&mut self, finished: Finished) -> Result<(), End> {
+        let Finished { header, replies, start, result } = finished;
+        self.known_data = 0..0;
+        (self.header, self.fate) = (header, Fate::Succeeded);
+        let given_up = matches!(result, Err(ExportError::ShuttingDown)) && self.link.hangs_up();
+        // A client of a server that hangs up repeats what was not answered.
+        let answered = if given_up { Ok(()) } else { self.reply(replies, &result) };
+        self.link.client.traffic.record(&header, start.elapsed(), result.is_err() || answered.is_err());
+        answered
+    }
+
+    fn reply(&mut self, replies: Replies, done: &Result<(), ExportError>) -> Result<(), End> {
         match done {
             Ok(()) => self.push(replies.success().as_bytes()),
-            Err(error) => self.fail(replies, &error, None),
+            Err(error) => self.fail(replies, error, None),
         }
     }
 
@@ -83,19 +135,69 @@ impl Session<'_> {
         if len_bytes == 0 {
             return self.push(replies.success().as_bytes());
         }
-        let capacity = self.link.buffers.reply.capacity_bytes() - HEAD_BYTES;
-        let whole = usize::try_from(len_bytes).is_ok_and(|len| len <= capacity);
-        if !whole && (dont_fragment || !replies.chunked()) {
+        let may_split = replies.chunked() && !dont_fragment;
+        if may_split && len_bytes >= HOLES_READ_BYTES && export.discards() {
+            return self.read_with_holes(export, replies, offset, len_bytes);
+        }
+        if !may_split && !self.fits_reply(len_bytes) {
             return self.read_streamed(export, replies, offset, len_bytes);
         }
-        let (mut at, mut rest) = (offset, len_bytes);
-        while rest > 0 {
-            let piece = u32::try_from(capacity).map_or(rest, |capacity| rest.min(capacity));
-            if let Err(error) = self.read_chunk(export, replies, at, piece, piece == rest)? {
-                return self.fail(replies, &error, Some(at));
+        self.read_run(export, replies, offset..offset + u64::from(len_bytes), true)?;
+        Ok(())
+    }
+
+    /// Whether the data of a read fits the reply buffer, after it was enlarged if that is possible.
+    fn fits_reply(&mut self, len_bytes: u32) -> bool {
+        let wanted = usize::try_from(len_bytes).unwrap_or(usize::MAX).saturating_add(HEAD_BYTES);
+        if wanted > self.link.buffers.reply.capacity_bytes() && !self.link.buffers.are_large() {
+            self.link.enlarge();
+        }
+        wanted <= self.link.buffers.reply.capacity_bytes()
+    }
+
+    /// Reads `range` in as many chunks as the buffer needs; with `last` the last one ends the reply. `false` after an
+    /// error, which has ended it.
+    fn read_run(&mut self, export: &dyn Export, replies: Replies, range: Range<u64>, last: bool) -> Result<bool, End> {
+        let len_bytes = u32::try_from(range.end - range.start).unwrap_or(u32::MAX);
+        let whole = self.fits_reply(len_bytes);
+        let capacity = (self.link.buffers.reply.capacity_bytes() - HEAD_BYTES) as u64;
+        let mut at = range.start;
+        while at < range.end {
+            let cut = if whole { range.end } else { range.end.min((at + capacity) / CUT_BYTES * CUT_BYTES) };
+            let piece = u32::try_from(cut - at).unwrap_or(u32::MAX);
+            if let Err(error) = self.read_chunk(export, replies, at, piece, last && cut == range.end)? {
+                self.fail(replies, &error, Some(at))?;
+                return Ok(false);
             }
-            at += u64::from(piece);
-            rest -= piece;
+            at = cut;
+        }
+        Ok(true)
+    }
+
+    /// A read that need not send the zeroes of holes.
+    fn read_with_holes(
+        &mut self,
+        export: &dyn Export,
+        replies: Replies,
+        offset: u64,
+        len_bytes: u32,
+    ) -> Result<(), End> {
+        let end = offset + u64::from(len_bytes);
+        let mut at = offset;
+        // Where holes cannot be found out, everything is read.
+        for hole in export
+            .extents(offset, u64::from(len_bytes), HOLES_READ_MAX)
+            .map_or_else(|_| Vec::new(), |extents| holes_of(&extents, offset..end))
+        {
+            if at < hole.start && !self.read_run(export, replies, at..hole.start, false)? {
+                return Ok(());
+            }
+            let hole_bytes = u32::try_from(hole.end - hole.start).unwrap_or(u32::MAX);
+            self.push(replies.hole(hole.start, hole_bytes, hole.end == end).as_bytes())?;
+            at = hole.end;
+        }
+        if at < end {
+            self.read_run(export, replies, at..end, true)?;
         }
         Ok(())
     }
@@ -155,13 +257,7 @@ impl Session<'_> {
     }
 
     /// Writes the payload piece by piece as it arrives. After an error the rest is received and forgotten.
-    fn write(
-        &mut self,
-        export: &dyn Export,
-        offset: u64,
-        len_bytes: u32,
-        durability: Durability,
-    ) -> Result<Result<(), ExportError>, End> {
+    fn write(&mut self, export: &dyn Export, offset: u64, len_bytes: u32) -> Result<Result<(), ExportError>, End> {
         let (mut at, mut rest) = (offset, u64::from(len_bytes));
         let mut result = Ok(());
         while rest > 0 {
@@ -169,14 +265,13 @@ impl Session<'_> {
             let piece = writable_bytes(at, rest, unread.len());
             if piece > 0 {
                 if result.is_ok() {
-                    result = export.write_at(at, &unread[..piece], durability);
+                    result = export.write_at(at, &unread[..piece]);
                 }
                 self.link.buffers.receive.consume(piece);
                 at += piece as u64;
                 rest -= piece as u64;
             } else {
-                self.link.send_replies()?;
-                self.link.receive_more(0)?;
+                self.receive_more()?;
             }
         }
         Ok(result)
@@ -191,8 +286,7 @@ impl Session<'_> {
             self.link.buffers.receive.consume(piece);
             rest -= piece as u64;
             if rest > 0 {
-                self.link.send_replies()?;
-                self.link.receive_more(0)?;
+                self.receive_more()?;
             }
         }
         Ok(())
@@ -203,14 +297,40 @@ impl Session<'_> {
         if !allocation {
             return self.push(replies.success().as_bytes());
         }
-        let limit = if one { 1 } else { EXTENTS_MAX };
-        match export.extents(offset, len_bytes, limit) {
+        match self.extents(export, offset, len_bytes, one) {
             Ok(extents) => {
                 let described = &extents[..extents.len().min(EXTENTS_MAX)];
                 self.push(&replies.block_status(len_bytes, one, described))
             }
             Err(error) => self.fail(replies, &error, None),
         }
+    }
+
+    /// What the query asks for. A run of data is remembered whole: the end of a long one may take long to find, and a client
+    /// that asks for it piece by piece must not have it found again and again. To call data what has become a hole since
+    /// then is always allowed.
+    fn extents(
+        &mut self,
+        export: &dyn Export,
+        offset: u64,
+        len_bytes: u64,
+        one: bool,
+    ) -> Result<Vec<Extent>, ExportError> {
+        let end = offset + len_bytes;
+        let enough = |known: &Range<u64>| known.contains(&offset) && (one || known.end >= end);
+        if !enough(&self.known_data) {
+            let size_bytes = export.size_bytes().min(self.machine.negotiated().size_bytes);
+            let first = export.extents(offset, size_bytes.saturating_sub(offset).max(len_bytes), 1)?;
+            match first.first() {
+                Some(run) if run.kind == ExtentKind::Allocated => self.known_data = offset..offset + run.len_bytes,
+                _ if one => return Ok(first),
+                _ => {}
+            }
+        }
+        if enough(&self.known_data) {
+            return Ok(vec![Extent { len_bytes: self.known_data.end - offset, kind: ExtentKind::Allocated }]);
+        }
+        export.extents(offset, len_bytes, EXTENTS_MAX)
     }
 
     fn block_status_payload(
@@ -223,8 +343,7 @@ impl Session<'_> {
     ) -> Result<(), End> {
         let len = usize::try_from(payload_bytes).unwrap_or(usize::MAX);
         while self.link.buffers.receive.unread().len() < len {
-            self.link.send_replies()?;
-            self.link.receive_more(0)?;
+            self.receive_more()?;
         }
         let query = self.machine.status_query(offset, one, &self.link.buffers.receive.unread()[..len]);
         self.link.buffers.receive.consume(len);
@@ -235,12 +354,19 @@ impl Session<'_> {
     }
 
     fn refuse(&mut self, replies: Replies, refusal: Refusal) -> Result<(), End> {
-        self.failed = true;
+        self.fate = Fate::Failed;
+        let (client, command) = (self.link.client.id, command_name(self.header.command));
+        tracing::debug!(client, command, offset = self.header.offset, len_bytes = self.header.len_bytes, %refusal, "refused");
         self.push(&replies.error(refusal.errno(), &refusal.to_string(), None))
     }
 
     fn fail(&mut self, replies: Replies, error: &ExportError, at: Option<u64>) -> Result<(), End> {
-        self.failed = true;
+        self.fate = Fate::Failed;
+        let served = &self.machine.negotiated().served;
+        if !matches!(error, ExportError::ShuttingDown) {
+            self.failures.log(self.link.client, &served.info.name, &self.header, error);
+        }
+        self.link.shared.note_poison(served);
         self.push(&replies.error(errno_of(error), &error.to_string(), at))
     }
 
@@ -251,9 +377,44 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// Makes room, by a larger buffer if there is one and otherwise by sending what waits.
     fn make_room(&mut self, len_bytes: usize) -> Result<(), End> {
+        if self.link.buffers.reply.free_bytes() >= len_bytes {
+            return Ok(());
+        }
+        if !self.link.buffers.are_large() {
+            self.link.enlarge();
+        }
         if self.link.buffers.reply.free_bytes() < len_bytes { self.link.send_replies() } else { Ok(()) }
     }
+}
+
+/// Whether the work runs beside its connection. What is always short would only be made longer by that.
+fn may_take_long(work: Work, export: &dyn Export) -> bool {
+    match work {
+        Work::Flush | Work::Persist { .. } => export.durability_waits(),
+        Work::Zeroes { len_bytes, hole, durability, .. } => {
+            let punches = hole != Hole::Forbidden && export.discards();
+            len_bytes >= SLOW_ZEROES_BYTES || punches || durability == Durability::Fua && export.durability_waits()
+        }
+        Work::Discard { .. } | Work::Prefetch { .. } => true,
+    }
+}
+
+/// The holes in `range`, where they are whole units, when it begins with `extents`.
+fn holes_of(extents: &[Extent], range: Range<u64>) -> Vec<Range<u64>> {
+    let (mut at, mut holes) = (range.start, Vec::<Range<u64>>::new());
+    for extent in extents {
+        let end = range.end.min(at.saturating_add(extent.len_bytes));
+        let whole = at.next_multiple_of(CUT_BYTES)..end / CUT_BYTES * CUT_BYTES;
+        match holes.last_mut() {
+            _ if extent.kind != ExtentKind::Hole || whole.is_empty() => {}
+            Some(last) if last.end == whole.start => last.end = whole.end,
+            _ => holes.push(whole),
+        }
+        at = end;
+    }
+    holes
 }
 
 /// How much of `unread` can be written now: all that is left of the request, or whole units.
@@ -270,7 +431,7 @@ fn writable_bytes(at: u64, rest: u64, unread: usize) -> usize {
 /// The protocol's error for an export's error.
 fn errno_of(error: &ExportError) -> u32 {
     match error {
-        ExportError::Media => NBD_EIO,
+        ExportError::Media | ExportError::Volume(_) => NBD_EIO,
         ExportError::NoSpace => NBD_ENOSPC,
         ExportError::ShuttingDown => NBD_ESHUTDOWN,
         ExportError::PastEnd => NBD_EINVAL,

@@ -6,16 +6,18 @@
 //! size that the client was told, and no write reaches a read-only one. Nothing here knows about the wire.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use super::access::Allowed;
 use super::wire::STRING_BYTES_MAX;
+use crate::volume::VolumeError;
 
-/// What a write has to reach before it returns.
+/// What a request that changes data has to reach before it is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
     /// Visible to later reads; durable at the next flush.
     Cached,
-    /// Durable on media ("force unit access").
+    /// Durable on media ("force unit access"): [`Export::persist`] comes before the answer.
     Fua,
 }
 
@@ -26,6 +28,8 @@ pub enum Hole {
     Allowed,
     /// The range has to stay allocated.
     Forbidden,
+    /// The whole range becomes a hole at once, or nothing is changed and the answer is [`ExportError::Unsupported`].
+    Required,
 }
 
 /// What an extent of an export is.
@@ -53,6 +57,9 @@ pub enum ExportError {
     /// The media cannot be read or written there.
     #[error("media error")]
     Media,
+    /// A volume cannot be read or written there; why is for the log.
+    #[error("media error")]
+    Volume(#[source] VolumeError),
     /// The backing has no space left.
     #[error("no space left on the backing")]
     NoSpace,
@@ -93,21 +100,32 @@ pub trait Export: Send + Sync {
     /// # Errors
     ///
     /// Any [`ExportError`]; an unspecified part of the range may then have been written.
-    fn write_at(&self, offset: u64, data: &[u8], durability: Durability) -> Result<(), ExportError>;
+    fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), ExportError>;
 
-    /// Makes the range read as zeroes.
+    /// Makes the range, of at most [`SLICE_BYTES`](super::limits::SLICE_BYTES), read as zeroes. [`Hole::Required`] comes only if [`fast_zero`](Self::fast_zero).
     ///
     /// # Errors
     ///
     /// As [`write_at`](Self::write_at).
-    fn write_zeroes(&self, offset: u64, len_bytes: u64, hole: Hole, durability: Durability) -> Result<(), ExportError>;
+    fn write_zeroes(&self, offset: u64, len_bytes: u64, hole: Hole) -> Result<(), ExportError>;
 
-    /// Says that the range is not needed any more; the export may ignore it. Called only if [`discards`](Self::discards).
+    /// Says that the range, of at most [`SLICE_BYTES`](super::limits::SLICE_BYTES), is not needed any more; the export may ignore it. Called only if
+    /// [`discards`](Self::discards).
     ///
     /// # Errors
     ///
     /// As [`write_at`](Self::write_at).
-    fn discard(&self, offset: u64, len_bytes: u64, durability: Durability) -> Result<(), ExportError>;
+    fn discard(&self, offset: u64, len_bytes: u64) -> Result<(), ExportError>;
+
+    /// Makes what was written to the range durable.
+    ///
+    /// # Errors
+    ///
+    /// Any [`ExportError`]; nothing is then known to be durable.
+    fn persist(&self, offset: u64, len_bytes: u64) -> Result<(), ExportError> {
+        let _ = (offset, len_bytes);
+        self.flush()
+    }
 
     /// Makes every write that returned before this call durable, from whatever thread it was made.
     ///
@@ -116,7 +134,13 @@ pub trait Export: Send + Sync {
     /// Any [`ExportError`]; nothing is then known to be durable.
     fn flush(&self) -> Result<(), ExportError>;
 
-    /// Says that the range will be read soon.
+    /// Whether [`persist`](Self::persist) and [`flush`](Self::flush) may wait for a device. They then run beside the
+    /// connection that asks, which goes on with other requests.
+    fn durability_waits(&self) -> bool {
+        true
+    }
+
+    /// Says that the range, of at most [`SLICE_BYTES`](super::limits::SLICE_BYTES), will be read soon. Called only if [`prefetches`](Self::prefetches).
     ///
     /// # Errors
     ///
@@ -126,7 +150,12 @@ pub trait Export: Send + Sync {
         Ok(())
     }
 
-    /// Whether `write_zeroes` with [`Hole::Allowed`] is faster than writing zeroes.
+    /// Whether [`prefetch`](Self::prefetch) does anything.
+    fn prefetches(&self) -> bool {
+        false
+    }
+
+    /// Whether `write_zeroes` with [`Hole::Required`] may succeed.
     fn fast_zero(&self) -> bool {
         false
     }
@@ -136,13 +165,18 @@ pub trait Export: Send + Sync {
         false
     }
 
+    /// Whether a flush has failed, so that nothing is known to become durable any more.
+    fn is_poisoned(&self) -> bool {
+        false
+    }
+
     /// Plaintext that is kept outside of requests' buffers, in bytes; for the status only.
     fn resident_plaintext_bytes(&self) -> u64 {
         0
     }
 
-    /// Describes the range from `offset` in at most `limit` extents (at least one is wanted). The extents begin at
-    /// `offset`; together they may cover less or more than `len_bytes`.
+    /// Describes the range from `offset` in at most `limit` extents (at least one is wanted), and looks for no more than
+    /// these. The extents begin at `offset`; together they may cover less or more than `len_bytes`.
     ///
     /// # Errors
     ///
@@ -175,6 +209,8 @@ pub struct Served {
     pub info: ExportInfo,
     /// The device.
     pub export: Arc<dyn Export>,
+    /// Whether the log has told that it is poisoned.
+    pub(super) poison_told: Arc<AtomicBool>,
 }
 
 impl std::fmt::Debug for Served {
@@ -253,7 +289,7 @@ impl Exports {
         if i64::try_from(size_bytes).is_err() {
             return Err(RegistryError::TooLarge { size_bytes });
         }
-        self.list.push(Arc::new(Served { info, export }));
+        self.list.push(Arc::new(Served { info, export, poison_told: Arc::default() }));
         Ok(())
     }
 

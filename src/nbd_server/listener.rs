@@ -1,7 +1,9 @@
 //! Sockets that clients connect to.
 //!
-//! Guards: a Unix socket is never reachable with a mode wider than 0600, a live server's socket is never taken over,
-//! and at the end only the socket file that this process made is removed. Inherited sockets are left as they are.
+//! Guards: a Unix socket is never reachable with a mode wider than it was asked for, which is 0600 unless something else is
+//! said, or with another owner; a live server's socket is never taken over, and at the end only the socket file that this
+//! process made is removed; a vsock listener lets in only the machines that it was told of, if it was told. Inherited sockets
+//! are left as they are.
 
 use std::fs::File;
 use std::io;
@@ -17,8 +19,6 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockop
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 1024;
-/// The mode of a Unix socket.
-const SOCKET_MODE: u32 = 0o600;
 /// How long another process that prepares a socket in the same directory is waited for.
 const DIRECTORY_LOCK_WAIT: Duration = Duration::from_secs(1);
 
@@ -70,11 +70,30 @@ pub enum ListenError {
     Inherited(#[source] io::Error),
 }
 
+/// Who may connect to a Unix socket: its file's mode and owner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SocketRights {
+    /// Permission bits; who may write may connect.
+    pub mode: u32,
+    /// User that the file belongs to, instead of this process's.
+    pub owner: Option<u32>,
+    /// Group that the file belongs to, instead of this process's.
+    pub group: Option<u32>,
+}
+
+impl Default for SocketRights {
+    fn default() -> Self {
+        Self { mode: 0o600, owner: None, group: None }
+    }
+}
+
 /// A listening socket. Dropping it closes it and removes its file.
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
     file: Option<SocketFile>,
+    /// The only machines that may connect, by context number; all if there is none.
+    cids: Vec<u32>,
 }
 
 /// The file of a Unix socket that this process made.
@@ -92,17 +111,29 @@ impl Listener {
     ///
     /// [`ListenError::Busy`] when somebody accepts there, [`ListenError::NotASocket`], [`ListenError::Unix`].
     pub fn unix(path: &Path) -> Result<Self, ListenError> {
+        Self::unix_with(path, SocketRights::default())
+    }
+
+    /// Listens on a Unix socket with these rights. A socket file on which nobody accepts is replaced.
+    ///
+    /// # Errors
+    ///
+    /// As [`unix`](Self::unix).
+    pub fn unix_with(path: &Path, rights: SocketRights) -> Result<Self, ListenError> {
         let failed = |source: io::Error| ListenError::Unix { path: path.to_owned(), source };
         let address = SocketAddrUnix::new(path).map_err(|errno| failed(errno.into()))?;
         let socket = stream_socket(AddressFamily::UNIX).map_err(failed)?;
         let lock = lock_directory(path).map_err(failed)?;
         remove_stale(path, &address)?;
         rustix::net::bind(&socket, &address).map_err(|errno| failed(errno.into()))?;
-        // Nobody can connect before listen(), so the mode that bind() gave is never in effect.
-        std::fs::set_permissions(path, PermissionsExt::from_mode(SOCKET_MODE)).map_err(failed)?;
         let metadata = std::fs::symlink_metadata(path).map_err(failed)?;
         let file = SocketFile { path: path.to_owned(), device: metadata.dev(), inode: metadata.ino() };
-        let listener = Self { socket, file: Some(file) };
+        let listener = Self { socket, file: Some(file), cids: Vec::new() };
+        // Nobody can connect before listen(), so what bind() gave is never in effect.
+        if rights.owner.is_some() || rights.group.is_some() {
+            std::os::unix::fs::lchown(path, rights.owner, rights.group).map_err(failed)?;
+        }
+        std::fs::set_permissions(path, PermissionsExt::from_mode(rights.mode)).map_err(failed)?;
         rustix::net::listen(&listener.socket, BACKLOG).map_err(|errno| failed(errno.into()))?;
         drop(lock);
         Ok(listener)
@@ -120,19 +151,19 @@ impl Listener {
         sockopt::set_socket_reuseaddr(&socket, true).map_err(failed)?;
         rustix::net::bind(&socket, &address).map_err(failed)?;
         rustix::net::listen(&socket, BACKLOG).map_err(failed)?;
-        Ok(Self { socket, file: None })
+        Ok(Self { socket, file: None, cids: Vec::new() })
     }
 
-    /// Listens on a vsock port for virtual machines, whatever their context number.
+    /// Listens on a vsock port for the virtual machines with these context numbers, or for all if there is none.
     ///
     /// # Errors
     ///
     /// [`ListenError::Vsock`].
-    pub fn vsock(port: u32) -> Result<Self, ListenError> {
+    pub fn vsock(port: u32, cids: Vec<u32>) -> Result<Self, ListenError> {
         let failed = |source: io::Error| ListenError::Vsock { port, source };
         let listener = vsock::VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, port).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
-        Ok(Self { socket: listener.into(), file: None })
+        Ok(Self { socket: listener.into(), file: None, cids })
     }
 
     /// Uses a listening stream socket of any family that somebody else made, systemd for example.
@@ -147,7 +178,7 @@ impl Listener {
             return Err(failed(Errno::INVAL));
         }
         rustix::io::ioctl_fionbio(&socket, true).map_err(failed)?;
-        Ok(Self { socket, file: None })
+        Ok(Self { socket, file: None, cids: Vec::new() })
     }
 
     /// The TCP address that is listened on, if it is one.
@@ -158,6 +189,11 @@ impl Listener {
     /// The path of the Unix socket, if this process made one.
     pub fn unix_path(&self) -> Option<&Path> {
         self.file.as_ref().map(|file| file.path.as_path())
+    }
+
+    /// Whether a client from a machine with that number, or from none, may connect here.
+    pub(super) fn admits(&self, cid: Option<u32>) -> bool {
+        self.cids.is_empty() || cid.is_some_and(|cid| self.cids.contains(&cid))
     }
 
     /// The next waiting connection, or `WouldBlock`.

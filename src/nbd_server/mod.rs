@@ -7,14 +7,15 @@
 //! ```
 //!
 //! The protocol is fixed newstyle with simple, structured and extended replies; `wire` holds its numbers. One thread
-//! serves one connection and runs its requests in order, which is why a flush covers what was answered before it and
-//! `MULTI_CONN` is honest as long as the export's flush covers all connections.
+//! serves one connection and runs its requests in order, but for those that may take long, which `slow` runs beside it. A
+//! flush covers what was answered before it came, and `MULTI_CONN` is honest, as long as the export's flush covers every
+//! write that returned before it, on all connections.
 //!
 //! Replies are copied into the socket. Handing pages to it instead (vmsplice) needs unsafe code, and a client that
 //! splices from its end could see a page change after it was answered; no form without that was found.
 //!
 //! It does not know what an export is made of, and it starts no threads besides one for each connection, one for each status
-//! listener, and those of [`Options::threads`].
+//! listener, those of [`Options::threads`], and a limited number for requests that may take long.
 
 #![forbid(unsafe_code)]
 #![deny(clippy::little_endian_bytes)]
@@ -24,11 +25,14 @@ mod buffer;
 mod connection;
 mod execute;
 mod export;
+mod failures;
 pub mod handshake;
 pub mod limits;
 mod listener;
+mod metrics;
 pub mod negotiated;
 mod server;
+mod slow;
 mod socket;
 mod stats;
 mod status;
@@ -39,13 +43,13 @@ pub mod transmission;
 mod volume;
 pub mod wire;
 
-pub use access::{Allowed, Peer, UnixPeer};
+pub use access::{Allowed, CertificateName, NoCertificateName, Peer, UnixPeer};
 pub use export::{
     Durability, Export, ExportError, ExportInfo, Exports, Extent, ExtentKind, Hole, RegistryError, Served,
 };
 pub use handshake::TlsMode;
 pub use limits::Limits;
-pub use listener::{ListenError, Listener};
+pub use listener::{ListenError, Listener, SocketRights};
 pub use negotiated::{Negotiated, ReplyStyle};
 pub use server::{Handle, Options, Server, ServerError};
 pub use stats::{COMMAND_NAMES, ClientStatus, ExportStatus, Stats, Status};

@@ -42,7 +42,10 @@ pub struct Negotiated {
 impl Negotiated {
     /// The flags to advertise, `NBD_FLAG_*`.
     pub fn transmission_flags(&self) -> u16 {
-        let mut flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_CAN_MULTI_CONN | NBD_FLAG_SEND_CACHE;
+        let mut flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_CAN_MULTI_CONN;
+        if self.served.export.prefetches() {
+            flags |= NBD_FLAG_SEND_CACHE;
+        }
         if self.served.info.read_only {
             flags |= NBD_FLAG_READ_ONLY;
         } else {

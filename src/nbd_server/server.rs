@@ -14,24 +14,31 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
-use rustix::net::sockopt;
+use rustix::net::{AddressFamily, sockopt};
+use vsock::VsockStream;
 
 use super::access::{Peer, UnixPeer};
 use super::buffer::BufferPool;
-use super::connection;
-use super::export::{ExportError, Exports};
+use super::connection::{self, End};
+use super::export::{ExportError, Exports, Served};
+use super::failures::chain;
 use super::limits::Limits;
 use super::listener::Listener;
+use super::slow::Workers;
 use super::socket::{self, StopSignal};
 use super::stats::{ClientStatus, ExportStatus, Stats, Status, Traffic};
 use super::status::{self, Commands, Kind};
 use super::threads::{self, SharedOut};
 use super::tls::Tls;
+use crate::peer_groups;
 
 /// Stack of a connection's thread, in bytes.
 const STACK_BYTES: usize = 256 << 10;
 /// Pause after an accept that failed for lack of resources.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+pub(super) const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Connections above the limit that may exist for a moment, because others that make room for them are about to end.
+const EVICTED_MAX: usize = 8;
 
 /// How the server behaves, apart from its limits.
 #[derive(Debug, Clone)]
@@ -120,6 +127,9 @@ pub(super) struct Shared {
     pub(super) limits: Limits,
     pub(super) options: Options,
     pub(super) stop: StopSignal,
+    /// Set when the time that a stopping server gives is nearly over: long work ends.
+    hurry: AtomicBool,
+    pub(super) workers: Workers,
     pub(super) pool: BufferPool,
     pub(super) spinners: Spinners,
     clients: Mutex<BTreeMap<u64, Arc<Client>>>,
@@ -145,6 +155,22 @@ impl Shared {
         self.client_left.notify_all();
     }
 
+    /// Says once, and at once, that an export cannot make anything durable any more.
+    pub(super) fn note_poison(&self, served: &Served) {
+        if served.export.is_poisoned() && !served.poison_told.swap(true, Ordering::Relaxed) {
+            tracing::error!(
+                export = served.info.name.as_str(),
+                "a flush failed: what was written since the last one may be lost, and every flush fails from now on; stop \
+                 the server and see to the device, then serve it again"
+            );
+        }
+    }
+
+    /// Whether long work ends now, because the server is about to cut off its clients.
+    pub(super) fn hurries(&self) -> bool {
+        self.hurry.load(Ordering::Relaxed)
+    }
+
     pub(super) fn status(&self) -> Status {
         let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
         let mut stats = vec![Stats::default(); left.len()];
@@ -157,12 +183,18 @@ impl Shared {
             let mut own = Stats::default();
             own.add(&client.traffic);
             let name = self.exports.iter().nth(index).map_or_else(String::new, |served| served.info.name.clone());
-            listed.push(ClientStatus { id: *id, export: name, uid: client.peer.unix.map(|unix| unix.uid), stats: own });
+            listed.push(ClientStatus {
+                id: *id,
+                export: name,
+                uid: client.peer.unix.as_ref().map(|unix| unix.uid),
+                stats: own,
+            });
         }
         let exports = self.exports.iter().zip(stats).map(|(served, stats)| ExportStatus {
             name: served.info.name.clone(),
             size_bytes: served.size_bytes(),
             read_only: served.info.read_only,
+            poisoned: served.export.is_poisoned(),
             resident_plaintext_bytes: served.export.resident_plaintext_bytes(),
             stats,
         });
@@ -179,6 +211,8 @@ impl Shared {
 /// A connected client.
 #[derive(Debug)]
 pub(super) struct Client {
+    /// Its number, from 1.
+    pub(super) id: u64,
     /// The only owner of the descriptor.
     pub(super) socket: OwnedFd,
     pub(super) peer: Peer,
@@ -189,8 +223,19 @@ pub(super) struct Client {
 }
 
 impl Client {
+    /// Whether it has not chosen an export, and was not told to go.
+    fn is_handshaking(&self) -> bool {
+        self.handshaking.load(Ordering::Relaxed)
+    }
+
+    /// Whether nobody will read a reply any more.
+    pub(super) fn has_left(&self) -> bool {
+        socket::peer_has_left(self.socket.as_fd())
+    }
+
     /// Ends all traffic; the descriptor stays valid until the last user is gone.
     fn shut_down(&self) {
+        self.handshaking.store(false, Ordering::Relaxed);
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
     }
 }
@@ -245,7 +290,9 @@ impl Server {
         let shared = Shared {
             exports: Arc::new(exports),
             stop: StopSignal::new()?,
-            pool: BufferPool::new(limits.buffer_bytes_max),
+            hurry: false.into(),
+            workers: Workers::default(),
+            pool: BufferPool::new(&limits),
             spinners: Spinners::new(),
             clients: Mutex::default(),
             client_left: Condvar::new(),
@@ -278,7 +325,7 @@ impl Server {
         self
     }
 
-    /// Adds a Prometheus endpoint: HTTP, path `/metrics`.
+    /// Adds an endpoint for Prometheus: HTTP, path `/metrics`, the text format of OpenMetrics.
     #[must_use]
     pub fn metrics(mut self, listener: Listener) -> Self {
         self.reporters.push((Kind::Metrics, listener));
@@ -299,9 +346,8 @@ impl Server {
         let Self { listeners, reporters, commands, shared } = self;
         let accepted = std::thread::scope(|scope| {
             for (kind, listener) in &reporters {
-                let shared = &shared;
-                let commands = commands.as_ref();
-                scope.spawn(move || status::answer_all(*kind, listener, shared, commands));
+                let (shared, commands) = (&shared, commands.as_ref());
+                scope.spawn(move || status::answer_all((*kind, listener), shared, commands, scope));
             }
             let result = accept_all(&listeners, &shared, scope);
             shared.stop.set();
@@ -321,7 +367,7 @@ impl Server {
 
 fn accept_all<'scope>(
     listeners: &[Listener],
-    shared: &'scope Shared,
+    shared: &'scope Arc<Shared>,
     scope: &'scope Scope<'scope, '_>,
 ) -> io::Result<()> {
     let mut next_id = 0u64;
@@ -340,9 +386,25 @@ fn accept_all<'scope>(
             match listener.accept() {
                 Ok(socket) => {
                     next_id += 1;
-                    admit(next_id, socket, shared, scope);
+                    let (peer, socket) = peer_of(socket);
+                    if listener.admits(peer.cid) {
+                        admit(next_id, (socket, peer), shared, scope);
+                    } else {
+                        tracing::warn!(%peer, "client refused: its machine is not one that may connect");
+                    }
                 }
-                Err(error) if is_shortage(&error) => std::thread::sleep(ACCEPT_PAUSE),
+                Err(error) if is_shortage(&error) => {
+                    // Whoever has not chosen an export makes room for whoever may. Nothing is accepted meanwhile, because
+                    // the listener stays ready.
+                    tracing::warn!(%error, "no client can be accepted for now");
+                    shared
+                        .clients()
+                        .values()
+                        .find(|client| client.is_handshaking())
+                        .inspect(|client| client.shut_down());
+                    let mut stop = [PollFd::new(&shared.stop, PollFlags::IN)];
+                    socket::poll(&mut stop, Some(Instant::now() + ACCEPT_PAUSE))?;
+                }
                 // The client is gone already, or another process took it.
                 Err(_) => {}
             }
@@ -352,13 +414,15 @@ fn accept_all<'scope>(
 }
 
 /// Gives a new client its thread, if the limits allow it. A client that is not admitted is closed.
-fn admit<'scope>(id: u64, socket: OwnedFd, shared: &'scope Shared, scope: &'scope Scope<'scope, '_>) {
-    socket::tune(socket.as_fd(), shared.options.socket_buffer_bytes);
-    let unix = sockopt::socket_domain(&socket).is_ok_and(|family| family == rustix::net::AddressFamily::UNIX);
-    let credentials = if unix { sockopt::socket_peercred(&socket).ok() } else { None };
-    let unix = credentials.map(|who| UnixPeer { uid: who.uid.as_raw(), gid: who.gid.as_raw() });
-    let peer = Peer { unix, ..Peer::default() };
+fn admit<'scope>(
+    id: u64,
+    (socket, peer): (OwnedFd, Peer),
+    shared: &'scope Arc<Shared>,
+    scope: &'scope Scope<'scope, '_>,
+) {
+    socket::tune(socket.as_fd());
     let client = Arc::new(Client {
+        id,
         socket,
         peer,
         handshaking: true.into(),
@@ -366,23 +430,28 @@ fn admit<'scope>(id: u64, socket: OwnedFd, shared: &'scope Shared, scope: &'scop
         traffic: Traffic::default(),
     });
     let mut clients = shared.clients();
-    if clients.len() >= shared.limits.connections_max {
+    let is_full = clients.len() >= shared.limits.connections_max;
+    let mut handshaking = clients.values().filter(|client| client.is_handshaking());
+    let oldest = handshaking.next();
+    if is_full && oldest.is_none_or(|_| clients.len() >= shared.limits.connections_max.saturating_add(EVICTED_MAX)) {
         tracing::warn!(limit = shared.limits.connections_max, "client refused, too many connections");
         return;
     }
-    let mut handshaking = clients.values().filter(|client| client.handshaking.load(Ordering::Relaxed));
-    let oldest = handshaking.next();
-    if oldest.is_some() && handshaking.count() + 1 >= shared.limits.handshaking_max {
+    if oldest.is_some() && (is_full || handshaking.count() + 1 >= shared.limits.handshaking_max) {
+        // Its thread ends in a moment, which is what the few connections above the limit are for.
         oldest.into_iter().for_each(|client| client.shut_down());
     }
-    tracing::info!(client = id, uid = unix.map(|unix| unix.uid), "client connected");
+    tracing::info!(client = id, peer = %client.peer, "client connected");
     clients.insert(id, Arc::clone(&client));
     drop(clients);
     let thread = std::thread::Builder::new().name(format!("nbd-{id}")).stack_size(STACK_BYTES);
     let spawned = thread.spawn_scoped(scope, move || {
         // A panic is a bug of ours or of the export; it must not take the other clients with it.
         match std::panic::catch_unwind(AssertUnwindSafe(|| connection::serve(&client, shared))) {
-            Ok(end) => tracing::info!(client = id, reason = %end, "client left"),
+            Ok(end @ End::Tls(_)) => {
+                tracing::warn!(client = id, peer = %client.peer, "client refused: {}", chain(&end));
+            }
+            Ok(end) => tracing::info!(client = id, peer = %client.peer, "client left: {}", chain(&end)),
             Err(_) => tracing::error!(client = id, "connection thread panicked"),
         }
         client.shut_down();
@@ -393,21 +462,53 @@ fn admit<'scope>(id: u64, socket: OwnedFd, shared: &'scope Shared, scope: &'scop
     }
 }
 
-/// Waits for the clients to end by themselves, then cuts the rest off.
+/// Who is at the other end, as far as the socket's family tells.
+fn peer_of(socket: OwnedFd) -> (Peer, OwnedFd) {
+    let mut peer = Peer::default();
+    match sockopt::socket_domain(&socket) {
+        Ok(AddressFamily::UNIX) => {
+            peer.unix = sockopt::socket_peercred(&socket).ok().map(|who| UnixPeer {
+                uid: who.uid.as_raw(),
+                gid: who.gid.as_raw(),
+                groups: peer_groups::of(&socket).unwrap_or_default(),
+                pid: who.pid.as_raw_nonzero().get(),
+            });
+        }
+        Ok(AddressFamily::VSOCK) => {
+            let stream = VsockStream::from(socket);
+            peer.cid = stream.peer_addr().ok().map(|address| address.cid());
+            return (peer, stream.into());
+        }
+        _ => {
+            let address = rustix::net::getpeername(&socket).ok().flatten();
+            peer.address = address.and_then(|address| address.try_into().ok());
+        }
+    }
+    (peer, socket)
+}
+
+/// Waits for the clients to end by themselves, then has long work end, then cuts the rest off.
 fn drain(shared: &Shared) {
-    let deadline = Instant::now() + shared.limits.drain_deadline;
+    let start = Instant::now();
+    let deadline = start + shared.limits.drain_deadline;
+    // Early enough that the last replies still leave.
+    let hurry_at = start + shared.limits.drain_deadline * 3 / 4;
     let mut clients = shared.clients();
     while !clients.is_empty() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        let now = Instant::now();
+        if now >= hurry_at {
+            shared.hurry.store(true, Ordering::Relaxed);
+        }
+        if now >= deadline {
             clients.values().for_each(|client| client.shut_down());
             return;
         }
-        clients = shared.client_left.wait_timeout(clients, left).unwrap_or_else(PoisonError::into_inner).0;
+        let next = if now < hurry_at { hurry_at } else { deadline };
+        clients = shared.client_left.wait_timeout(clients, next - now).unwrap_or_else(PoisonError::into_inner).0;
     }
 }
 
-fn is_shortage(error: &io::Error) -> bool {
+pub(super) fn is_shortage(error: &io::Error) -> bool {
     let errno = Errno::from_io_error(error);
     matches!(errno, Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
 }

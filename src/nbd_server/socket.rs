@@ -1,4 +1,4 @@
-//! A connected socket: receive without waiting, send everything, wait for bytes or for the server to stop.
+//! A connected socket: receive without waiting, send everything, wait for bytes, for the server to stop or for other work.
 //!
 //! Guards: the descriptor is owned by one [`Client`](super::server::Client) and closed when the last user is gone, so a
 //! late reply can never reach a reused descriptor. Nothing here knows the protocol.
@@ -18,21 +18,71 @@ pub(super) enum Waited {
     Readable,
     /// The server stops.
     Stopping,
+    /// The other descriptor has something.
+    Other,
     /// Neither happened in time.
     TimedOut,
 }
 
 /// Sets what the kernel should do with an accepted socket. Everything is a wish: a refusal costs speed only.
-pub(super) fn tune(socket: BorrowedFd<'_>, buffer_bytes: usize) {
-    if sockopt::set_socket_send_buffer_size_force(socket, buffer_bytes).is_err() {
-        let _ = sockopt::set_socket_send_buffer_size(socket, buffer_bytes);
-    }
-    if sockopt::set_socket_recv_buffer_size_force(socket, buffer_bytes).is_err() {
-        let _ = sockopt::set_socket_recv_buffer_size(socket, buffer_bytes);
-    }
-    if matches!(sockopt::socket_domain(socket), Ok(AddressFamily::INET | AddressFamily::INET6)) {
+pub(super) fn tune(socket: BorrowedFd<'_>) {
+    if is_tcp(socket) {
         let _ = sockopt::set_tcp_nodelay(socket, true);
         let _ = sockopt::set_socket_keepalive(socket, true);
+    }
+}
+
+fn is_tcp(socket: BorrowedFd<'_>) -> bool {
+    matches!(sockopt::socket_domain(socket), Ok(AddressFamily::INET | AddressFamily::INET6))
+}
+
+/// The sizes of a socket's buffers in the kernel, in bytes: for sending and for receiving.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct KernelBuffers {
+    send: usize,
+    receive: usize,
+}
+
+impl KernelBuffers {
+    /// As they are now.
+    pub(super) fn of(socket: BorrowedFd<'_>) -> Self {
+        // The kernel tells twice of what it was asked for (socket(7)).
+        let asked = |told: rustix::io::Result<usize>| told.unwrap_or(0) / 2;
+        let send = asked(sockopt::socket_send_buffer_size(socket));
+        Self { send, receive: asked(sockopt::socket_recv_buffer_size(socket)) }
+    }
+
+    /// `bytes` for each that counts: what a Unix socket has received is in its sender's buffer.
+    pub(super) fn enlarged(socket: BorrowedFd<'_>, bytes: usize) -> Self {
+        Self { send: bytes, receive: if is_tcp(socket) { bytes } else { 0 } }
+    }
+
+    /// What the kernel may hold in them, in bytes: twice what it is asked for, which is for its own structures.
+    pub(super) fn bytes(self) -> usize {
+        2 * (self.send + self.receive)
+    }
+
+    /// Asks for these sizes; 0 asks for nothing.
+    pub(super) fn set(self, socket: BorrowedFd<'_>) {
+        if self.send > 0 && sockopt::set_socket_send_buffer_size_force(socket, self.send).is_err() {
+            let _ = sockopt::set_socket_send_buffer_size(socket, self.send);
+        }
+        if self.receive > 0 && sockopt::set_socket_recv_buffer_size_force(socket, self.receive).is_err() {
+            let _ = sockopt::set_socket_recv_buffer_size(socket, self.receive);
+        }
+    }
+}
+
+/// Whether the other end will not read any more. Of a TCP peer it is not known whether it closed both directions or one:
+/// both count.
+pub(super) fn peer_has_left(socket: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::RDHUP)];
+    match rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+        Ok(1) => {
+            let gone = if is_tcp(socket) { PollFlags::RDHUP } else { PollFlags::empty() };
+            fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR | gone)
+        }
+        _ => false,
     }
 }
 
@@ -47,37 +97,81 @@ pub(super) fn receive(socket: BorrowedFd<'_>, room: &mut [u8]) -> io::Result<usi
     }
 }
 
-/// Sends all of `bytes`, waiting as long as the peer does not read.
-pub(super) fn send_all(socket: BorrowedFd<'_>, mut bytes: &[u8]) -> io::Result<()> {
+/// Sends all of `bytes`, waiting as long as the peer does not read, or until `deadline`.
+pub(super) fn send_all(socket: BorrowedFd<'_>, mut bytes: &[u8], deadline: Option<Instant>) -> io::Result<()> {
     while !bytes.is_empty() {
-        match rustix::net::send(socket, bytes, SendFlags::NOSIGNAL) {
-            Ok(len_bytes) => bytes = &bytes[len_bytes..],
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
+        let sent = send_some(socket, deadline, |flags| rustix::net::send(socket, bytes, flags))?;
+        bytes = &bytes[sent..];
     }
     Ok(())
 }
 
-/// Waits until the socket is readable, until `stop` is, or until `deadline`.
+/// Calls `send`, which gives what it sent, until that is something.
+pub(super) fn send_some(
+    socket: BorrowedFd<'_>,
+    deadline: Option<Instant>,
+    mut send: impl FnMut(SendFlags) -> rustix::io::Result<usize>,
+) -> io::Result<usize> {
+    let flags = if deadline.is_some() { SendFlags::NOSIGNAL | SendFlags::DONTWAIT } else { SendFlags::NOSIGNAL };
+    loop {
+        match send(flags) {
+            Ok(len_bytes) => return Ok(len_bytes),
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) if deadline.is_some() => {
+                let timeout = deadline.map(|deadline| timespec(deadline.saturating_duration_since(Instant::now())));
+                let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::OUT)];
+                match rustix::event::poll(&mut fds, timeout.as_ref()) {
+                    Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+                    Ok(_) | Err(Errno::INTR) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Waits until the socket is readable, until `stop` or `other` is, or until `deadline`.
 pub(super) fn wait(
     socket: BorrowedFd<'_>,
     stop: Option<BorrowedFd<'_>>,
+    other: Option<BorrowedFd<'_>>,
     deadline: Option<Instant>,
 ) -> io::Result<Waited> {
+    let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+    let mut fds = [watch(socket), watch(socket), watch(socket)];
+    let mut watched = 1;
+    for fd in [stop, other].into_iter().flatten() {
+        fds[watched] = watch(fd);
+        watched += 1;
+    }
     loop {
         let timeout = deadline.map(|deadline| timespec(deadline.saturating_duration_since(Instant::now())));
-        let second = stop.unwrap_or(socket);
-        let mut fds =
-            [PollFd::from_borrowed_fd(socket, PollFlags::IN), PollFd::from_borrowed_fd(second, PollFlags::IN)];
-        let watched = if stop.is_some() { 2 } else { 1 };
         match rustix::event::poll(&mut fds[..watched], timeout.as_ref()) {
             Ok(0) => return Ok(Waited::TimedOut),
-            Ok(_) if !fds[0].revents().is_empty() => return Ok(Waited::Readable),
-            Ok(_) => return Ok(Waited::Stopping),
-            Err(Errno::INTR) => {}
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
             Err(errno) => return Err(errno.into()),
         }
+        let ready = |index: usize| index < watched && !fds[index].revents().is_empty();
+        return Ok(match (ready(0), stop.is_some() && ready(1)) {
+            (true, _) => Waited::Readable,
+            (false, true) => Waited::Stopping,
+            (false, false) => Waited::Other,
+        });
+    }
+}
+
+/// Waits until one of `fds` is ready, or until `deadline`. What interrupts the wait ends it early.
+pub(super) fn poll(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<()> {
+    let timeout = deadline.map(|deadline| timespec(deadline.saturating_duration_since(Instant::now())));
+    match rustix::event::poll(fds, timeout.as_ref()) {
+        Ok(_) => Ok(()),
+        Err(Errno::INTR) => {
+            fds.iter_mut().for_each(PollFd::clear_revents);
+            Ok(())
+        }
+        Err(errno) => Err(errno.into()),
     }
 }
 
@@ -128,7 +222,7 @@ mod tests {
         let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (accepted, _) = listener.accept().unwrap();
         assert!(!accepted.nodelay().unwrap());
-        tune(accepted.as_fd(), 1 << 20);
+        tune(accepted.as_fd());
         assert!(accepted.nodelay().unwrap());
     }
 }

@@ -16,6 +16,17 @@ pub const COMMAND_NAMES: [&str; 9] =
     ["read", "write", "disconnect", "flush", "trim", "cache", "write_zeroes", "block_status", "unknown"];
 /// Latency buckets: four for each power of two of nanoseconds.
 const BUCKETS: usize = 4 * 40;
+/// Ends of the buckets of latency that metrics show, in nanoseconds: powers of 4 from 1 microsecond to 17 seconds. Each is
+/// the end of one of those that are counted.
+pub(super) const LATENCY_BOUNDS: [u64; 13] = {
+    let mut bounds = [0; 13];
+    let mut index = 0;
+    while index < bounds.len() {
+        bounds[index] = 1 << (10 + 2 * index);
+        index += 1;
+    }
+    bounds
+};
 
 /// What happened on one connection, or in total on one export.
 #[derive(Debug)]
@@ -25,6 +36,7 @@ pub(super) struct Traffic {
     written_bytes: AtomicU64,
     errors: AtomicU64,
     latency: [AtomicU64; BUCKETS],
+    latency_sum_ns: AtomicU64,
 }
 
 impl Default for Traffic {
@@ -36,6 +48,7 @@ impl Default for Traffic {
             written_bytes: AtomicU64::new(0),
             errors: AtomicU64::new(0),
             latency: std::array::from_fn(zero),
+            latency_sum_ns: AtomicU64::new(0),
         }
     }
 }
@@ -46,6 +59,7 @@ impl Traffic {
         let command = usize::from(header.command).min(COMMAND_NAMES.len() - 1);
         add(&self.requests[command], 1);
         add(&self.latency[bucket(took)], 1);
+        add(&self.latency_sum_ns, u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
         match header.command {
             _ if failed => add(&self.errors, 1),
             NBD_CMD_READ => add(&self.read_bytes, header.len_bytes),
@@ -62,6 +76,7 @@ impl Traffic {
             (&self.read_bytes, &other.read_bytes),
             (&self.written_bytes, &other.written_bytes),
             (&self.errors, &other.errors),
+            (&self.latency_sum_ns, &other.latency_sum_ns),
         ];
         let arrays = self.requests.iter().zip(&other.requests).chain(self.latency.iter().zip(&other.latency));
         arrays.chain(scalars).for_each(|(sum, counter)| add(sum, counter.load(Ordering::Relaxed)));
@@ -107,6 +122,8 @@ pub struct Stats {
     pub latency_p999_ns: u64,
     #[serde(skip)]
     latency: [u64; BUCKETS],
+    #[serde(skip)]
+    pub(super) latency_sum_ns: u64,
 }
 
 fn by_command<S: Serializer>(requests: &[u64; COMMAND_NAMES.len()], serializer: S) -> Result<S::Ok, S::Error> {
@@ -124,6 +141,7 @@ impl Default for Stats {
             latency_p99_ns: 0,
             latency_p999_ns: 0,
             latency: [0; BUCKETS],
+            latency_sum_ns: 0,
         }
     }
 }
@@ -138,9 +156,19 @@ impl Stats {
         self.read_bytes += traffic.read_bytes.load(Ordering::Relaxed);
         self.written_bytes += traffic.written_bytes.load(Ordering::Relaxed);
         self.errors += traffic.errors.load(Ordering::Relaxed);
+        self.latency_sum_ns += traffic.latency_sum_ns.load(Ordering::Relaxed);
         self.latency_p50_ns = self.percentile(500);
         self.latency_p99_ns = self.percentile(990);
         self.latency_p999_ns = self.percentile(999);
+    }
+
+    /// Requests by latency: up to each of [`LATENCY_BOUNDS`], and more than the last.
+    pub(super) fn latency_counts(&self) -> [u64; LATENCY_BOUNDS.len() + 1] {
+        let mut counts = [0; LATENCY_BOUNDS.len() + 1];
+        for (index, count) in self.latency.iter().enumerate() {
+            counts[LATENCY_BOUNDS.partition_point(|bound| *bound < bucket_end(index))] += count;
+        }
+        counts
     }
 
     /// The latency that `per_mille` of the requests do not exceed, in nanoseconds; 0 without requests.
@@ -181,6 +209,8 @@ pub struct ExportStatus {
     pub size_bytes: u64,
     /// Whether it refuses writes.
     pub read_only: bool,
+    /// Whether a flush has failed, so that nothing is known to become durable any more.
+    pub poisoned: bool,
     /// Plaintext that is resident besides request buffers, in bytes.
     pub resident_plaintext_bytes: u64,
     /// Everything since the start.
@@ -198,45 +228,6 @@ pub struct ClientStatus {
     pub uid: Option<u32>,
     /// Everything since it connected.
     pub stats: Stats,
-}
-
-impl Status {
-    /// The snapshot in the Prometheus text format, version 0.0.4.
-    pub fn to_prometheus(&self) -> String {
-        let mut text = String::new();
-        let mut metric = |name: &str, kind: &str, lines: &mut dyn Iterator<Item = (String, u64)>| {
-            text.push_str(&format!("# TYPE daxcrypt_nbd_{name} {kind}\n"));
-            lines.for_each(|(labels, value)| text.push_str(&format!("daxcrypt_nbd_{name}{labels} {value}\n")));
-        };
-        let whole = |value: usize| std::iter::once((String::new(), value as u64));
-        metric("connections", "gauge", &mut whole(self.connections));
-        metric("buffer_bytes", "gauge", &mut whole(self.buffer_bytes));
-        let mut requests = self.exports.iter().flat_map(|export| {
-            let counts = COMMAND_NAMES.iter().zip(export.stats.requests);
-            let name = label(&export.name);
-            counts.map(move |(command, count)| (format!("{{export=\"{name}\",command=\"{command}\"}}"), count))
-        });
-        metric("requests_total", "counter", &mut requests);
-        type Field = fn(&ExportStatus) -> u64;
-        let fields: [(&str, &str, Field); 7] = [
-            ("read_bytes_total", "counter", |export| export.stats.read_bytes),
-            ("written_bytes_total", "counter", |export| export.stats.written_bytes),
-            ("errors_total", "counter", |export| export.stats.errors),
-            ("resident_plaintext_bytes", "gauge", |export| export.resident_plaintext_bytes),
-            ("latency_p50_nanoseconds", "gauge", |export| export.stats.latency_p50_ns),
-            ("latency_p99_nanoseconds", "gauge", |export| export.stats.latency_p99_ns),
-            ("latency_p999_nanoseconds", "gauge", |export| export.stats.latency_p999_ns),
-        ];
-        for (name, kind, value) in fields {
-            let line = |export: &ExportStatus| (format!("{{export=\"{}\"}}", label(&export.name)), value(export));
-            metric(name, kind, &mut self.exports.iter().map(line));
-        }
-        text
-    }
-}
-
-fn label(name: &str) -> String {
-    name.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 
-use super::export::{Durability, Export, ExportError, Extent, Hole};
+use super::export::{Export, ExportError, Extent, Hole};
 
 /// The smallest piece that is worth another thread, in bytes: waking one costs as much as encrypting this.
 const PIECE_BYTES_MIN: u64 = 128 << 10;
@@ -65,10 +65,10 @@ impl Export for SharedOut {
         self.pool.install(|| parts.into_par_iter().try_for_each(|(at, part)| self.export.read_at(at, part)))
     }
 
-    fn write_at(&self, offset: u64, data: &[u8], durability: Durability) -> Result<(), ExportError> {
+    fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), ExportError> {
         let len_bytes = data.len() as u64;
         if len_bytes < 2 * PIECE_BYTES_MIN {
-            return self.export.write_at(offset, data, durability);
+            return self.export.write_at(offset, data);
         }
         let (mut at, mut rest, mut parts) = (offset, data, Vec::new());
         for len in self.pieces(offset, len_bytes) {
@@ -76,16 +76,23 @@ impl Export for SharedOut {
             parts.push((at, part));
             (at, rest) = (at + len as u64, after);
         }
-        self.pool
-            .install(|| parts.into_par_iter().try_for_each(|(at, part)| self.export.write_at(at, part, durability)))
+        self.pool.install(|| parts.into_par_iter().try_for_each(|(at, part)| self.export.write_at(at, part)))
     }
 
-    fn write_zeroes(&self, offset: u64, len_bytes: u64, hole: Hole, durability: Durability) -> Result<(), ExportError> {
-        self.export.write_zeroes(offset, len_bytes, hole, durability)
+    fn write_zeroes(&self, offset: u64, len_bytes: u64, hole: Hole) -> Result<(), ExportError> {
+        self.export.write_zeroes(offset, len_bytes, hole)
     }
 
-    fn discard(&self, offset: u64, len_bytes: u64, durability: Durability) -> Result<(), ExportError> {
-        self.export.discard(offset, len_bytes, durability)
+    fn discard(&self, offset: u64, len_bytes: u64) -> Result<(), ExportError> {
+        self.export.discard(offset, len_bytes)
+    }
+
+    fn persist(&self, offset: u64, len_bytes: u64) -> Result<(), ExportError> {
+        self.export.persist(offset, len_bytes)
+    }
+
+    fn durability_waits(&self) -> bool {
+        self.export.durability_waits()
     }
 
     fn flush(&self) -> Result<(), ExportError> {
@@ -94,6 +101,14 @@ impl Export for SharedOut {
 
     fn prefetch(&self, offset: u64, len_bytes: u64) -> Result<(), ExportError> {
         self.export.prefetch(offset, len_bytes)
+    }
+
+    fn prefetches(&self) -> bool {
+        self.export.prefetches()
+    }
+
+    fn is_poisoned(&self) -> bool {
+        self.export.is_poisoned()
     }
 
     fn fast_zero(&self) -> bool {
@@ -151,18 +166,18 @@ mod tests {
             Ok(())
         }
 
-        fn write_at(&self, offset: u64, data: &[u8], _: Durability) -> Result<(), ExportError> {
+        fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), ExportError> {
             self.note(offset, data.len())?;
             let at = usize::try_from(offset).unwrap();
             self.bytes.lock().unwrap()[at..at + data.len()].copy_from_slice(data);
             Ok(())
         }
 
-        fn write_zeroes(&self, _: u64, _: u64, _: Hole, _: Durability) -> Result<(), ExportError> {
+        fn write_zeroes(&self, _: u64, _: u64, _: Hole) -> Result<(), ExportError> {
             Err(ExportError::Unsupported)
         }
 
-        fn discard(&self, _: u64, _: u64, _: Durability) -> Result<(), ExportError> {
+        fn discard(&self, _: u64, _: u64) -> Result<(), ExportError> {
             Err(ExportError::Unsupported)
         }
 
@@ -180,7 +195,7 @@ mod tests {
     fn a_large_request_runs_on_several_threads_in_aligned_pieces() {
         let (recorder, shared) = shared_out(None);
         let text: Vec<u8> = (0..1_000_001_u32).map(|i| (i * 7 % 251).to_be_bytes()[3]).collect();
-        shared.write_at(4099, &text, Durability::Cached).unwrap();
+        shared.write_at(4099, &text).unwrap();
         let mut back = vec![0; text.len()];
         shared.read_at(4099, &mut back).unwrap();
         assert!(back == text);
@@ -194,7 +209,7 @@ mod tests {
     #[test]
     fn a_small_request_stays_on_its_thread() {
         let (recorder, shared) = shared_out(None);
-        shared.write_at(0, &[1; 200 << 10], Durability::Fua).unwrap();
+        shared.write_at(0, &[1; 200 << 10]).unwrap();
         assert_eq!(*recorder.pieces.lock().unwrap(), [(0, 200 << 10, std::thread::current().id())]);
     }
 
@@ -202,7 +217,7 @@ mod tests {
     fn the_error_of_one_piece_is_that_of_the_request() {
         let (_recorder, shared) = shared_out(Some(700_000));
         assert!(matches!(shared.read_at(0, &mut vec![0; 1 << 20]), Err(ExportError::Media)));
-        assert!(matches!(shared.write_at(0, &vec![0; 1 << 20], Durability::Fua), Err(ExportError::Media)));
+        assert!(matches!(shared.write_at(0, &vec![0; 1 << 20]), Err(ExportError::Media)));
         shared.read_at(1 << 20, &mut vec![0; 1 << 20]).unwrap();
     }
 }

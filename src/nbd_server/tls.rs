@@ -9,13 +9,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use rustix::net::{SendAncillaryBuffer, SendFlags};
+use rustix::net::SendAncillaryBuffer;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use rustls::{RootCertStore, ServerConfig, ServerConnection};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
+use super::access::CertificateName;
 use super::socket::{self, Waited};
 
 /// The certificate authority that signs clients' certificates, in PEM.
@@ -104,22 +105,24 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
 #[derive(Debug)]
 pub(super) struct TlsSession {
     connection: Box<ServerConnection>,
+    /// Until when everything that is sent has to have been taken.
+    deadline: Option<Instant>,
 }
 
 impl TlsSession {
     /// Does the TLS handshake on `socket`.
     pub(super) fn accept(tls: &Tls, socket: BorrowedFd<'_>, deadline: Option<Instant>) -> io::Result<Self> {
         let connection = ServerConnection::new(Arc::clone(&tls.config)).map_err(io::Error::other)?;
-        let mut session = Self { connection: Box::new(connection) };
+        let mut session = Self { connection: Box::new(connection), deadline };
         while session.connection.is_handshaking() {
             session.flush(socket)?;
             if !session.connection.is_handshaking() {
                 break;
             }
-            if socket::wait(socket, None, deadline)? == Waited::TimedOut {
+            if socket::wait(socket, None, None, deadline)? == Waited::TimedOut {
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            if session.connection.read_tls(&mut Records(socket))? == 0 {
+            if session.connection.read_tls(&mut Records(socket, None))? == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             session.process(socket)?;
@@ -129,22 +132,25 @@ impl TlsSession {
     }
 
     /// The names in the client's verified certificate: common names and alternative names.
-    pub(super) fn certificate_names(&self) -> Vec<String> {
+    pub(super) fn certificate_names(&self) -> Vec<CertificateName> {
         let Some(first) = self.connection.peer_certificates().and_then(<[_]>::first) else { return Vec::new() };
         let Ok((_, certificate)) = X509Certificate::from_der(first) else { return Vec::new() };
         let common = certificate.subject().iter_common_name().filter_map(|name| name.as_str().ok());
-        let mut names: Vec<String> = common.map(str::to_owned).collect();
+        let mut names: Vec<_> = common.map(|name| CertificateName::Common(name.to_owned())).collect();
         if let Ok(Some(alternatives)) = certificate.subject_alternative_name() {
-            for name in &alternatives.value.general_names {
-                match name {
-                    GeneralName::DNSName(text) | GeneralName::RFC822Name(text) | GeneralName::URI(text) => {
-                        names.push((*text).to_owned());
-                    }
-                    _ => {}
-                }
-            }
+            names.extend(alternatives.value.general_names.iter().filter_map(|name| match name {
+                GeneralName::DNSName(text) => Some(CertificateName::Dns((*text).to_owned())),
+                GeneralName::RFC822Name(text) => Some(CertificateName::Email((*text).to_owned())),
+                GeneralName::URI(text) => Some(CertificateName::Uri((*text).to_owned())),
+                _ => None,
+            }));
         }
         names
+    }
+
+    /// From now on sends wait until `deadline`, or as long as it takes.
+    pub(super) fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.deadline = deadline;
     }
 
     /// As [`socket::receive`], of decrypted bytes.
@@ -154,7 +160,7 @@ impl TlsSession {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 done => return done,
             }
-            self.connection.read_tls(&mut Records(socket))?;
+            self.connection.read_tls(&mut Records(socket, None))?;
             self.process(socket)?;
         }
     }
@@ -186,14 +192,14 @@ impl TlsSession {
 
     fn flush(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
         while self.connection.wants_write() {
-            self.connection.write_tls(&mut Records(socket))?;
+            self.connection.write_tls(&mut Records(socket, self.deadline))?;
         }
         Ok(())
     }
 }
 
-/// The socket as rustls wants it: reads do not wait, writes do.
-struct Records<'a>(BorrowedFd<'a>);
+/// The socket as rustls wants it: reads do not wait, writes do, until the deadline if there is one.
+struct Records<'a>(BorrowedFd<'a>, Option<Instant>);
 
 impl Read for Records<'_> {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
@@ -208,7 +214,7 @@ impl Write for Records<'_> {
 
     fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         let mut control = SendAncillaryBuffer::default();
-        Ok(rustix::net::sendmsg(self.0, slices, &mut control, SendFlags::NOSIGNAL)?)
+        socket::send_some(self.0, self.1, |flags| rustix::net::sendmsg(self.0, slices, &mut control, flags))
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -1,7 +1,7 @@
 //! A volume as an export: the one place where the server meets what it serves.
 
-use super::export::{Durability, Export, ExportError, Extent, ExtentKind, Hole};
-use crate::pmem::{BackingKind, MediaError};
+use super::export::{Export, ExportError, Extent, ExtentKind, Hole};
+use crate::pmem::{BackingKind, Granularity, MediaError};
 use crate::volume::{Volume, VolumeError};
 
 impl Export for Volume {
@@ -13,30 +13,50 @@ impl Export for Volume {
         Ok(Self::read_at(self, buf, offset)?)
     }
 
-    fn write_at(&self, offset: u64, data: &[u8], durability: Durability) -> Result<(), ExportError> {
-        Self::write_at(self, data, offset).map_err(of_write)?;
-        persist(self, offset, data.len() as u64, durability)
+    fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), ExportError> {
+        Self::write_at(self, data, offset).map_err(of_write)
     }
 
-    fn write_zeroes(&self, offset: u64, len_bytes: u64, hole: Hole, durability: Durability) -> Result<(), ExportError> {
+    fn write_zeroes(&self, offset: u64, len_bytes: u64, hole: Hole) -> Result<(), ExportError> {
         match hole {
-            Hole::Allowed => self.punch_zeroes(offset, len_bytes).map_err(of_write)?,
-            Hole::Forbidden => Self::write_zeroes(self, offset, len_bytes).map_err(of_write)?,
+            Hole::Allowed => self.punch_zeroes(offset, len_bytes).map_err(of_write),
+            Hole::Forbidden => Self::write_zeroes(self, offset, len_bytes).map_err(of_write),
+            Hole::Required if self.punch_only(offset, len_bytes).map_err(of_write)? => Ok(()),
+            Hole::Required => Err(ExportError::Unsupported),
         }
-        persist(self, offset, len_bytes, durability)
     }
 
-    fn discard(&self, offset: u64, len_bytes: u64, durability: Durability) -> Result<(), ExportError> {
-        Self::discard(self, offset, len_bytes)?;
-        persist(self, offset, len_bytes, durability)
+    fn discard(&self, offset: u64, len_bytes: u64) -> Result<(), ExportError> {
+        Ok(Self::discard(self, offset, len_bytes)?)
+    }
+
+    fn persist(&self, offset: u64, len_bytes: u64) -> Result<(), ExportError> {
+        Ok(Self::persist(self, offset..offset + len_bytes)?)
     }
 
     fn flush(&self) -> Result<(), ExportError> {
         Ok(Self::flush(self)?)
     }
 
+    fn durability_waits(&self) -> bool {
+        self.granularity() == Granularity::Page
+    }
+
+    fn prefetch(&self, offset: u64, len_bytes: u64) -> Result<(), ExportError> {
+        Ok(Self::prefetch(self, offset, len_bytes).map(drop)?)
+    }
+
+    fn prefetches(&self) -> bool {
+        // The kernel caches no other kind of backing in a way that it can be asked to fill.
+        self.backing().kind() == BackingKind::File && self.granularity() == Granularity::Page
+    }
+
     fn resident_plaintext_bytes(&self) -> u64 {
         self.resident_bytes()
+    }
+
+    fn is_poisoned(&self) -> bool {
+        self.backing().is_poisoned()
     }
 
     fn fast_zero(&self) -> bool {
@@ -52,13 +72,6 @@ impl Export for Volume {
         let extents = Self::extents(self, offset, len_bytes, limit)?;
         let kind = |hole| if hole { ExtentKind::Hole } else { ExtentKind::Allocated };
         Ok(extents.iter().map(|extent| Extent { len_bytes: extent.len_bytes, kind: kind(extent.hole) }).collect())
-    }
-}
-
-fn persist(volume: &Volume, offset: u64, len_bytes: u64, durability: Durability) -> Result<(), ExportError> {
-    match durability {
-        Durability::Cached => Ok(()),
-        Durability::Fua => Ok(volume.persist(offset..offset + len_bytes)?),
     }
 }
 
@@ -78,7 +91,7 @@ impl From<VolumeError> for ExportError {
             VolumeError::Locked => Self::ShuttingDown,
             VolumeError::Media(MediaError::NoSpace) => Self::NoSpace,
             VolumeError::Media(MediaError::Unsupported) => Self::Unsupported,
-            _ => Self::Media,
+            other => Self::Volume(other),
         }
     }
 }

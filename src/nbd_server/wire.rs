@@ -181,6 +181,8 @@ pub const NBD_REPLY_FLAG_DONE: u16 = 1 << 0;
 pub const NBD_REPLY_TYPE_NONE: u16 = 0;
 /// Chunk: u64 offset, then data.
 pub const NBD_REPLY_TYPE_OFFSET_DATA: u16 = 1;
+/// Where zeroes are.
+pub const NBD_REPLY_TYPE_OFFSET_HOLE: u16 = 2;
 /// Chunk: u32 context, then u32 length and u32 status each.
 pub const NBD_REPLY_TYPE_BLOCK_STATUS: u16 = 5;
 /// Chunk: u32 context, u32 count, then u64 length and u64 status each.

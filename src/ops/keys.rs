@@ -2,9 +2,8 @@
 //! copy of the header.
 
 use super::error::Cause;
-use crate::namespace::{Credential, Kdf, KdfCost, Namespace};
+use crate::namespace::{Credential, KdfCost, Namespace};
 use crate::secret::VolumeKey;
-use crate::volume::Volume;
 
 /// Adds a key slot, in the lowest free place when `slot` is `None`, and gives its number.
 ///
@@ -50,67 +49,8 @@ pub fn change(
     Ok(slot)
 }
 
-/// What the key derivation of a slot costs that is to be changed (`None` is the one that unlocked), for the passphrase that
-/// it gets: what it costs today. A slot of a recovery phrase or a key file, which needs no expensive one, gets the default.
-#[must_use]
-pub fn present_cost(namespace: &Namespace, slot: Option<u32>) -> KdfCost {
-    let id = slot.or_else(|| namespace.slot_id());
-    let slots = namespace.header().slots;
-    match slots.iter().find(|slot| Some(slot.id) == id).map(|slot| slot.kdf) {
-        Some(Kdf::Argon2id(cost)) if cost != KdfCost::LEAST => cost,
-        _ => KdfCost::default(),
-    }
-}
-
 /// The volume key, to be kept in escrow: it decrypts everything until the next re-key, whatever becomes of the slots.
 #[must_use]
 pub const fn dump(namespace: &Namespace) -> &VolumeKey {
     namespace.volume_key()
-}
-
-/// As [`add`], while the volume is in use; `present` is the credential of one of its slots.
-///
-/// # Errors
-///
-/// [`Cause::Transform`] when `present` opens none, and as [`add`].
-pub fn add_in_use(
-    volume: &Volume,
-    present: &Credential,
-    slot: Option<u32>,
-    label: &str,
-    credential: &Credential,
-    cost: KdfCost,
-) -> Result<u32, Cause> {
-    volume.use_slot_of(present)?;
-    volume.with_namespace(|namespace| add(namespace, slot, label, credential, cost))
-}
-
-/// As [`remove`], while the volume is in use; `present` is the credential of one of its slots.
-///
-/// # Errors
-///
-/// [`Cause::Transform`] when `present` opens none, and as [`remove`].
-pub fn remove_in_use(volume: &Volume, present: &Credential, slot: u32, force: bool) -> Result<(), Cause> {
-    volume.use_slot_of(present)?;
-    volume.with_namespace(|namespace| remove(namespace, slot, force))
-}
-
-/// As [`change`], while the volume is in use; `present` is the credential of one of its slots, and `cost` makes what the
-/// slot costs of what it [costs today](present_cost).
-///
-/// # Errors
-///
-/// [`Cause::Transform`] when `present` opens none, and as [`change`].
-pub fn change_in_use(
-    volume: &Volume,
-    present: &Credential,
-    slot: Option<u32>,
-    credential: &Credential,
-    cost: impl FnOnce(KdfCost) -> KdfCost,
-) -> Result<u32, Cause> {
-    volume.use_slot_of(present)?;
-    volume.with_namespace(|namespace| {
-        let cost = cost(present_cost(namespace, slot));
-        change(namespace, slot, credential, cost)
-    })
 }

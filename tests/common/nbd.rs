@@ -12,8 +12,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use daxcrypt::nbd_server::{
-    Durability, Export, ExportError, ExportInfo, Exports, Extent, ExtentKind, Handle, Hole, Limits, Listener, Options,
-    Server, ServerError,
+    Export, ExportError, ExportInfo, Exports, Extent, ExtentKind, Handle, Hole, Limits, Listener, Options, Server,
+    ServerError,
 };
 
 /// Bytes of a page that can be a hole.
@@ -24,6 +24,7 @@ pub struct MemoryExport {
     pub size: u64,
     pub bytes: RwLock<Vec<u8>>,
     pub flushes: AtomicU64,
+    pub persists: AtomicU64,
     pub reads: AtomicU64,
     pub discards: bool,
     /// Reads that touch this byte fail.
@@ -42,6 +43,7 @@ impl MemoryExport {
             size,
             bytes: RwLock::new(vec![0; usize::try_from(size).unwrap()]),
             flushes: AtomicU64::new(0),
+            persists: AtomicU64::new(0),
             reads: AtomicU64::new(0),
             discards: false,
             bad_byte: AtomicU64::new(u64::MAX),
@@ -78,7 +80,7 @@ impl Export for MemoryExport {
         Ok(())
     }
 
-    fn write_at(&self, offset: u64, data: &[u8], _: Durability) -> Result<(), ExportError> {
+    fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), ExportError> {
         self.check(offset, data.len() as u64)?;
         if self.full.load(Ordering::Relaxed) {
             return Err(ExportError::NoSpace);
@@ -87,15 +89,24 @@ impl Export for MemoryExport {
         Ok(())
     }
 
-    fn write_zeroes(&self, offset: u64, len_bytes: u64, _: Hole, _: Durability) -> Result<(), ExportError> {
+    fn write_zeroes(&self, offset: u64, len_bytes: u64, _: Hole) -> Result<(), ExportError> {
         self.check(offset, len_bytes)?;
         self.bytes.write().unwrap()[at(offset, len_bytes)].fill(0);
         Ok(())
     }
 
-    fn discard(&self, offset: u64, len_bytes: u64, durability: Durability) -> Result<(), ExportError> {
+    fn discard(&self, offset: u64, len_bytes: u64) -> Result<(), ExportError> {
         assert!(self.discards, "an export without discards got one");
-        self.write_zeroes(offset, len_bytes, Hole::Allowed, durability)
+        self.write_zeroes(offset, len_bytes, Hole::Allowed)
+    }
+
+    fn persist(&self, offset: u64, len_bytes: u64) -> Result<(), ExportError> {
+        self.persists.fetch_add(1, Ordering::Relaxed);
+        self.check(offset, len_bytes)
+    }
+
+    fn prefetches(&self) -> bool {
+        true
     }
 
     fn flush(&self) -> Result<(), ExportError> {
@@ -117,12 +128,17 @@ impl Export for MemoryExport {
             return Ok(vec![Extent { len_bytes, kind: ExtentKind::Allocated }]);
         }
         let bytes = self.bytes.read().unwrap();
-        let (mut from, mut extents) = (offset, Vec::new());
-        while from < offset + len_bytes && extents.len() < limit {
+        let (mut from, mut extents) = (offset, Vec::<Extent>::new());
+        while from < offset + len_bytes {
             let to = (from / PAGE * PAGE + PAGE).min(self.size);
             let hole = bytes[at(from, to - from)].iter().all(|byte| *byte == 0);
             let kind = if hole { ExtentKind::Hole } else { ExtentKind::Allocated };
-            extents.push(Extent { len_bytes: to - from, kind });
+            let count = extents.len();
+            match extents.last_mut() {
+                Some(last) if last.kind == kind => last.len_bytes += to - from,
+                _ if count == limit => break,
+                _ => extents.push(Extent { len_bytes: to - from, kind }),
+            }
             from = to;
         }
         Ok(extents)
@@ -356,6 +372,12 @@ impl Raw {
                     assert_eq!(cookie, 79);
                     match kind {
                         0 => assert!(payload.is_empty()),
+                        2 => {
+                            let from = usize::try_from(u64::from_be_bytes(payload[..8].try_into().unwrap()) - offset);
+                            let (from, hole) = (from.unwrap(), u32::from_be_bytes(payload[8..].try_into().unwrap()));
+                            data[from..from + hole as usize].fill(0);
+                            covered += hole as usize;
+                        }
                         1 => {
                             let from = u64::from_be_bytes(payload[..8].try_into().unwrap()) - offset;
                             let from = usize::try_from(from).unwrap();

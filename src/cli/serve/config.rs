@@ -10,12 +10,12 @@ use serde::{Deserialize, Deserializer, de};
 
 use super::Plan;
 use super::exports::Source;
-use super::listeners::Address;
+use super::listeners::ListenTable;
 use super::tls::{TlsMode, TlsPlan};
 use crate::cli::credentials::KeyArgs;
 use crate::cli::error::Error;
 use crate::cli::size::ByteSize;
-use crate::nbd_server::{Allowed, Limits};
+use crate::nbd_server::{Allowed, CertificateName, Limits};
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -30,7 +30,7 @@ struct File {
     hang_up: bool,
     namespace: Vec<NamespaceTable>,
     #[serde(default)]
-    listen: Vec<Address>,
+    listen: Vec<ListenTable>,
     #[serde(default)]
     limits: LimitsTable,
     #[serde(default)]
@@ -62,6 +62,8 @@ struct NamespaceTable {
     allowed_uids: Vec<u32>,
     #[serde(default)]
     allowed_gids: Vec<u32>,
+    #[serde(default)]
+    allowed_cids: Vec<u32>,
     #[serde(default)]
     allowed_certificates: Vec<String>,
 }
@@ -104,15 +106,12 @@ pub(super) fn read(path: &Path) -> Result<Plan, Error> {
 impl File {
     fn into_plan(self, folder: &Path) -> Result<Plan, String> {
         let namespaces = self.namespace.into_iter().map(|table| table.into_source(folder));
-        let absolute = |address| match address {
-            Address::Unix(path) => Address::Unix(folder.join(path)),
-            other => other,
-        };
+        let addresses = self.listen.into_iter().map(|table| table.into_address(folder));
         let tls = self.tls;
         let offered = if tls.certificates.is_some() { TlsMode::Require } else { TlsMode::Off };
         Ok(Plan {
             namespaces: namespaces.collect::<Result<_, _>>()?,
-            addresses: self.listen.into_iter().map(absolute).collect(),
+            addresses: addresses.collect::<Result<_, _>>()?,
             control: self.control.map(|path| folder.join(path)),
             metrics: self.metrics,
             tls: TlsPlan {
@@ -149,6 +148,8 @@ impl NamespaceTable {
         if self.luks2 && self.allow_discards {
             return Err(format!("{} has both luks2 and allow_discards", path.display()));
         }
+        let names = self.allowed_certificates.iter().map(|text| text.parse::<CertificateName>());
+        let names = names.collect::<Result<_, _>>().map_err(|error| format!("{}: {error}", path.display()))?;
         // "-" is standard input.
         let passphrase = self.passphrase_file;
         let passphrase_file = passphrase.map(|file| if file == Path::new("-") { file } else { folder.join(file) });
@@ -172,7 +173,8 @@ impl NamespaceTable {
             allowed: Allowed {
                 uids: self.allowed_uids,
                 gids: self.allowed_gids,
-                certificate_names: self.allowed_certificates,
+                cids: self.allowed_cids,
+                certificate_names: names,
             },
         })
     }
@@ -194,7 +196,9 @@ impl LimitsTable {
 
 #[cfg(test)]
 mod tests {
+    use super::super::listeners::Address;
     use super::*;
+    use crate::nbd_server::SocketRights;
 
     #[test]
     fn the_example_file_is_a_plan() {
@@ -230,13 +234,31 @@ mod tests {
     }
 
     #[test]
+    fn a_listener_is_one_thing_and_a_certificate_rule_names_its_kind() {
+        let plan = |more: &str| {
+            let text = format!("[[namespace]]\npath = 'a.img'\n{more}\n");
+            toml::from_str::<File>(&text).unwrap().into_plan(Path::new("/etc/d"))
+        };
+        for more in ["tcp = 'a:1'\nunix = 's'", "mode = '0660'\ntcp = 'a:1'", "cids = [3]\nunix = 's'", ""] {
+            assert!(plan(&format!("[[listen]]\n{more}")).unwrap_err().contains("one of unix"), "{more}");
+        }
+        let listen = plan("[[listen]]\nunix = 's'\nmode = '0660'\ngroup = 'root'\n[[listen]]\nvsock = 5\ncids = [3]");
+        let rights = SocketRights { mode: 0o660, owner: None, group: Some(0) };
+        let wanted = [Address::Unix("/etc/d/s".into(), rights), Address::Vsock(5, vec![3])];
+        assert_eq!(listen.unwrap().addresses, wanted);
+        let error = plan("allowed_certificates = ['host1']").unwrap_err();
+        assert!(error.contains("dns:host1") && error.contains("a.img"), "{error}");
+        assert!(plan("allowed_certificates = ['dns:host1']\nallowed_cids = [3]").is_ok());
+    }
+
+    #[test]
     fn relative_paths_count_from_the_folder_and_standard_input_stays() {
         let text =
             "[[namespace]]\npath = 'a.img'\npassphrase_file = '-'\n[[listen]]\nunix = 's'\n[limits]\nbuffer = '2M'\n";
         let plan = toml::from_str::<File>(text).unwrap().into_plan(Path::new("/etc/d")).unwrap();
         assert_eq!(plan.namespaces[0].path, Path::new("/etc/d/a.img"));
         assert_eq!(plan.namespaces[0].key.passphrase_file.as_deref(), Some(Path::new("-")));
-        assert_eq!(plan.addresses, [Address::Unix("/etc/d/s".into())]);
+        assert_eq!(plan.addresses, [Address::Unix("/etc/d/s".into(), SocketRights::default())]);
         assert_eq!(plan.limits.buffer_bytes_max, 2 << 20);
     }
 }

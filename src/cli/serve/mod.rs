@@ -20,7 +20,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use self::exports::Source;
-use self::listeners::Address;
+use self::listeners::{Account, Address};
 use self::tls::{TlsMode, TlsPlan};
 use self::volumes::Volumes;
 use super::credentials::KeyArgs;
@@ -48,12 +48,20 @@ pub(crate) struct ServeArgs {
     luks2: bool,
     #[command(flatten)]
     key: KeyArgs,
-    /// Listen on a Unix socket, made with mode 0600 (may be given several times); without any listener, on the sockets
-    /// that systemd passes
+    /// Listen on a Unix socket (may be given several times); sockets that systemd passes are listened on in any case
     #[arg(long = "socket", value_name = "SOCKET")]
     sockets: Vec<PathBuf>,
-    /// Listen on a TCP address such as 127.0.0.1:10809, or for virtual machines on vsock:PORT (may be given several
-    /// times); NBD without TLS is readable by everyone on the way
+    /// Permissions of the sockets, such as 0660 [default: 0600]
+    #[arg(long, value_name = "MODE", requires = "sockets")]
+    socket_mode: Option<String>,
+    /// User, by name or number, that the sockets belong to
+    #[arg(long, value_name = "USER", requires = "sockets")]
+    socket_owner: Option<Account>,
+    /// Group, by name or number, that the sockets belong to
+    #[arg(long, value_name = "GROUP", requires = "sockets")]
+    socket_group: Option<Account>,
+    /// Listen on a TCP address such as 127.0.0.1:10809, or for virtual machines on vsock:PORT, or vsock:PORT:CID,CID for
+    /// those with these context numbers only (may be given several times); NBD without TLS is readable by everyone on the way
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Vec<Address>,
     /// Refuse writes
@@ -83,8 +91,8 @@ pub(crate) struct ServeArgs {
     /// Clients at a time [default: 4096]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_connections: Option<u32>,
-    /// Memory for the large requests and replies of all clients together, which is all the plaintext that a server keeps
-    /// [default: 128M]
+    /// Memory for the large requests and replies of all clients together, with the socket buffers that the kernel enlarges
+    /// for them: all the plaintext that a server keeps, but for 40 KiB a client [default: 128M]
     #[arg(long, value_name = "SIZE", visible_alias = "resident-max")]
     max_buffer: Option<ByteSize>,
     /// Microseconds to poll for the next request before sleeping; 0 turns polling off [default: 50]
@@ -101,7 +109,7 @@ pub(crate) struct ServeArgs {
     /// repeat them on the next server
     #[arg(long)]
     hang_up: bool,
-    /// What to log on standard error: off, error, warn, info, debug or trace [default: $DAXCRYPT_LOG, or warn]
+    /// What to log on standard error: off, error, warn, info, debug or trace [default: $DAXCRYPT_LOG, or info]
     #[arg(long, value_name = "LEVEL")]
     log: Option<String>,
 }
@@ -132,8 +140,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
         return Err(Error::Usage("--header is for one namespace; --config FILE takes one for each".into()));
     }
     let plan = match &args.config {
-        None => plan(args),
-        Some(path) => with_file(config::read(path)?, args),
+        None => plan(args)?,
+        Some(path) => with_file(config::read(path)?, args)?,
     };
     let tls = tls::set_up(&plan.tls, &plan.namespaces)?;
     let volumes = Arc::new(Volumes::new(args.rekey_max_rate));
@@ -146,7 +154,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     options.poll = plan.poll.unwrap_or(options.poll);
     options.threads = plan.threads.map_or(options.threads, usize::from);
     options.hang_up = plan.hang_up;
-    let server = Server::new(exports, plan.limits.clone(), options)?;
+    let server = Server::new(exports, fitting_limits(&plan.limits), options)?;
     // Until here a signal ends the process, whatever it waits for: a key derivation may take minutes. From here on there is
     // something that it could leave behind.
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
@@ -162,6 +170,16 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     served.and(closed)
 }
 
+/// The limits, lowered to the open files that this process may have.
+fn fitting_limits(wanted: &Limits) -> Limits {
+    let limits = wanted.clone().fitted_to_descriptors();
+    if limits.connections_max < wanted.connections_max {
+        let (fitting, wanted) = (limits.connections_max, wanted.connections_max);
+        warning!("{fitting} clients at a time instead of {wanted}: the limit on open files (ulimit -n) allows no more");
+    }
+    limits
+}
+
 /// The server with all its ways in. Nobody is answered yet.
 fn listen(plan: &Plan, server: Server, names: &[(String, u64)], volumes: &Arc<Volumes>) -> Result<Server, Error> {
     let mut server = server;
@@ -170,10 +188,9 @@ fn listen(plan: &Plan, server: Server, names: &[(String, u64)], volumes: &Arc<Vo
         server = server.listen(listener);
     }
     if let Some(path) = &plan.control {
-        let (asked, told) = (Arc::clone(volumes), Arc::clone(volumes));
-        let commands = Commands::new(move |received| asked.answer(received));
-        let commands = commands.besides("rekeys", move || told.rekeys());
-        server = server.control(Listener::unix(path)?).commands(commands);
+        let volumes = Arc::clone(volumes);
+        server =
+            server.control(Listener::unix(path)?).commands(Commands::new(move |received| volumes.answer(received)));
     }
     for address in plan.metrics.iter().map(|text| listeners::resolve(text)).collect::<Result<Vec<_>, _>>()?.concat() {
         server = server.metrics(Listener::tcp(address)?);
@@ -182,7 +199,7 @@ fn listen(plan: &Plan, server: Server, names: &[(String, u64)], volumes: &Arc<Vo
 }
 
 /// What the command line alone says.
-fn plan(args: &ServeArgs) -> Plan {
+fn plan(args: &ServeArgs) -> Result<Plan, Error> {
     let source = |path: &PathBuf| Source {
         path: path.clone(),
         header: args.header.clone(),
@@ -225,8 +242,10 @@ fn plan(args: &ServeArgs) -> Plan {
 }
 
 /// `plan` with the options that may stand beside a file.
-fn with_file(mut plan: Plan, args: &ServeArgs) -> Plan {
-    plan.addresses.extend(args.sockets.iter().cloned().map(Address::Unix));
+fn with_file(mut plan: Plan, args: &ServeArgs) -> Result<Plan, Error> {
+    let (owner, group) = (args.socket_owner.as_ref(), args.socket_group.as_ref());
+    let rights = listeners::socket_rights(args.socket_mode.as_deref(), owner, group).map_err(Error::Usage)?;
+    plan.addresses.extend(args.sockets.iter().map(|path| Address::Unix(path.clone(), rights)));
     plan.addresses.extend(args.listen.iter().cloned());
     plan.control = args.control.clone().or(plan.control);
     plan.metrics = args.metrics.clone().or(plan.metrics);
@@ -234,7 +253,7 @@ fn with_file(mut plan: Plan, args: &ServeArgs) -> Plan {
     plan.threads = args.threads.or(plan.threads);
     plan.hang_up |= args.hang_up;
     plan.keep_going |= args.keep_going;
-    plan
+    Ok(plan)
 }
 
 /// The first signal drains; the thread stays, so that a second one changes nothing.

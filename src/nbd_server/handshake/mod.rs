@@ -13,6 +13,7 @@
 mod options;
 mod payload;
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use super::access::Peer;
@@ -107,6 +108,8 @@ pub struct Handshake {
     stopping: bool,
     replies: ReplyStyle,
     contexts: Option<SelectedContexts>,
+    /// Whether the log has told that an export is not for this client.
+    refusal_told: Cell<bool>,
 }
 
 impl Handshake {
@@ -124,6 +127,7 @@ impl Handshake {
             stopping: false,
             replies: ReplyStyle::Simple,
             contexts: None,
+            refusal_told: Cell::new(false),
         }
     }
 
@@ -212,7 +216,21 @@ impl Handshake {
             None => Lookup::Unknown,
             Some(served) if self.admits(served) => Lookup::Found(Arc::clone(served)),
             Some(served) if self.tls_would_help(served) => Lookup::NeedsTls,
-            Some(_) => Lookup::Unknown,
+            Some(served) => {
+                self.tell_refusal(served);
+                Lookup::Unknown
+            }
+        }
+    }
+
+    /// To the log, once: the client itself does not learn that there is such an export.
+    fn tell_refusal(&self, served: &Served) {
+        if !self.refusal_told.replace(true) {
+            let reason = match served.info.tls_required && !self.tls_active {
+                true => "it came without TLS",
+                false => "no rule admits it",
+            };
+            tracing::warn!(peer = %self.peer, export = served.info.name.as_str(), "client refused: {reason}");
         }
     }
 

@@ -8,14 +8,14 @@ use super::super::negotiated::{ALLOCATION_CONTEXT_ID, ReplyStyle};
 use super::super::wire::{
     EXTENDED_CHUNK_BYTES, NBD_CMD_BLOCK_STATUS, NBD_CMD_READ, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_BLOCK_STATUS,
     NBD_REPLY_TYPE_BLOCK_STATUS_EXT, NBD_REPLY_TYPE_ERROR, NBD_REPLY_TYPE_ERROR_OFFSET, NBD_REPLY_TYPE_NONE,
-    NBD_REPLY_TYPE_OFFSET_DATA, NBD_STATE_HOLE, NBD_STATE_ZERO, RequestHeader, extended_chunk, simple_reply,
-    structured_chunk,
+    NBD_REPLY_TYPE_OFFSET_DATA, NBD_REPLY_TYPE_OFFSET_HOLE, NBD_STATE_HOLE, NBD_STATE_ZERO, RequestHeader,
+    extended_chunk, simple_reply, structured_chunk,
 };
 
 /// The longest error text in a chunk, in bytes.
 const ERROR_TEXT_BYTES_MAX: usize = 512;
-/// The longest head: an extended chunk and the offset of its data.
-const HEAD_BYTES_MAX: usize = EXTENDED_CHUNK_BYTES + 8;
+/// The longest head: an extended chunk, and where a hole is.
+const HEAD_BYTES_MAX: usize = EXTENDED_CHUNK_BYTES + 12;
 
 /// The bytes in front of a reply's data.
 #[derive(Debug, Clone, Copy)]
@@ -82,6 +82,16 @@ impl Replies {
         self.chunk(flags, NBD_REPLY_TYPE_OFFSET_DATA, len_bytes, &data_offset.to_be_bytes())
     }
 
+    /// A chunk that stands for `len_bytes` zeroes from `data_offset` on. Only if [`chunked`](Self::chunked).
+    pub fn hole(&self, data_offset: u64, len_bytes: u32, last: bool) -> ReplyHead {
+        debug_assert!(self.chunked(), "a simple reply carries its zeroes");
+        let flags = if last { NBD_REPLY_FLAG_DONE } else { 0 };
+        let mut payload = [0; 12];
+        payload[..8].copy_from_slice(&data_offset.to_be_bytes());
+        payload[8..].copy_from_slice(&len_bytes.to_be_bytes());
+        self.chunk(flags, NBD_REPLY_TYPE_OFFSET_HOLE, 0, &payload)
+    }
+
     /// An error that ends the reply. With `at` it names the byte of the export where it happened, which has to be
     /// inside the request.
     pub fn error(&self, errno: u32, text: &str, at: Option<u64>) -> Vec<u8> {
@@ -129,7 +139,7 @@ impl Replies {
 
     /// A chunk's header and `prefix`; `more_bytes` of payload follow them.
     fn chunk(&self, flags: u16, kind: u16, more_bytes: u32, prefix: &[u8]) -> ReplyHead {
-        let prefix_bytes = u32::try_from(prefix.len()).expect("a prefix is one number");
+        let prefix_bytes = u32::try_from(prefix.len()).expect("a prefix is two numbers at most");
         let payload_bytes = more_bytes + prefix_bytes;
         if self.style == ReplyStyle::Extended {
             let head = extended_chunk(flags, kind, self.cookie, self.offset, u64::from(payload_bytes));

@@ -7,8 +7,8 @@ use super::super::wire::{
     Cursor, NBD_CMD_BLOCK_STATUS, NBD_CMD_CACHE, NBD_CMD_DISC, NBD_CMD_FLAG_DF, NBD_CMD_FLAG_FAST_ZERO,
     NBD_CMD_FLAG_FUA, NBD_CMD_FLAG_NO_HOLE, NBD_CMD_FLAG_PAYLOAD_LEN, NBD_CMD_FLAG_REQ_ONE, NBD_CMD_FLUSH,
     NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES, NBD_EINVAL, NBD_ENOSPC, NBD_ENOTSUP,
-    NBD_EOVERFLOW, NBD_EPERM, NBD_ESHUTDOWN, NBD_FLAG_BLOCK_STATUS_PAYLOAD, NBD_FLAG_SEND_DF, NBD_FLAG_SEND_FLUSH,
-    NBD_FLAG_SEND_FUA, NBD_FLAG_SEND_TRIM, RequestHeader,
+    NBD_EOVERFLOW, NBD_EPERM, NBD_ESHUTDOWN, NBD_FLAG_BLOCK_STATUS_PAYLOAD, NBD_FLAG_SEND_CACHE, NBD_FLAG_SEND_DF,
+    NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_FUA, NBD_FLAG_SEND_TRIM, RequestHeader,
 };
 use super::Transmission;
 
@@ -28,8 +28,8 @@ pub enum Request {
     Trim { offset: u64, len_bytes: u64, durability: Durability },
     /// Prefetch.
     Cache { offset: u64, len_bytes: u64 },
-    /// Write zeroes; with `fast` only if that is faster than writing data.
-    WriteZeroes { offset: u64, len_bytes: u64, hole: Hole, fast: bool, durability: Durability },
+    /// Write zeroes; [`Hole::Required`] is the protocol's "fast".
+    WriteZeroes { offset: u64, len_bytes: u64, hole: Hole, durability: Durability },
     /// Describe extents.
     BlockStatus(StatusQuery),
     /// Describe extents; `payload_bytes` follow the header and go to [`Transmission::status_query`].
@@ -102,10 +102,10 @@ pub enum Refusal {
         writes: bool,
     },
     /// A read is longer than what was advertised.
-    #[error("read of {0} bytes exceeds the limit of 33554432")]
+    #[error("read of {0} bytes exceeds the limit of {PAYLOAD_BYTES_MAX}")]
     ReadTooLong(u64),
     /// A write is longer than what was advertised.
-    #[error("write of {0} bytes exceeds the limit of 33554432")]
+    #[error("write of {0} bytes exceeds the limit of {PAYLOAD_BYTES_MAX}")]
     WriteTooLong(u64),
     /// A flush with an offset or a length.
     #[error("flush takes neither offset nor length")]
@@ -231,12 +231,15 @@ impl Transmission {
             NBD_CMD_TRIM => Ok(Request::Trim { offset, len_bytes, durability }),
             NBD_CMD_CACHE => Ok(Request::Cache { offset, len_bytes }),
             _ => {
-                let hole = if flags & NBD_CMD_FLAG_NO_HOLE != 0 { Hole::Forbidden } else { Hole::Allowed };
                 let fast = flags & NBD_CMD_FLAG_FAST_ZERO != 0;
-                if fast && (hole == Hole::Forbidden || !self.negotiated.served.export.fast_zero()) {
-                    return Err(Refusal::NotFast);
-                }
-                Ok(Request::WriteZeroes { offset, len_bytes, hole, fast, durability })
+                let hole = match flags & NBD_CMD_FLAG_NO_HOLE != 0 {
+                    true if fast => return Err(Refusal::NotFast),
+                    true => Hole::Forbidden,
+                    false if fast && !self.negotiated.served.export.fast_zero() => return Err(Refusal::NotFast),
+                    false if fast => Hole::Required,
+                    false => Hole::Allowed,
+                };
+                Ok(Request::WriteZeroes { offset, len_bytes, hole, durability })
             }
         }
     }
@@ -247,12 +250,13 @@ impl Transmission {
         let fua = if offered(NBD_FLAG_SEND_FUA) { NBD_CMD_FLAG_FUA } else { 0 };
         let own = match command {
             NBD_CMD_READ if offered(NBD_FLAG_SEND_DF) => NBD_CMD_FLAG_DF,
-            NBD_CMD_READ | NBD_CMD_CACHE => 0,
+            NBD_CMD_READ => 0,
+            NBD_CMD_CACHE if offered(NBD_FLAG_SEND_CACHE) => 0,
             NBD_CMD_WRITE if self.negotiated.replies == ReplyStyle::Extended => NBD_CMD_FLAG_PAYLOAD_LEN,
             NBD_CMD_WRITE => 0,
             NBD_CMD_FLUSH if offered(NBD_FLAG_SEND_FLUSH) => 0,
             NBD_CMD_TRIM if offered(NBD_FLAG_SEND_TRIM) => 0,
-            NBD_CMD_FLUSH | NBD_CMD_TRIM => return Err(Refusal::NotOffered(command)),
+            NBD_CMD_FLUSH | NBD_CMD_TRIM | NBD_CMD_CACHE => return Err(Refusal::NotOffered(command)),
             NBD_CMD_WRITE_ZEROES => NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO,
             NBD_CMD_BLOCK_STATUS if offered(NBD_FLAG_BLOCK_STATUS_PAYLOAD) => {
                 NBD_CMD_FLAG_REQ_ONE | NBD_CMD_FLAG_PAYLOAD_LEN

@@ -1,0 +1,321 @@
+//! Requests that may take long, beside the thread of their connection: that one goes on with other requests meanwhile.
+//!
+//! ```text
+//!  connection --Job--> Workers --Finished--> Outbox --event--> connection --> reply
+//! ```
+//!
+//! Guards: only the connection's own thread sends, so nothing here knows sockets' bytes or TLS; a job always finishes, even
+//! when the export panics; work on a long range goes slice by slice, and ends between two slices when the server is about
+//! to stop or the client has left. The order of replies is not that of requests, which the protocol leaves to the server;
+//! what a flush has to cover was answered before it was received, so it was done before it began.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::export::{Durability, Export, ExportError, Hole};
+use super::limits::{PERSIST_SLICE_BYTES, SLICE_BYTES, SLOW_THREADS_MAX};
+use super::server::{Client, Shared};
+use super::transmission::Replies;
+use super::wire::RequestHeader;
+
+/// Stack of a thread, in bytes.
+const STACK_BYTES: usize = 256 << 10;
+/// How long a thread without work stays.
+const IDLE_WAIT: Duration = Duration::from_secs(10);
+
+/// What may take long. Offsets and lengths are in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Work {
+    Flush,
+    Persist { offset: u64, len_bytes: u64 },
+    Zeroes { offset: u64, len_bytes: u64, hole: Hole, durability: Durability },
+    Discard { offset: u64, len_bytes: u64, durability: Durability },
+    Prefetch { offset: u64, len_bytes: u64 },
+}
+
+impl Work {
+    /// Does it, for `client`.
+    pub(super) fn run(self, export: &dyn Export, client: &Client, shared: &Shared) -> Result<(), ExportError> {
+        let goes_on = || !(shared.hurries() || client.has_left());
+        let (offset, len_bytes, durability) = match self {
+            Self::Flush => return export.flush(),
+            Self::Persist { offset, len_bytes } => (offset, len_bytes, Durability::Fua),
+            Self::Zeroes { offset, len_bytes, hole, durability } => {
+                in_slices(offset, len_bytes, SLICE_BYTES, &goes_on, |at, len| {
+                    match export.write_zeroes(at, len, hole) {
+                        // Something has been changed, so it is too late to say that it cannot be done fast.
+                        Err(ExportError::Unsupported) if hole == Hole::Required && at > offset => {
+                            export.write_zeroes(at, len, Hole::Allowed)
+                        }
+                        done => done,
+                    }
+                })?;
+                (offset, len_bytes, durability)
+            }
+            Self::Discard { offset, len_bytes, durability } => {
+                in_slices(offset, len_bytes, SLICE_BYTES, &goes_on, |at, len| export.discard(at, len))?;
+                (offset, len_bytes, durability)
+            }
+            Self::Prefetch { offset, len_bytes } => {
+                return in_slices(offset, len_bytes, SLICE_BYTES, &goes_on, |at, len| export.prefetch(at, len));
+            }
+        };
+        match durability {
+            Durability::Cached => Ok(()),
+            // One wait for the device for whatever fits a request; more only for what no payload could bring.
+            Durability::Fua if len_bytes <= PERSIST_SLICE_BYTES => export.persist(offset, len_bytes),
+            Durability::Fua => {
+                in_slices(offset, len_bytes, PERSIST_SLICE_BYTES, &goes_on, |at, len| export.persist(at, len))
+            }
+        }
+    }
+}
+
+/// Does a range piece by piece, as long as it goes on.
+fn in_slices(
+    offset: u64,
+    len_bytes: u64,
+    slice_bytes: u64,
+    goes_on: &dyn Fn() -> bool,
+    mut run: impl FnMut(u64, u64) -> Result<(), ExportError>,
+) -> Result<(), ExportError> {
+    for (at, len) in slices(offset, len_bytes, slice_bytes) {
+        if at > offset && !goes_on() {
+            return Err(ExportError::ShuttingDown);
+        }
+        run(at, len)?;
+    }
+    Ok(())
+}
+
+/// Cuts a range at multiples of `slice_bytes`: pairs of offset and length.
+fn slices(offset: u64, len_bytes: u64, slice_bytes: u64) -> impl Iterator<Item = (u64, u64)> {
+    let end = offset + len_bytes;
+    let cut = move |at: u64| end.min((at / slice_bytes + 1) * slice_bytes);
+    std::iter::successors((offset < end).then_some(offset), move |at| Some(cut(*at)).filter(|next| *next < end))
+        .map(move |at| (at, cut(at) - at))
+}
+
+/// A request that has ended.
+#[derive(Debug)]
+pub(super) struct Finished {
+    pub(super) header: RequestHeader,
+    pub(super) replies: Replies,
+    pub(super) start: Instant,
+    pub(super) result: Result<(), ExportError>,
+}
+
+/// What a connection has given away, and what has come back.
+#[derive(Debug)]
+pub(super) struct Outbox {
+    finished: Mutex<Vec<Finished>>,
+    /// Length of `finished`, for a look without the lock.
+    count: AtomicUsize,
+    event: OwnedFd,
+}
+
+impl Outbox {
+    fn new() -> io::Result<Self> {
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        let event = rustix::event::eventfd(0, flags)?;
+        Ok(Self { finished: Mutex::default(), count: AtomicUsize::new(0), event })
+    }
+
+    fn put(&self, finished: Finished) {
+        let mut all = self.finished.lock().unwrap_or_else(PoisonError::into_inner);
+        all.push(finished);
+        self.count.store(all.len(), Ordering::Release);
+        drop(all);
+        // Any number but 0 will do. The counter holds 255 of this one, and is emptied whenever something is taken.
+        let _ = rustix::io::write(&self.event, &1u64.to_be_bytes());
+    }
+
+    fn take(&self) -> Vec<Finished> {
+        let _ = rustix::io::read(&self.event, &mut [0; 8]);
+        let mut all = self.finished.lock().unwrap_or_else(PoisonError::into_inner);
+        self.count.store(0, Ordering::Relaxed);
+        std::mem::take(&mut *all)
+    }
+}
+
+/// The requests of one connection that run beside it.
+#[derive(Debug, Default)]
+pub(super) struct Slow {
+    outbox: Option<Arc<Outbox>>,
+    in_flight: usize,
+}
+
+impl Slow {
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Readable when something has ended; nothing while nothing runs.
+    pub(super) fn event(&self) -> Option<BorrowedFd<'_>> {
+        self.outbox.as_ref().filter(|_| self.in_flight > 0).map(|outbox| outbox.event.as_fd())
+    }
+
+    /// Whether something has ended.
+    pub(super) fn any_finished(&self) -> bool {
+        self.in_flight > 0 && self.outbox.as_ref().is_some_and(|outbox| outbox.count.load(Ordering::Acquire) > 0)
+    }
+
+    /// What has ended.
+    pub(super) fn take_finished(&mut self) -> Vec<Finished> {
+        let finished = self.outbox.as_ref().map_or_else(Vec::new, |outbox| outbox.take());
+        self.in_flight -= finished.len();
+        finished
+    }
+
+    /// Gives work away; `false` when nobody takes it.
+    pub(super) fn give_away(
+        &mut self,
+        work: Work,
+        (header, replies, start): (RequestHeader, Replies, Instant),
+        export: Arc<dyn Export>,
+        (client, shared): (&Arc<Client>, &Arc<Shared>),
+    ) -> bool {
+        if self.outbox.is_none() {
+            // Without a descriptor for it the connection does everything itself.
+            self.outbox = Outbox::new().ok().map(Arc::new);
+        }
+        let Some(outbox) = self.outbox.clone() else { return false };
+        let (client, for_job) = (Arc::clone(client), Arc::clone(shared));
+        let job = move || {
+            let run = AssertUnwindSafe(|| work.run(export.as_ref(), &client, &for_job));
+            let result = std::panic::catch_unwind(run).unwrap_or_else(|_| {
+                tracing::error!(?work, "a request panicked");
+                Err(ExportError::Io(io::Error::other("a request panicked")))
+            });
+            // Nothing of the export is held when its connection is told.
+            drop((export, client, for_job));
+            outbox.put(Finished { header, replies, start, result });
+        };
+        let taken = shared.workers.take_on(Box::new(job));
+        self.in_flight += usize::from(taken);
+        taken
+    }
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Threads that come when there is work and go when there is none.
+#[derive(Clone, Default)]
+pub(super) struct Workers(Arc<Crew>);
+
+#[derive(Default)]
+struct Crew {
+    state: Mutex<CrewState>,
+    work: Condvar,
+}
+
+#[derive(Default)]
+struct CrewState {
+    queue: VecDeque<Job>,
+    threads: usize,
+    idle: usize,
+}
+
+impl std::fmt::Debug for Workers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Workers").finish_non_exhaustive()
+    }
+}
+
+impl Crew {
+    fn state(&self) -> MutexGuard<'_, CrewState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The life of a thread.
+    fn work(&self) {
+        let mut state = self.state();
+        loop {
+            if let Some(job) = state.queue.pop_front() {
+                drop(state);
+                job();
+                state = self.state();
+                continue;
+            }
+            state.idle += 1;
+            let (again, waited) = self.work.wait_timeout(state, IDLE_WAIT).unwrap_or_else(PoisonError::into_inner);
+            state = again;
+            state.idle -= 1;
+            if waited.timed_out() && state.queue.is_empty() {
+                state.threads -= 1;
+                return;
+            }
+        }
+    }
+}
+
+impl Workers {
+    /// Has a thread run `job` at once; `false` when every thread that may be is busy.
+    fn take_on(&self, job: Job) -> bool {
+        let mut state = self.0.state();
+        if state.idle > state.queue.len() {
+            state.queue.push_back(job);
+            drop(state);
+            self.0.work.notify_one();
+            return true;
+        }
+        if state.threads == SLOW_THREADS_MAX {
+            return false;
+        }
+        let crew = Arc::clone(&self.0);
+        let thread = std::thread::Builder::new().name("daxcrypt-slow".into()).stack_size(STACK_BYTES);
+        if thread.spawn(move || crew.work()).is_err() {
+            return false;
+        }
+        state.threads += 1;
+        state.queue.push_back(job);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_cover_the_range_and_are_cut_at_multiples() {
+        for (offset, len) in [(0, 0), (5, 0), (0, 4), (3, 1), (3, 2), (1, 17), (8, 8), (u64::MAX >> 1, 9)] {
+            let all: Vec<_> = slices(offset, len, 4).collect();
+            assert_eq!(all.iter().map(|slice| slice.1).sum::<u64>(), len, "{all:?}");
+            assert!(all.iter().skip(1).all(|slice| slice.0 % 4 == 0), "{all:?}");
+            assert!(all.iter().all(|slice| (1..=4).contains(&slice.1)), "{all:?}");
+            assert_eq!(all.first().map(|slice| slice.0), (len > 0).then_some(offset));
+        }
+    }
+
+    #[test]
+    fn there_are_so_many_threads_and_then_none() {
+        let workers = Workers::default();
+        let (gate, count) = (Arc::new((Mutex::new(false), Condvar::new())), Arc::new(AtomicUsize::new(0)));
+        let job = || {
+            let (gate, count) = (Arc::clone(&gate), Arc::clone(&count));
+            Box::new(move || {
+                let mut open = gate.0.lock().unwrap();
+                while !*open {
+                    open = gate.1.wait(open).unwrap();
+                }
+                count.fetch_add(1, Ordering::SeqCst);
+            })
+        };
+        assert!((0..SLOW_THREADS_MAX).all(|_| workers.take_on(job())));
+        assert!(!workers.take_on(job()), "one more than there may be");
+        *gate.0.lock().unwrap() = true;
+        gate.1.notify_all();
+        let start = Instant::now();
+        while count.load(Ordering::SeqCst) < SLOW_THREADS_MAX {
+            assert!(start.elapsed() < Duration::from_secs(10));
+            std::thread::yield_now();
+        }
+        assert_eq!(count.load(Ordering::SeqCst), SLOW_THREADS_MAX);
+    }
+}
