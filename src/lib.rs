@@ -67,10 +67,13 @@ pub mod memory;
 pub mod namespace;
 pub mod nbd_server;
 pub mod ops;
+mod owner;
 mod peer_groups;
 pub mod pmem;
 pub mod secret;
+mod spawn;
 mod sync;
+mod uffd;
 pub mod volume;
 #[doc = include_str!("what_happens_when.md")]
 pub mod what_happens_when {}

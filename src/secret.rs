@@ -11,6 +11,7 @@
 
 use std::ffi::c_void;
 use std::fmt;
+use std::io;
 use std::mem::{align_of, size_of};
 use std::ops::{Deref, DerefMut};
 use std::ptr::{self, NonNull};
@@ -150,12 +151,16 @@ impl LockedPages {
     ///
     /// Panics when the address space or memory is exhausted, as an allocation does.
     fn new(len_bytes: usize) -> Self {
-        let pages =
-            Self::map(len_bytes).unwrap_or_else(|error| panic!("no memory for a secret of {len_bytes} bytes: {error}"));
+        Self::try_new(len_bytes).unwrap_or_else(|error| panic!("no memory for a secret of {len_bytes} bytes: {error}"))
+    }
+
+    /// [`Self::new`], where being without memory is an error.
+    fn try_new(len_bytes: usize) -> io::Result<Self> {
+        let pages = Self::map(len_bytes)?;
         if !pages.lock() {
             LOCK_REFUSED.store(true, Ordering::Relaxed);
         }
-        pages
+        Ok(pages)
     }
 
     /// Maps zeroed pages that are not dumped and not inherited, and not yet locked.
@@ -223,6 +228,15 @@ impl SecretBytes {
         // A refusal costs the lock alone.
         let _ = locked && pages.lock();
         Self { pages, len_bytes }
+    }
+
+    /// [`Self::zeroed`], where being without memory is no reason to end.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says when memory is exhausted.
+    pub fn try_zeroed(len_bytes: usize) -> io::Result<Self> {
+        Ok(Self { pages: LockedPages::try_new(len_bytes)?, len_bytes })
     }
 
     /// A copy of `bytes`; wiping the original is the caller's part.

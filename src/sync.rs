@@ -2,7 +2,8 @@
 //! the same files over a scheduler that tries interleavings.
 
 pub(crate) use crate::barrier;
-pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+pub(crate) use std::sync::{Mutex, MutexGuard, PoisonError};
+pub(crate) use std::{hint, thread};
 
 pub(crate) mod atomic {
     pub(crate) use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};

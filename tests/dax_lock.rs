@@ -164,9 +164,12 @@ fn count_in_memory(wanted: &(impl Iterator<Item = u8> + Clone)) -> usize {
         if !rest.starts_with('r') || line.ends_with("[vvar]") || line.ends_with("[vsyscall]") {
             continue;
         }
-        for at in (start..end).step_by(buffer.len()) {
+        let mut at = start;
+        while at < end {
             let len = buffer.len().min((end - at) as usize);
-            let Ok(read) = memory.read_at(&mut buffer[..len], at) else { continue };
+            // A page of a map that is absent cannot be read so, and ends what is read before it.
+            let read = memory.read_at(&mut buffer[..len], at).unwrap_or(0);
+            at += if read == 0 { PAGE } else { read as u64 };
             let starts = buffer[..read]
                 .windows(16)
                 .filter(|window| window[0] == first && window.iter().copied().eq(wanted.clone().take(16)));

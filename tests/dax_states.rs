@@ -22,7 +22,8 @@ mod pages;
 mod range_lock;
 
 mod sync {
-    pub(crate) use shuttle::sync::{Condvar, Mutex, MutexGuard};
+    pub(crate) use shuttle::sync::{Mutex, MutexGuard};
+    pub(crate) use shuttle::{hint, thread};
     pub(crate) use std::sync::PoisonError;
     pub(crate) mod atomic {
         pub(crate) use shuttle::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -117,9 +118,9 @@ impl World {
             mistake,
             tracking,
             blocks: RangeLock::default(),
-            resident: PageSet::new(PAGES),
+            resident: PageSet::new(&(0..PAGES)).unwrap(),
             syncing: std::array::from_fn(|_| Mutex::default()),
-            trapped: std::array::from_fn(|_| (PageSet::new(PAGES), Mutex::default())),
+            trapped: std::array::from_fn(|_| (PageSet::new(&(0..PAGES)).unwrap(), Mutex::default())),
             kernel: (0..PAGES)
                 .map(|_| Mutex::new(KernelPage { content: None, entries: [Entry::None; VIEWS] }))
                 .collect(),

@@ -9,6 +9,7 @@ use std::error::Error;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -17,9 +18,9 @@ use super::ahead::FaultAhead;
 use super::error::DaxError;
 use super::open_faults;
 use super::options::{MapOptions, Tracking};
-use super::uffd::{self, Fault, PageMap, Uffd};
 use crate::memory::Source;
 use crate::secret::SecretBytes;
+use crate::uffd::{self, Fault, PageMap, Uffd};
 use crate::volume::window::{BATCH_PAGES, Install, PAGE_BYTES, PageSet, Through, View, Window, WriteBack};
 use crate::volume::{ClaimGuard, Volume, VolumeError};
 
@@ -37,6 +38,9 @@ const ROOM_RETRY: Duration = Duration::from_millis(5);
 /// Plaintext on its way to a map: as much as the nearer caches hold.
 const SCRATCH_BYTES: usize = 64 << 10;
 
+/// How many such places are kept for the next caller.
+const SPARES_MAX: usize = 2;
+
 /// See the module's head. Offsets are logical offsets of the volume.
 #[derive(Debug)]
 pub(super) struct Core {
@@ -44,10 +48,11 @@ pub(super) struct Core {
     pub(super) window: Arc<Window>,
     pub(super) view: Arc<View>,
     pub(super) writable: bool,
-    faults: Option<Uffd>,
     dirt: Dirt,
-    /// For everybody but the fault thread, which has its own.
-    scratch: Mutex<Option<SecretBytes>>,
+    /// For everybody but the fault thread, which has its own: those that nobody uses now.
+    scratch: Mutex<Vec<SecretBytes>>,
+    /// Whether the fault thread has ended by itself: the view is revoked, and page tables tell of no stores any more.
+    broken: AtomicBool,
     /// Held for a whole sync: whoever finds that another one has taken the marks must not return before it has written
     /// what they stand for.
     syncing: Mutex<()>,
@@ -72,8 +77,9 @@ struct Traps {
 }
 
 impl Traps {
-    fn new(page_count: u64) -> Self {
-        Self { pages: PageSet::new(page_count), changing: Mutex::default() }
+    fn new(page_count: u64) -> io::Result<Self> {
+        let pages = PageSet::new(&(0..page_count)).map_err(io::Error::other)?;
+        Ok(Self { pages, changing: Mutex::default() })
     }
 
     fn change(&self) -> MutexGuard<'_, ()> {
@@ -91,8 +97,11 @@ pub(super) struct Server {
 }
 
 impl Server {
-    pub(super) fn new() -> Self {
-        Self { ahead: FaultAhead::default(), scratch: SecretBytes::zeroed(SCRATCH_BYTES), no_room: false }
+    /// # Errors
+    ///
+    /// Without memory: it is had before there is a thread that could only end.
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self { ahead: FaultAhead::default(), scratch: SecretBytes::try_zeroed(SCRATCH_BYTES)?, no_room: false })
     }
 }
 
@@ -121,36 +130,35 @@ impl Core {
         options: &MapOptions,
         exclusive: bool,
     ) -> Result<Self, DaxError> {
-        let opened = options.lazy.then(|| open_faults(options.write_async)).flatten();
+        let opened = if options.lazy { open_faults(options.write_async).map_err(DaxError::Os)? } else { None };
         let len_bytes = range.end - range.start;
-        let window = if exclusive {
-            Arc::new(Window::new(volume.size()).map_err(DaxError::Os)?)
-        } else {
-            Arc::clone(volume.window()?)
-        };
-        let claim = ClaimGuard::enter(volume, &range, exclusive.then(|| Arc::clone(&window)))?;
-        let writable = options.writable;
-        let view = window.attach(range, writable, opened.is_none(), options.resident_max)?;
         let (faults, dirt) = match opened {
             Some((faults, Some(map))) => (Some(faults), Dirt::Kernel(map)),
-            Some((faults, None)) => (Some(faults), Dirt::Trapped(Traps::new(len_bytes / PAGE_BYTES))),
+            Some((faults, None)) => {
+                (Some(faults), Dirt::Trapped(Traps::new(len_bytes / PAGE_BYTES).map_err(DaxError::Os)?))
+            }
             None => (None, Dirt::Unknown),
         };
+        let window =
+            if exclusive { Arc::new(Window::new(&range).map_err(DaxError::Os)?) } else { Arc::clone(volume.window()?) };
+        let claim = ClaimGuard::enter(volume, &range, exclusive.then(|| Arc::clone(&window)))?;
+        let writable = options.writable;
+        let view = window.attach(range, writable, faults, options.resident_max)?;
         let volume = Arc::clone(volume);
         let core = Self {
             volume,
             window,
             view,
             writable,
-            faults,
             dirt,
             scratch: Mutex::default(),
+            broken: AtomicBool::new(false),
             syncing: Mutex::default(),
             _claim: claim,
         };
-        let ready = match &core.faults {
-            Some(faults) => faults.register(&core.addresses(core.view.range()), writable).map_err(DaxError::Os),
-            None => core.bring(core.view.range()),
+        let ready = match core.view.faults() {
+            Some(_) => Ok(()),
+            None => core.bring(core.view.range()).and_then(|()| core.view.allow().map_err(DaxError::Os)),
         };
         match ready.and_then(|()| Ok(core.volume.evict_to_bound(&core.window)?)) {
             Ok(()) => Ok(core),
@@ -171,16 +179,38 @@ impl Core {
 
     /// What becomes readable when a fault waits; `None` for an eager map.
     pub(super) fn fault_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.faults.as_ref().map(AsFd::as_fd)
+        self.view.faults().map(AsFd::as_fd)
     }
 
     /// Makes the pages of `range` (whole pages of the view) resident and maps them here.
     pub(super) fn bring(&self, range: &Range<u64>) -> Result<(), DaxError> {
-        if self.faults.is_none() {
-            return self.bring_with(range, &mut []);
+        if self.broken() {
+            return Err(DaxError::FaultThread);
         }
-        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        self.bring_with(range, scratch.get_or_insert_with(|| SecretBytes::zeroed(SCRATCH_BYTES)))
+        let spare = self.scratch().pop();
+        let mut scratch = spare.map_or_else(|| SecretBytes::try_zeroed(SCRATCH_BYTES), Ok).map_err(DaxError::Os)?;
+        let brought = self.bring_with(range, &mut scratch);
+        let mut spares = self.scratch();
+        if spares.len() < SPARES_MAX {
+            spares.push(scratch);
+        }
+        brought
+    }
+
+    fn scratch(&self) -> MutexGuard<'_, Vec<SecretBytes>> {
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether nobody answers faults any more.
+    pub(super) fn broken(&self) -> bool {
+        self.broken.load(Ordering::Acquire)
+    }
+
+    /// Nobody answers faults any more. Every touch raises SIGBUS from now on instead of waiting for ever, also of those that
+    /// wait already; what was stored is found by comparing with media.
+    pub(super) fn give_up(&self) {
+        self.broken.store(true, Ordering::Release);
+        let _ = self.view.revoke(); // nothing is left that could be done about it
     }
 
     fn bring_with(&self, range: &Range<u64>, scratch: &mut [u8]) -> Result<(), DaxError> {
@@ -189,14 +219,20 @@ impl Core {
         while !rest.is_empty() {
             let batch = rest.start..rest.end.min(rest.start + batch_bytes);
             rest.start = batch.end;
-            match &self.faults {
-                None => self.volume.fill(&self.window, &batch, None)?,
+            match self.view.faults() {
+                None => self.volume.fill(&self.window, &batch, Through { scratch: &mut *scratch, install: None })?,
                 Some(faults) => {
-                    // Who is woken for a part of a batch would only run into the rest of it.
-                    let how = uffd::Install { write_protect: self.writable, wake: page_count(&batch) == 1 };
-                    let install = &Door { core: self, faults, how };
-                    let filled =
-                        self.volume.fill(&self.window, &batch, Some(Through { scratch: &mut *scratch, install }));
+                    let how = uffd::Install {
+                        protect_new: self.writable,
+                        // The kernel drops the entry of a page that it swaps out, and with it the mark that the page was stored
+                        // to: what comes back counts as stored to. Traps have marks of their own.
+                        protect_present: self.writable && matches!(self.dirt, Dirt::Trapped(_)),
+                        // Who is woken for a part of a batch would only run into the rest of it.
+                        wake: page_count(&batch) == 1,
+                    };
+                    let install: &dyn Install = &Door { core: self, faults, how };
+                    let through = Through { scratch: &mut *scratch, install: Some(install) };
+                    let filled = self.volume.fill(&self.window, &batch, through);
                     if !how.wake {
                         let _ = faults.wake(&self.addresses(&batch)); // fails when the map is gone, and the waiters with it
                     }
@@ -210,7 +246,7 @@ impl Core {
     /// Answers the waiting faults. A page whose data cannot be had is poisoned: whoever touches it gets SIGBUS, and
     /// nothing else is harmed.
     pub(super) fn answer(&self, server: &mut Server) -> io::Result<()> {
-        let Some(faults) = &self.faults else { return Ok(()) };
+        let Some(faults) = self.view.faults() else { return Ok(()) };
         while let Some(fault) = faults.next_fault()? {
             self.resolve(faults, fault, server);
         }
@@ -234,7 +270,7 @@ impl Core {
             .or_else(|_| self.bring_with(&(start..start + PAGE_BYTES), &mut server.scratch));
         let no_room = matches!(brought, Err(DaxError::Volume(VolumeError::WindowFull { .. })));
         if let (Err(error), true, false) = (&brought, no_room, server.no_room) {
-            tracing::warn!("a touch of a direct map waits for room: {error}: {:?}", error.source());
+            tracing::warn!("a touch of a direct map waits for room: {}", chain(error));
         }
         server.no_room = no_room;
         if no_room {
@@ -249,7 +285,12 @@ impl Core {
                 self.allow_stores(faults, &here)?;
                 faults.poison(&here)
             });
+            let raises_sigbus = poisoned.is_ok();
             let _ = poisoned.or_else(|_| faults.wake(&here));
+            if let (Err(error), true) = (&brought, raises_sigbus) {
+                let backing = self.volume.backing().path().display();
+                tracing::error!(%backing, offset = start, "a touch of a direct map ends in SIGBUS: {}", chain(error));
+            }
         }
     }
 
@@ -278,6 +319,7 @@ impl Core {
             }
         };
         match &self.dirt {
+            _ if self.broken() => write_back(range.clone(), WriteBack::IfDifferent),
             Dirt::Kernel(map) => self.take_written(map, range, |pages| write_back(pages, WriteBack::Always))?,
             Dirt::Trapped(traps) => self.take_trapped(traps, range, |pages| write_back(pages, WriteBack::Always))?,
             Dirt::Unknown => write_back(range.clone(), WriteBack::IfDifferent),
@@ -288,7 +330,8 @@ impl Core {
             write_back(run, WriteBack::Always);
         }
         result?;
-        Ok(self.volume.flush()?)
+        self.volume.flush()?;
+        if self.broken() { Err(DaxError::FaultThread) } else { Ok(()) }
     }
 
     fn take_written(
@@ -318,7 +361,7 @@ impl Core {
         range: &Range<u64>,
         mut found: impl FnMut(Range<u64>),
     ) -> Result<(), DaxError> {
-        let Some(faults) = &self.faults else { return Ok(()) };
+        let Some(faults) = self.view.faults() else { return Ok(()) };
         let first = self.view.range().start / PAGE_BYTES;
         let mut rest = range.start / PAGE_BYTES - first..range.end / PAGE_BYTES - first;
         while let Some(run) = traps.pages.next_run(&rest) {
@@ -342,9 +385,6 @@ impl Core {
     /// another map shows it.
     pub(super) fn leave(&self) -> Result<(), DaxError> {
         let revoked = self.view.revoke();
-        if let Some(faults) = &self.faults {
-            let _ = faults.wake(&self.addresses(self.view.range())); // who waits runs into the SIGBUS
-        }
         self.window.detach(&self.view);
         let left = self.volume.leave_window(&self.window, self.view.range());
         revoked.map_err(DaxError::Os)?;
@@ -357,9 +397,19 @@ impl Core {
 
     /// Where logical `range` is mapped.
     fn addresses(&self, range: &Range<u64>) -> Range<u64> {
-        let at = |offset: u64| self.start_address() + (offset - self.view.range().start);
-        at(range.start)..at(range.end)
+        self.view.addresses(range)
     }
+}
+
+/// The error and its causes, in one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
 }
 
 /// How many pages `range`, whole pages, has.

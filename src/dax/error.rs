@@ -15,8 +15,8 @@ pub enum DaxError {
         /// Where it was to begin, in bytes.
         start: u64,
     },
-    /// The range is empty, or does not lie in the volume or the map.
-    #[error("bytes {start}..{end} are empty or outside of {len_bytes} bytes")]
+    /// The range is empty (where a map is to be made), ends before it begins, or does not lie in the volume or the map.
+    #[error("bytes {start}..{end} are empty, reversed or outside of {len_bytes} bytes")]
     OutOfRange {
         /// First byte.
         start: u64,
@@ -37,6 +37,13 @@ pub enum DaxError {
         /// The bound in bytes.
         resident_max: u64,
     },
+    /// The thread that answers the page faults of the map has ended. What was stored was written back, unless another error
+    /// was told.
+    #[error(
+        "the thread that answers the page faults of this map has ended (the log says why): its memory raises SIGBUS, and what \
+         was stored has been written back; close it and make a new map"
+    )]
+    FaultThread,
     /// The volume failed.
     #[error(transparent)]
     Volume(#[from] VolumeError),

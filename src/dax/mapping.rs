@@ -5,6 +5,7 @@
 //! bytes from the start of the map.
 #![allow(unsafe_code)]
 
+use std::mem;
 use std::ops::Range;
 use std::slice;
 use std::sync::Arc;
@@ -15,8 +16,8 @@ use super::core::Core;
 use super::error::DaxError;
 use super::options::{MapMode, MapOptions, Tracking};
 use super::threads::{FaultThread, WriteBackThread};
-use crate::volume::VolumeError;
 use crate::volume::window::{PAGE_BYTES, WriteBack, pages_of};
+use crate::volume::{VolumeError, write_pieces};
 
 /// Bytes that `copy_within` and `zero` move at a time.
 const COPY_BYTES: usize = 4096;
@@ -111,8 +112,7 @@ impl DaxMapping {
     ///
     /// - nobody stores to these bytes: no thread through a pointer or a safe call of any map, and no request of the volume
     ///   or of an NBD client;
-    /// - the volume is not locked, and media can read the bytes ([`Self::prefetch`] tells): a touch would raise SIGBUS;
-    /// - the slice is given to no call that reads or writes the same volume: the call could wait for ever.
+    /// - the volume is not locked, and media can read the bytes ([`Self::prefetch`] tells): a touch would raise SIGBUS.
     ///
     /// # Panics
     ///
@@ -152,37 +152,42 @@ impl DaxMapping {
         (self.as_ptr().wrapping_add(position(range.start)), position(range.end - range.start))
     }
 
-    /// Copies bytes at `offset` out, without bringing their pages in. `out` must not lie in a map of the same volume: the
-    /// fault of a page of it could wait for ever for the pages that the call holds.
+    /// Copies bytes at `offset` out, without bringing their pages in. `out` may lie in a map, as for [`Volume::read_at`].
     ///
     /// # Errors
     ///
     /// [`DaxError::OutOfRange`]; [`DaxError::Volume`] for a media error, with `out` zeroed.
+    ///
+    /// [`Volume::read_at`]: crate::volume::Volume::read_at
     pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), DaxError> {
         let range = self.logical(offset, out.len() as u64)?;
         Ok(self.core().volume.load(&self.core().window, out, range.start)?)
     }
 
-    /// Stores `data` at `offset`; [`Self::persist`] makes it durable. `data` must not lie in a map of the same volume, as for
-    /// [`Self::read`]; [`Self::copy_within`] copies inside of one map.
+    /// Stores `data` at `offset`; [`Self::persist`] makes it durable. `data` may lie in a map, as for [`Volume::read_at`];
+    /// [`Self::copy_within`] copies inside of one map.
     ///
     /// # Errors
     ///
     /// [`DaxError::ReadOnly`], [`DaxError::OutOfRange`]; [`DaxError::Volume`] for a media error under a page that had to
     /// be brought in, with the bytes before that page stored.
+    ///
+    /// [`Volume::read_at`]: crate::volume::Volume::read_at
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), DaxError> {
         let range = self.logical_writable(offset, data.len() as u64)?;
         let core = self.core();
-        let (mut at, mut rest) = (range.start, data);
-        loop {
-            let stored = core.volume.store_resident(&core.window, rest, at)?;
-            rest = &rest[stored..];
-            at += stored as u64;
-            if rest.is_empty() {
-                return Ok(());
+        write_pieces(range, data, |piece, data| {
+            let (mut at, mut rest) = (piece.start, data);
+            loop {
+                let stored = core.volume.store_resident(&core.window, rest, at)?;
+                rest = &rest[stored..];
+                at += stored as u64;
+                if rest.is_empty() {
+                    return Ok(());
+                }
+                core.bring(&whole_pages(&(at..at + 1)))?;
             }
-            core.bring(&whole_pages(&(at..at + 1)))?;
-        }
+        })
     }
 
     /// Stores zeroes.
@@ -191,7 +196,7 @@ impl DaxMapping {
     ///
     /// As [`Self::write`].
     pub fn zero(&self, range: Range<u64>) -> Result<(), DaxError> {
-        self.logical_writable(range.start, range.end.saturating_sub(range.start))?;
+        self.logical_range_writable(&range)?;
         chunks(&range, false).try_for_each(|(at, len)| self.write(range.start + at, &[0; COPY_BYTES][..len]))
     }
 
@@ -201,9 +206,8 @@ impl DaxMapping {
     ///
     /// As [`Self::write`].
     pub fn copy_within(&self, source: Range<u64>, offset: u64) -> Result<(), DaxError> {
-        let len_bytes = source.end.saturating_sub(source.start);
-        self.logical(source.start, len_bytes)?;
-        self.logical_writable(offset, len_bytes)?;
+        self.logical_range(&source)?;
+        self.logical_writable(offset, source.end - source.start)?;
         let mut bytes = Zeroizing::new([0; COPY_BYTES]);
         chunks(&source, offset > source.start).try_for_each(|(at, len)| {
             self.read(source.start + at, &mut bytes[..len])?;
@@ -218,9 +222,12 @@ impl DaxMapping {
     /// [`DaxError::ReadOnly`], [`DaxError::OutOfRange`]; [`DaxError::Volume`] when media fail: after a failed flush every
     /// later one fails too, until the namespace is reopened.
     pub fn persist(&self, range: Range<u64>) -> Result<(), DaxError> {
-        let logical = self.logical_writable(range.start, range.end.saturating_sub(range.start))?;
+        let logical = self.logical_range_writable(&range)?;
+        if logical.is_empty() {
+            return Ok(());
+        }
         let core = self.core();
-        if logical.start / PAGE_BYTES == logical.end.saturating_sub(1) / PAGE_BYTES {
+        if logical.start / PAGE_BYTES == (logical.end - 1) / PAGE_BYTES {
             return Ok(core.volume.persist_within_page(&core.window, &logical)?);
         }
         self.flush(range)?;
@@ -234,7 +241,7 @@ impl DaxMapping {
     ///
     /// As [`Self::persist`].
     pub fn flush(&self, range: Range<u64>) -> Result<(), DaxError> {
-        let logical = self.logical_writable(range.start, range.end.saturating_sub(range.start))?;
+        let logical = self.logical_range_writable(&range)?;
         let core = self.core();
         core.volume.write_back(&core.window, &logical, WriteBack::Always)?;
         // Also for what is absent: it may have been evicted to media since, and not be durable there.
@@ -247,6 +254,7 @@ impl DaxMapping {
     ///
     /// [`DaxError::Volume`] after a failed flush.
     pub fn drain(&self) -> Result<(), DaxError> {
+        self.core().volume.check_owner()?;
         Ok(self.core().volume.backing().drain().map_err(VolumeError::from)?)
     }
 
@@ -257,6 +265,7 @@ impl DaxMapping {
     ///
     /// [`DaxError::Volume`] when media fail. Pages that could not be written stay dirty.
     pub fn sync(&self) -> Result<(), DaxError> {
+        self.core().volume.check_owner()?;
         self.core().sync(self.core().view.range())
     }
 
@@ -266,7 +275,7 @@ impl DaxMapping {
     ///
     /// [`DaxError::OutOfRange`]; [`DaxError::Volume`] for a media error.
     pub fn prefetch(&self, range: Range<u64>) -> Result<(), DaxError> {
-        let logical = self.logical(range.start, range.end.saturating_sub(range.start))?;
+        let logical = self.logical_range(&range)?;
         if logical.is_empty() { Ok(()) } else { self.core().bring(&whole_pages(&logical)) }
     }
 
@@ -277,7 +286,11 @@ impl DaxMapping {
     ///
     /// [`DaxError::OutOfRange`]; [`DaxError::Volume`] when a page could not be written: it stays.
     pub fn evict(&self, range: Range<u64>) -> Result<u64, DaxError> {
-        let whole = whole_pages(&self.logical(range.start, range.end.saturating_sub(range.start))?);
+        let logical = self.logical_range(&range)?;
+        if logical.is_empty() {
+            return Ok(0);
+        }
+        let whole = whole_pages(&logical);
         Ok(self.core().volume.evict(&self.core().window, &whole)? * PAGE_BYTES)
     }
 
@@ -294,6 +307,11 @@ impl DaxMapping {
     /// address range stays taken until the last of them is gone.
     fn end(&mut self) -> Result<(), DaxError> {
         let Some(core) = self.core.take() else { return Ok(()) };
+        if let Err(error) = core.volume.check_owner() {
+            // A child: its threads are not there, and what it holds of them is the parent's.
+            mem::forget((self.write_back.take(), self.faults.take()));
+            return Err(error.into());
+        }
         if let Some(thread) = self.write_back.take() {
             thread.stop();
         }
@@ -308,6 +326,7 @@ impl DaxMapping {
 
     /// Bytes of the volume.
     fn logical(&self, offset: u64, len_bytes: u64) -> Result<Range<u64>, DaxError> {
+        self.core().volume.check_owner()?;
         match offset.checked_add(len_bytes) {
             Some(end) if end <= self.len() => Ok(self.range.start + offset..self.range.start + end),
             end => {
@@ -315,6 +334,18 @@ impl DaxMapping {
                 Err(DaxError::OutOfRange { start: offset, end, len_bytes: self.len() })
             }
         }
+    }
+
+    /// Bytes of the volume. An empty range within the map is nothing to do; one that ends before it begins is an error.
+    fn logical_range(&self, range: &Range<u64>) -> Result<Range<u64>, DaxError> {
+        if range.start > range.end {
+            return Err(DaxError::OutOfRange { start: range.start, end: range.end, len_bytes: self.len() });
+        }
+        self.logical(range.start, range.end - range.start)
+    }
+
+    fn logical_range_writable(&self, range: &Range<u64>) -> Result<Range<u64>, DaxError> {
+        if self.writable() { self.logical_range(range) } else { Err(DaxError::ReadOnly) }
     }
 
     fn logical_writable(&self, offset: u64, len_bytes: u64) -> Result<Range<u64>, DaxError> {

@@ -37,8 +37,22 @@
 //! - With a bound on plaintext, a page comes in when another one has gone. While media refuse to take those that were stored
 //!   to (a disk that is full), a touch through the pointer waits, until they do or the map ends; the safe calls return
 //!   [`VolumeError::WindowFull`] instead.
-//! - A forked child does not have the map: touching it there is SIGSEGV. System calls may read and write the map, but
-//!   direct I/O and other pins (`O_DIRECT`, registered buffers, VFIO) store past all tracking: do not use them on it.
+//! - **Open after the last fork.** A forked child does not have the map: touching it there is SIGSEGV. It does not have the
+//!   keys either, so every call on a volume or map of its parent fails with [`VolumeError::Forked`], and dropping them there
+//!   writes nothing. A daemon opens its volumes after it has become one.
+//! - System calls may read and write the map, but not pin it. Direct I/O and other pins (`O_DIRECT`, registered buffers,
+//!   VFIO) store past all tracking, and a page that is read so after it was evicted (`vmsplice`, `MSG_ZEROCOPY`) reads as
+//!   zeroes: do not use them on it.
+//! - `msync(2)` on the map returns 0 and makes nothing durable: the memory is that of a memfd. Say [`DaxMapping::sync`].
+//! - **SIGBUS has a handler of this library**, one for the process, installed when the first backing is opened: media errors
+//!   of backings arrive by it. It passes on to the handler that was there before whatever is not its own. A program that
+//!   wants to handle SIGBUS installs its handler before, or calls ours from its own (`sigaction` gives it); with ours replaced,
+//!   a media error ends in the program's handler, in one of our threads.
+//! - Locking all memory (`mlockall`) brings every page in, as it must; so do not with maps larger than memory. What reads
+//!   memory from outside (`/proc/PID/mem`, `process_vm_readv`) gets an error for a page that is absent.
+//! - The library's threads block all signals but the synchronous ones, so `sigwait` and `signalfd` work as in a program
+//!   without them. When a map's fault thread ends all the same (a subscriber of logs that panics), every touch is SIGBUS,
+//!   `close` still writes back what was stored, and calls say [`DaxError::FaultThread`].
 //! - Plaintext is left out of core dumps, and locked in memory where `RLIMIT_MEMLOCK` allows
 //!   ([`DaxMapping::memory_locked`]). Pages are overwritten before they are given back.
 
@@ -49,8 +63,8 @@ mod exclusive;
 mod mapping;
 mod options;
 mod threads;
-mod uffd;
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -60,6 +74,7 @@ pub use self::exclusive::ExclusiveMap;
 pub use self::mapping::DaxMapping;
 use self::mapping::whole_pages;
 pub use self::options::{MapMode, MapOptions, Tracking};
+use crate::uffd::{self, PageMap, Uffd};
 use crate::volume::window::PAGE_BYTES;
 use crate::volume::{Volume, VolumeError};
 
@@ -75,6 +90,7 @@ impl Volume {
     /// [`DaxError::Eager`] when the bound of resident plaintext cannot be kept; [`DaxError::Volume`] and
     /// [`DaxError::Os`] when the system refuses memory, threads or a page size of 4096.
     pub fn map(self: &Arc<Self>, range: std::ops::Range<u64>, options: &MapOptions) -> Result<DaxMapping, DaxError> {
+        self.check_owner()?;
         let _size = self.keep_size();
         check(self, &range, options.writable)?;
         let core = Core::new(self, whole_pages(&range), options, false)?;
@@ -92,6 +108,7 @@ impl Volume {
     /// As [`Self::map`]; [`DaxError::Volume`] with [`VolumeError::Claimed`] when the range
     /// overlaps another map.
     pub fn map_exclusive(self: &Arc<Self>, range: std::ops::Range<u64>) -> Result<ExclusiveMap, DaxError> {
+        self.check_owner()?;
         let _size = self.keep_size();
         check(self, &range, true)?;
         if !range.end.is_multiple_of(PAGE_BYTES) && range.end != self.size() {
@@ -121,8 +138,23 @@ fn check(volume: &Volume, range: &std::ops::Range<u64>, writable: bool) -> Resul
 }
 
 /// The faults of a map, if the kernel gives them to us, and how it tells of stores.
-fn open_faults(write_async: bool) -> Option<(uffd::Uffd, Option<uffd::PageMap>)> {
-    let with_async = || Some((uffd::Uffd::open(true).ok()?, Some(uffd::PageMap::open().ok()?)));
-    let trapping = || Some((uffd::Uffd::open(false).ok()?, None));
-    if write_async { with_async().or_else(trapping) } else { trapping() }
+///
+/// # Errors
+///
+/// What is no refusal: descriptors or memory that are wanting.
+fn open_faults(write_async: bool) -> io::Result<Option<(Uffd, Option<PageMap>)>> {
+    if write_async
+        && let Some(uffd) = unless_refused(Uffd::open(true))?
+        && let Some(map) = unless_refused(PageMap::open())?
+    {
+        return Ok(Some((uffd, Some(map))));
+    }
+    Ok(unless_refused(Uffd::open(false))?.map(|uffd| (uffd, None)))
+}
+
+fn unless_refused<T>(opened: io::Result<T>) -> io::Result<Option<T>> {
+    match opened {
+        Err(error) if uffd::is_refusal(&error) || error.kind() == io::ErrorKind::NotFound => Ok(None),
+        opened => opened.map(Some),
+    }
 }

@@ -18,6 +18,7 @@ use super::options::{Access, Allocation, OpenOptions};
 use super::persist::LINE_BYTES;
 use super::sim::SimMedium;
 use crate::memory::{Source, Target};
+use crate::owner::Owner;
 
 /// What a backing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +55,8 @@ pub struct Backing {
     physical_address: Option<u64>,
     len_bytes: AtomicU64,
     growing: Mutex<()>,
+    /// The process that opened it.
+    owner: Owner,
     mapping: Mapping,
     medium: Medium,
 }
@@ -115,6 +118,7 @@ impl Backing {
             physical_address,
             len_bytes: AtomicU64::new(len_bytes),
             growing: Mutex::new(()),
+            owner: Owner::here(),
             mapping,
             medium: Medium::Kernel(medium.map_err(OpenError::Io)?),
         })
@@ -149,6 +153,7 @@ impl Backing {
             physical_address: None,
             len_bytes: AtomicU64::new(len_bytes),
             growing: Mutex::new(()),
+            owner: Owner::here(),
             mapping,
             medium,
         }
@@ -368,6 +373,7 @@ impl Backing {
     ///
     /// `Poisoned`.
     pub fn drain(&self) -> Result<(), MediaError> {
+        self.check_owner()?;
         match &self.medium {
             Medium::Kernel(medium) => medium.drain(),
             Medium::Simulated(medium) => medium.drain(),
@@ -395,6 +401,7 @@ impl Backing {
     ///
     /// `Flush` or `Shrunk` when stores may be lost, `Poisoned` after that.
     pub fn sync_all(&self) -> Result<(), MediaError> {
+        self.check_owner()?;
         match &self.medium {
             Medium::Kernel(medium) => medium.sync_all(self.len_bytes()),
             Medium::Simulated(medium) => medium.sync_all(self.len_bytes()),
@@ -500,6 +507,7 @@ impl Backing {
     /// (64 GiB, or as much again as the backing had when it was opened): reopening makes new room. `NoSpace`, `ReadOnly`,
     /// `Unsupported` (device-DAX).
     pub fn grow(&self, len_bytes: u64, allocation: Allocation) -> Result<(), MediaError> {
+        self.check_owner()?;
         self.check_writable()?;
         let _guard = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
         let now_bytes = self.len_bytes();
@@ -524,11 +532,22 @@ impl Backing {
     ///
     /// [`OpenError::Busy`] when another user has a part of it: the lock is then as before.
     pub fn lock_range(&self, range: Range<u64>) -> Result<(), OpenError> {
+        self.check_owner().map_err(|error| OpenError::Io(std::io::Error::other(error)))?;
         let Medium::Kernel(medium) = &self.medium else { return Ok(()) };
         if !lock::try_lock(medium.file(), self.access, &LockRange::Bytes(range.clone())).map_err(OpenError::Io)? {
             return Err(OpenError::Busy);
         }
         lock::unlock_outside(medium.file(), &range).map_err(OpenError::Io)
+    }
+
+    /// The process that opened it: only there may it be used, because the keys of what is on it stayed there.
+    pub(crate) const fn owner(&self) -> Owner {
+        self.owner
+    }
+
+    #[inline]
+    fn check_owner(&self) -> Result<(), MediaError> {
+        if self.owner.is_here() { Ok(()) } else { Err(MediaError::Forked) }
     }
 
     fn check_writable(&self) -> Result<(), MediaError> {
@@ -541,6 +560,7 @@ impl Backing {
     /// The one check that turns offsets into positions in the mapping.
     #[inline]
     fn span(&self, range: &Range<u64>) -> Result<Range<usize>, MediaError> {
+        self.check_owner()?;
         let len_bytes = self.len_bytes();
         let out_of_range = || MediaError::OutOfRange { start: range.start, end: range.end, len_bytes };
         if range.start > range.end || range.end > len_bytes {

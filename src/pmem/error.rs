@@ -118,6 +118,12 @@ pub enum MediaError {
     /// An earlier flush failed: what it should have made durable may be lost, and no later flush can tell.
     #[error("an earlier flush to the media failed: reopen the backing")]
     Poisoned,
+    /// This process is a fork of the one that opened the backing.
+    #[error(
+        "the backing was opened by another process, of which this one is a fork: open it again in this process (a daemon opens \
+         after its last fork)"
+    )]
+    Forked,
     /// The backing was opened for reading.
     #[error("the backing is open for reading only")]
     ReadOnly,

@@ -17,6 +17,7 @@ use rustix::io::{Errno, pread, pwrite};
 use super::backing::{BackingExtent, BackingKind};
 use super::bitmap::Bitmap;
 use super::error::MediaError;
+use super::file_limit::check_file_size_limit;
 use super::granularity::Granularity;
 use super::mapping::Mapping;
 use super::options::Allocation;
@@ -163,6 +164,9 @@ impl KernelMedium {
             return Ok(false);
         }
         self.check_length(len_bytes)?;
+        if check_file_size_limit(offset.saturating_add(bytes.len() as u64)).is_err() {
+            return Ok(false); // stores to a mapping are not limited
+        }
         let mut done = 0;
         while done < bytes.len() {
             let written = retry_interrupted(|| pwrite(&self.file, &bytes[done..], offset + done as u64));
@@ -280,6 +284,7 @@ impl KernelMedium {
             }
             BackingKind::File => {}
         }
+        check_file_size_limit(len_bytes).map_err(MediaError::Io)?;
         let _guard = self.block_changes.lock().unwrap_or_else(PoisonError::into_inner);
         let grown = match allocation {
             Allocation::Sparse => {

@@ -11,6 +11,7 @@
 mod backing;
 mod bitmap;
 mod error;
+mod file_limit;
 mod granularity;
 mod lock;
 mod mapping;
@@ -25,5 +26,6 @@ mod sync;
 
 pub use backing::{Backing, BackingExtent, BackingKind};
 pub use error::{MediaError, OpenError};
+pub(crate) use file_limit::check_file_size_limit;
 pub use granularity::{FORCE_GRANULARITY_VARIABLE, Granularity, GranularityReason};
 pub use options::{Access, Allocation, OpenOptions};

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::backing::BackingKind;
 use super::error::OpenError;
+use super::file_limit::check_file_size_limit;
 use super::granularity::Finding;
 use super::lock::{self, LockRange};
 use super::mapping::Mapping;
@@ -80,6 +81,7 @@ pub(super) fn create_locked(path: &Path, len_bytes: u64, allocation: Allocation)
     if len_bytes == 0 {
         return Err(OpenError::Empty);
     }
+    check_file_size_limit(len_bytes).map_err(OpenError::Io)?;
     let mut options = fs::OpenOptions::new();
     options.read(true).write(true).create_new(true).mode(0o600);
     let file = options.open(path).map_err(OpenError::from_io)?;

@@ -79,6 +79,14 @@ pub(super) struct HeldBlocks<'a> {
     sides: Option<&'a Sides>,
 }
 
+/// Where a part of a range is.
+enum Place {
+    /// Bytes of the backing.
+    OnMedia(Range<u64>),
+    /// Logical bytes of a window that was being moved, whose ciphertext is in memory.
+    Saved(Range<u64>),
+}
+
 /// A window that moves, and that nobody else reads or writes meanwhile.
 pub(super) struct MovingWindow<'a> {
     area: &'a DataArea,
@@ -317,52 +325,25 @@ impl HeldBlocks<'_> {
         Ok(asked)
     }
 
-    /// Where the backing has blocks and where not, in logical `range`: runs in order, at most `count_max`, and no more are
-    /// looked for. They cover the beginning of `range`, or all of it.
-    ///
-    /// # Errors
-    ///
-    /// What the medium says, and [`VolumeError::Locked`].
-    pub(super) fn extents(self, range: Range<u64>, count_max: usize) -> Result<Vec<BackingExtent>, VolumeError> {
+    /// Where logical `range` lies now, in order: at most one place on each side, and one between them that is saved.
+    fn places(self, range: Range<u64>) -> Result<Vec<Place>, VolumeError> {
         let sides = self.sides(&range)?;
-        let mut extents = Vec::new();
-        let parts = match sides.saved(&range) {
-            None => [(range, true), (0..0, true), (0..0, true)],
+        let mut places = Vec::with_capacity(2);
+        let add = |places: &mut Vec<_>, range: Range<u64>| -> Result<(), VolumeError> {
+            let parts = sides.parts(range, self.area.size_bytes())?;
+            places.extend(parts.into_iter().flatten().map(|(side, part)| Place::OnMedia(side.physical(part))));
+            Ok(())
+        };
+        match sides.saved(&range) {
+            None => add(&mut places, range)?,
             Some(Saved { part, .. }) => {
                 let after = part.end..range.end;
-                [(range.start..part.start, true), (part.clone(), false), (after, true)]
-            }
-        };
-        for (range, on_media) in parts.into_iter().filter(|(range, _)| !range.is_empty()) {
-            if !on_media {
-                extents.push(BackingExtent { range, allocated: true });
-                continue;
-            }
-            for (side, part) in sides.parts(range, self.area.size_bytes())?.into_iter().flatten() {
-                let physical = side.physical(part);
-                let found = self.area.backing.extents(physical.clone(), count_max.saturating_sub(extents.len()))?;
-                let covered = found.last().is_some_and(|last| last.range.end == physical.end) || physical.is_empty();
-                extents.extend(found);
-                if !covered {
-                    return Ok(extents); // what follows would stand behind a gap
-                }
+                add(&mut places, range.start..part.start)?;
+                places.push(Place::Saved(part));
+                add(&mut places, after)?;
             }
         }
-        extents.truncate(count_max);
-        Ok(extents)
-    }
-
-    /// Makes what was written to logical `range` durable.
-    ///
-    /// # Errors
-    ///
-    /// What the medium says, after which the backing is poisoned until it is reopened, and [`VolumeError::Locked`].
-    pub(super) fn persist(self, range: Range<u64>) -> Result<(), VolumeError> {
-        match self.area.backing.granularity() {
-            // Writes are durable already; holes that were punched are metadata, which only a sync makes so.
-            Granularity::CacheLine => Ok(self.area.backing.sync_all()?),
-            Granularity::Page => self.on_sides(range, |side, part| self.area.backing.persist(side.physical(part))),
-        }
+        Ok(places)
     }
 
     /// Runs `access` on the parts of `range`, one on each side that it touches.
@@ -389,6 +370,57 @@ impl HeldBlocks<'_> {
         }
         let (offset, len_bytes) = (range.start, range.end.saturating_sub(range.start));
         Err(VolumeError::OutOfRange { offset, len_bytes, size_bytes })
+    }
+}
+
+/// What asks the medium and may wait for it, so nothing is held meanwhile. A window that moves makes its bytes durable in
+/// their new place before they are read there, so what was written is durable in the one place or in the other.
+impl DataArea {
+    /// Where the backing has blocks and where not, in logical `range`: runs in order, at most `count_max`, and no more are
+    /// looked for. They cover the beginning of `range`, or all of it.
+    ///
+    /// # Errors
+    ///
+    /// What the medium says, and [`VolumeError::Locked`].
+    pub(super) fn extents(&self, range: Range<u64>, count_max: usize) -> Result<Vec<BackingExtent>, VolumeError> {
+        let places = self.shared(range.clone()).blocks().places(range)?;
+        let mut extents = Vec::new();
+        for place in places {
+            let physical = match place {
+                Place::OnMedia(physical) => physical,
+                Place::Saved(part) => {
+                    extents.push(BackingExtent { range: part, allocated: true });
+                    continue;
+                }
+            };
+            let found = self.backing.extents(physical.clone(), count_max.saturating_sub(extents.len()))?;
+            let covered = found.last().is_some_and(|last| last.range.end == physical.end) || physical.is_empty();
+            extents.extend(found);
+            if !covered {
+                return Ok(extents); // what follows would stand behind a gap
+            }
+        }
+        extents.truncate(count_max);
+        Ok(extents)
+    }
+
+    /// Makes what was written to logical `range` durable.
+    ///
+    /// # Errors
+    ///
+    /// What the medium says, after which the backing is poisoned until it is reopened, and [`VolumeError::Locked`].
+    pub(super) fn persist(&self, range: Range<u64>) -> Result<(), VolumeError> {
+        if self.backing.granularity() == Granularity::CacheLine {
+            // Writes are durable already; holes that were punched are metadata, which only a sync makes so.
+            return Ok(self.backing.sync_all()?);
+        }
+        let mut places = [None, None];
+        self.shared(range.clone()).blocks().on_sides(range, |side, part| {
+            let free = places.iter_mut().find(|place| place.is_none());
+            *free.expect("a range has at most two sides") = Some(side.physical(part));
+            Ok(())
+        })?;
+        Ok(places.into_iter().flatten().try_for_each(|place| self.backing.persist(place))?)
     }
 }
 

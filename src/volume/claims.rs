@@ -110,6 +110,9 @@ impl ClaimGuard {
 
 impl Drop for ClaimGuard {
     fn drop(&mut self) {
+        if !self.volume.is_here() {
+            return; // a child has no maps, and perhaps a lock of the list that nobody lets go of
+        }
         self.volume.claims.leave(self.ticket);
     }
 }

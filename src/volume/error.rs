@@ -18,6 +18,14 @@ pub enum VolumeError {
         /// Bytes in the volume.
         size_bytes: u64,
     },
+    /// The range ends before it begins.
+    #[error("the range {start}..{end} ends before it begins")]
+    Reversed {
+        /// Its start.
+        start: u64,
+        /// Its end.
+        end: u64,
+    },
     /// The volume was opened read-only.
     #[error("the volume is open for reading only")]
     ReadOnly,
@@ -36,6 +44,12 @@ pub enum VolumeError {
         #[source]
         cause: Option<Box<Self>>,
     },
+    /// This process is a fork of the one that opened the volume.
+    #[error(
+        "the volume was opened by another process, of which this one is a fork, and its keys stayed there: open it again in \
+         this process (a daemon opens after its last fork)"
+    )]
+    Forked,
     /// The volume was locked: its key is gone.
     #[error("the volume is locked")]
     Locked,

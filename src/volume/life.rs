@@ -33,6 +33,7 @@ impl Volume {
     /// [`VolumeError::Mapped`] while there is a direct map, and as [`Self::mark_in_use`] and [`Self::flush`]; the mark then
     /// stays.
     pub fn mark_closed(&self) -> Result<(), VolumeError> {
+        self.check_owner()?;
         if self.claims.count() > 0 {
             return Err(VolumeError::Mapped);
         }
@@ -64,6 +65,7 @@ impl Volume {
     /// [`VolumeError::WasMapped`] when there is, or was, a direct map; [`VolumeError::ReadOnly`], [`VolumeError::Locked`],
     /// [`VolumeError::NoHeader`]; [`VolumeError::Update`] with the size as before, unless the header could not be written.
     pub fn resize(&self, size_bytes: u64, even_smaller: bool) -> Result<(), VolumeError> {
+        self.check_owner()?;
         if self.read_only() {
             return Err(VolumeError::ReadOnly);
         }
@@ -97,6 +99,7 @@ impl Volume {
     }
 
     fn mark(&self, in_use: bool) -> Result<(), VolumeError> {
+        self.check_owner()?;
         if self.read_only() {
             return Err(VolumeError::ReadOnly);
         }

@@ -1,22 +1,36 @@
 //! A fair lock over byte ranges: any number of disjoint or shared ranges at once, exclusive where they overlap.
 //!
-//! Invariant: requests that conflict (overlap, and at least one is exclusive) are granted in the order in which they
-//! were made, so nobody starves. The lock orders threads of this process; other processes are kept out by the lock on
-//! the backing (`pmem`). It guards no data of its own: what a range stands for is the caller's business.
+//! Invariant: a request waits for requests that it conflicts with (they overlap, and at least one is exclusive) and that were
+//! made before it, and is overtaken by at most [`OVERTAKEN_MAX`] later ones, so nobody starves. Strict order would cost a
+//! sleep and a waking for every word of a log that several threads append to: the next in line sleeps mostly, and nobody
+//! else could use what is free until it runs. The lock orders threads of this process; other processes are kept out by the
+//! lock on the backing (`pmem`). It guards no data of its own: what a range stands for is the caller's business.
 //!
 //! The table is small and under one mutex. A range is given back without the mutex, by one store to a flag that the next
 //! request finds: after `persist` has waited for its cache line, everything that waits for stores once more costs a tenth of
-//! it. So whoever must wait says so first and then looks at the flags again, with the heavy half of a barrier between, while
-//! everybody who gives a range back looks for waiters with the light half: either the flag is seen or the waiter is.
+//! it. Who must wait looks at the flag for a moment, because most ranges are held shorter than a thread takes to wake, and
+//! then sleeps. Before, it says so and looks at the flags again, with the heavy half of a barrier between, while everybody
+//! who gives a range back looks for waiters with the light half: either the flag is seen or the waiter is. The barrier is
+//! the sleeper's alone: nobody waits for the mutex meanwhile. Who gives a range back wakes those who can have theirs now.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use crate::sync::{Condvar, Mutex, MutexGuard, PoisonError, barrier};
+use crate::sync::{Mutex, MutexGuard, PoisonError, barrier, hint, thread};
 
 /// How many ranges are held at once; more wait. One for each bit of a word.
 const SLOTS: usize = u64::BITS as usize;
+
+/// How many later requests may overtake one that waits.
+const OVERTAKEN_MAX: u32 = 32;
+
+/// How often a request looks whether its range is free before it sleeps: first it watches, then it lets others run.
+const WATCHES: u32 = 3;
+const YIELDS: u32 = 12;
+
+/// How often a watch looks at the flag of the holder in its way: together some microseconds.
+const LOOKS: u32 = 100;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
@@ -47,16 +61,42 @@ struct Table {
     granted: [Request; SLOTS],
     /// The slots that are in use, as bits; the holders of some may have ended.
     slots: u64,
-    /// In the order in which they came, with their tickets.
-    waiting: VecDeque<(u64, Request)>,
+    /// In the order in which they came.
+    waiting: VecDeque<Waiter>,
     next_ticket: u64,
+}
+
+#[derive(Debug)]
+struct Waiter {
+    ticket: u64,
+    request: Request,
+    /// How many later ones were granted before it.
+    overtaken: u32,
+    /// Whether it was woken and has not looked since.
+    woken: bool,
+    thread: thread::Thread,
+}
+
+impl Waiter {
+    /// Whether `request`, which came later, must wait for it.
+    fn blocks(&self, request: &Request) -> bool {
+        self.overtaken >= OVERTAKEN_MAX && self.request.conflicts_with(request)
+    }
+}
+
+/// What is in the way of a request.
+#[derive(Clone, Copy, Debug)]
+enum InTheWay {
+    /// The holder of this slot.
+    Holder(usize),
+    /// A waiter that was overtaken often enough, or all slots.
+    Line,
 }
 
 /// See the module's head.
 #[derive(Debug)]
 pub(crate) struct RangeLock {
     table: Mutex<Table>,
-    released: Condvar,
     /// How many wait. Changes under the mutex, so that a waiter who was seen can be woken.
     waiters: AtomicUsize,
     /// By slot: whether its holder has ended.
@@ -78,7 +118,6 @@ impl Default for RangeLock {
         let table = Table { granted: [nothing; SLOTS], slots: 0, waiting: VecDeque::new(), next_ticket: 0 };
         Self {
             table: Mutex::new(table),
-            released: Condvar::default(),
             waiters: AtomicUsize::new(0),
             ended: std::array::from_fn(|_| AtomicBool::new(false)),
         }
@@ -107,32 +146,76 @@ impl RangeLock {
         let mut table = self.table();
         let in_line = table.waiting.len();
         match self.grant(&mut table, &request, in_line) {
-            Some(slot) => RangeGuard { lock: self, slot },
-            None => self.wait(table, request),
+            Ok(slot) => RangeGuard { lock: self, slot },
+            Err(in_the_way) => {
+                drop(table);
+                self.wait(&request, in_the_way)
+            }
         }
     }
 
     #[cold]
-    fn wait(&self, mut table: MutexGuard<'_, Table>, request: Request) -> RangeGuard<'_> {
-        let ticket = table.next_ticket;
-        table.next_ticket += 1;
-        table.waiting.push_back((ticket, request));
-        self.waiters.store(table.waiting.len(), Ordering::SeqCst);
+    fn wait(&self, request: &Request, in_the_way: InTheWay) -> RangeGuard<'_> {
+        let mut in_the_way = in_the_way;
+        for round in 0..WATCHES + YIELDS {
+            match in_the_way {
+                InTheWay::Holder(slot) if round < WATCHES => self.watch(slot),
+                _ => thread::yield_now(),
+            }
+            let mut table = self.table();
+            let in_line = table.waiting.len();
+            match self.grant(&mut table, request, in_line) {
+                Ok(slot) => return RangeGuard { lock: self, slot },
+                Err(now) => in_the_way = now,
+            }
+        }
+        self.sleep(request)
+    }
+
+    /// Looks for a moment whether the holder of `slot` has ended.
+    fn watch(&self, slot: usize) {
+        for _ in 0..LOOKS {
+            if self.ended[slot].load(Ordering::Acquire) {
+                return;
+            }
+            hint::spin_loop();
+        }
+    }
+
+    fn sleep(&self, request: &Request) -> RangeGuard<'_> {
+        let ticket = self.get_in_line(request);
         barrier::heavy();
+        let mut table = self.table();
         loop {
-            let own = table.waiting.iter().position(|(each, _)| *each == ticket).expect("a waiter keeps its place");
-            if let Some(slot) = self.grant(&mut table, &request, own) {
+            let own =
+                table.waiting.iter().position(|waiter| waiter.ticket == ticket).expect("a waiter keeps its place");
+            if let Ok(slot) = self.grant(&mut table, request, own) {
                 table.waiting.remove(own);
                 self.waiters.store(table.waiting.len(), Ordering::SeqCst);
                 return RangeGuard { lock: self, slot };
             }
-            table = self.released.wait(table).unwrap_or_else(PoisonError::into_inner);
+            table.waiting[own].woken = false;
+            drop(table);
+            thread::park();
+            table = self.table();
         }
     }
 
-    /// Gives `request` a slot, if no holder and none of the first `in_line` waiters is in its way.
+    /// The ticket.
+    fn get_in_line(&self, request: &Request) -> u64 {
+        let thread = thread::current();
+        let mut table = self.table();
+        let ticket = table.next_ticket;
+        table.next_ticket += 1;
+        table.waiting.push_back(Waiter { ticket, request: *request, overtaken: 0, woken: false, thread });
+        self.waiters.store(table.waiting.len(), Ordering::SeqCst);
+        ticket
+    }
+
+    /// Gives `request` a slot, if no holder is in its way, and none of the first `in_line` waiters that was overtaken often
+    /// enough.
     #[inline(always)]
-    fn grant(&self, table: &mut Table, request: &Request, in_line: usize) -> Option<usize> {
+    fn grant(&self, table: &mut Table, request: &Request, in_line: usize) -> Result<usize, InTheWay> {
         let mut rest = table.slots;
         while rest != 0 {
             let slot = rest.trailing_zeros() as usize;
@@ -140,31 +223,64 @@ impl RangeLock {
             if self.ended[slot].load(Ordering::Acquire) {
                 table.slots &= !(1 << slot);
             } else if table.granted[slot].conflicts_with(request) {
-                return None;
+                return Err(InTheWay::Holder(slot));
             }
         }
         let slot = table.slots.trailing_ones() as usize;
-        let in_its_way = |(_, earlier): &(u64, Request)| earlier.conflicts_with(request);
-        if slot == SLOTS || (in_line > 0 && table.waiting.iter().take(in_line).any(in_its_way)) {
-            return None;
+        if slot == SLOTS || (in_line > 0 && !overtake(table, request, in_line)) {
+            return Err(InTheWay::Line);
         }
         table.slots |= 1 << slot;
         table.granted[slot] = *request;
         self.ended[slot].store(false, Ordering::Relaxed); // the mutex orders it, and nobody else has the slot
-        Some(slot)
+        Ok(slot)
     }
 
-    /// A waiter that does not sleep yet has looked at the flags before, so its mutex is waited for.
+    /// Wakes those of the waiters who can have their ranges now. A waiter that does not sleep yet has looked at the flags
+    /// before, so its mutex is waited for.
     #[cold]
     fn wake(&self) {
-        drop(self.table());
-        self.released.notify_all();
+        let mut table = self.table();
+        while let Some(index) = self.next_to_wake(&table) {
+            table.waiting[index].woken = true;
+            table.waiting[index].thread.unpark();
+        }
+    }
+
+    /// A waiter who sleeps and could have its range now, if those who were woken before it had theirs.
+    fn next_to_wake(&self, table: &Table) -> Option<usize> {
+        let holds = |slot: &usize| table.slots & (1 << slot) != 0 && !self.ended[*slot].load(Ordering::Acquire);
+        if (0..SLOTS).filter(holds).count() == SLOTS {
+            return None;
+        }
+        let waiting = &table.waiting;
+        (0..waiting.len()).find(|&index| {
+            let Waiter { request, woken, .. } = &waiting[index];
+            let comes_first = |earlier: &Waiter| {
+                (earlier.woken && earlier.request.conflicts_with(request)) || earlier.blocks(request)
+            };
+            !woken
+                && !(0..SLOTS).filter(holds).any(|slot| table.granted[slot].conflicts_with(request))
+                && !waiting.iter().take(index).any(comes_first)
+        })
     }
 
     /// The table is consistent between any two statements that can panic, so a poisoned mutex is still good.
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Lets `request` overtake the first `in_line` waiters, unless one of them was overtaken often enough.
+#[cold]
+fn overtake(table: &mut Table, request: &Request, in_line: usize) -> bool {
+    if table.waiting.iter().take(in_line).any(|earlier| earlier.blocks(request)) {
+        return false;
+    }
+    for earlier in table.waiting.iter_mut().take(in_line).filter(|earlier| earlier.request.conflicts_with(request)) {
+        earlier.overtaken += 1;
+    }
+    true
 }
 
 impl Drop for RangeGuard<'_> {
@@ -225,29 +341,86 @@ mod tests {
         assert!(!granted(Alone, 0..0, Shared, 5..5));
     }
 
+    /// Waits until somebody is in line.
+    fn until_somebody_waits(lock: &RangeLock) {
+        while lock.table().waiting.is_empty() {
+            thread::yield_now();
+        }
+    }
+
     #[test]
-    fn a_waiting_writer_is_not_overtaken_by_later_readers() {
-        let lock = Arc::new(RangeLock::default());
+    fn a_waiting_writer_is_overtaken_by_so_many_readers_and_no_more() {
+        let lock = RangeLock::default();
         let first_reader = lock.shared(0..10);
-        let order = Arc::new(Mutex::new(Vec::new()));
-        let mut threads = Vec::new();
-        for (name, mode) in [("writer", Mode::Exclusive), ("reader", Mode::Shared)] {
-            let before = lock.table().waiting.len();
-            let (lock, order) = (Arc::clone(&lock), Arc::clone(&order));
-            let for_thread = Arc::clone(&lock);
-            threads.push(thread::spawn(move || {
-                let _guard = for_thread.acquire(0, 10, mode);
-                order.lock().unwrap().push(name);
-            }));
-            while lock.table().waiting.len() == before {
-                thread::yield_now();
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| drop(lock.exclusive(0..10)));
+            until_somebody_waits(&lock);
+            for _ in 0..OVERTAKEN_MAX {
+                drop(lock.shared(5..15));
             }
-        }
-        drop(first_reader);
-        for thread in threads {
-            thread.join().unwrap();
-        }
-        assert_eq!(*order.lock().unwrap(), ["writer", "reader"]);
+            assert!(lock.grant(&mut lock.table(), &request(5, 15, Mode::Shared), 1).is_err(), "one more has to wait");
+            assert!(!writer.is_finished());
+            drop(lock.exclusive(10..20)); // which conflicts with nobody
+            drop(first_reader);
+            writer.join().unwrap();
+        });
+        drop(lock.exclusive(5..15));
+    }
+
+    #[test]
+    fn of_those_who_sleep_only_who_can_go_on_is_woken() {
+        let lock = RangeLock::default();
+        let (held, other) = (lock.exclusive(0..10), lock.exclusive(20..30));
+        thread::scope(|scope| {
+            for (index, range) in [0..5_u64, 0..7, 5..8, 20..25].into_iter().enumerate() {
+                scope.spawn({
+                    let lock = &lock;
+                    move || drop(lock.exclusive(range))
+                });
+                while lock.table().waiting.len() == index {
+                    thread::yield_now();
+                }
+            }
+            {
+                let mut table = lock.table();
+                assert_eq!(lock.next_to_wake(&table), None);
+                lock.ended[held.slot].store(true, Ordering::Release);
+                assert_eq!(lock.next_to_wake(&table), Some(0));
+                table.waiting[0].woken = true;
+                assert_eq!(lock.next_to_wake(&table), Some(2), "not the one that would have to wait for the first");
+                table.waiting[2].woken = true;
+                assert_eq!(lock.next_to_wake(&table), None);
+                table.waiting.iter_mut().for_each(|waiter| waiter.woken = false);
+            }
+            drop((held, other));
+        });
+        assert!(lock.table().waiting.is_empty());
+    }
+
+    fn request(start: u64, end: u64, mode: Mode) -> Request {
+        Request { start, end, mode }
+    }
+
+    #[test]
+    fn many_writers_of_one_place_all_come_to_their_end() {
+        let lock = RangeLock::default();
+        let counter = AtomicU64::new(0);
+        thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for round in 0..3000_u64 {
+                        let _guard = lock.exclusive(0..16);
+                        let seen = counter.load(Ordering::Relaxed);
+                        if round % 100 == 0 {
+                            thread::yield_now(); // longer than anybody watches
+                        }
+                        counter.store(seen + 1, Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        assert_eq!(counter.into_inner(), 24_000);
+        assert!(lock.table().waiting.is_empty());
     }
 
     #[test]

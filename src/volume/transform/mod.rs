@@ -197,6 +197,7 @@ impl Volume {
     ///
     /// [`TransformError`]; nothing has changed, unless the header could not be written.
     pub fn begin_rekey(&self, credential: &Credential, options: &RekeyOptions) -> Result<(), TransformError> {
+        self.check_here()?;
         let mut engine = self.engine();
         let engine = engine.as_mut().ok_or(TransformError::Locked)?;
         let began = engine.namespace.begin_rekey(credential, options);
@@ -215,6 +216,7 @@ impl Volume {
     ///
     /// [`TransformError::Credential`] when it opens none.
     pub fn use_slot_of(&self, credential: &Credential) -> Result<(), TransformError> {
+        self.check_here()?;
         self.engine().as_mut().ok_or(TransformError::Locked)?.namespace.use_slot_of(credential)
     }
 
@@ -230,6 +232,7 @@ impl Volume {
     ///
     /// [`TransformError::NotUnderWay`], and when the header cannot be written.
     pub fn set_transform_paused(&self, paused: bool) -> Result<(), TransformError> {
+        self.check_here()?;
         self.engine().as_mut().ok_or(TransformError::Locked)?.namespace.set_transform_paused(paused)
     }
 
@@ -253,11 +256,17 @@ impl Volume {
     ///
     /// [`TransformError`]; when the window was already being moved, accesses to it fail until the namespace is reopened.
     pub fn transform_step(&self, window_bytes: u64) -> Result<Option<TransformProgress>, TransformError> {
+        self.check_here()?;
         if self.read_only() {
             return Err(MediaError::ReadOnly.into());
         }
         let window_bytes = window_bytes - window_bytes % WINDOW_STEP_BYTES;
         self.engine().as_mut().ok_or(TransformError::Locked)?.step(&self.area, window_bytes)
+    }
+
+    /// [`Volume::check_owner`], before the engine is asked.
+    fn check_here(&self) -> Result<(), TransformError> {
+        if self.is_here() { Ok(()) } else { Err(MediaError::Forked.into()) }
     }
 
     pub(super) fn engine(&self) -> MutexGuard<'_, Option<Engine>> {

@@ -38,6 +38,7 @@ pub(crate) use self::operations::{Install, Through};
 pub(crate) use self::pages::PageSet;
 pub(crate) use self::write_back::WriteBack;
 use crate::secret::SecretBytes;
+use crate::uffd::Uffd;
 
 /// Bytes of a page of the window.
 pub(crate) const PAGE_BYTES: u64 = 4096;
@@ -56,7 +57,8 @@ pub(crate) struct Window {
     /// Resident pages whose stores no view's page table tells of: made by
     /// [`Volume::store_resident`](super::Volume::store_resident), or whose write-back failed.
     unsynced: PageSet,
-    page_count: u64,
+    /// What it shows, in pages.
+    pages: Range<u64>,
     views: Mutex<Vec<Arc<View>>>,
     /// Pages that are resident or that somebody is about to make so.
     reserved: AtomicU64,
@@ -77,26 +79,28 @@ pub(crate) enum AttachError {
 }
 
 impl Window {
-    pub(crate) fn new(size_bytes: u64) -> io::Result<Self> {
+    /// A window over logical `range`, which begins at a page.
+    pub(crate) fn new(range: &Range<u64>) -> io::Result<Self> {
         if rustix::param::page_size() as u64 != PAGE_BYTES {
             return Err(io::Error::from(io::ErrorKind::Unsupported));
         }
-        let page_count = size_bytes.div_ceil(PAGE_BYTES);
+        let pages = pages_of(range);
+        let set = || PageSet::new(&pages).map_err(io::Error::other);
         let page_len = usize::try_from(PAGE_BYTES).expect("a page is small");
         Ok(Self {
-            memory: WindowMemory::new(page_count * PAGE_BYTES)?,
-            resident: PageSet::new(page_count),
-            unsynced: PageSet::new(page_count),
-            page_count,
+            memory: WindowMemory::new(pages.start * PAGE_BYTES..pages.end * PAGE_BYTES)?,
+            resident: set()?,
+            unsynced: set()?,
             views: Mutex::default(),
             reserved: AtomicU64::new(0),
             reserved_max: AtomicU64::new(u64::MAX),
-            hand: AtomicU64::new(0),
-            scratch: Mutex::new(SecretBytes::zeroed(page_len)),
+            hand: AtomicU64::new(pages.start),
+            scratch: Mutex::new(SecretBytes::try_zeroed(page_len)?),
+            pages,
         })
     }
 
-    /// Maps `range` of whole pages and keeps at most `resident_max` bytes of the window resident while this view is
+    /// Maps `range` of whole pages, pinned without `faults`, and keeps at most `resident_max` bytes of the window resident while this view is
     /// attached. The least bound of all views counts.
     ///
     /// # Errors
@@ -106,11 +110,11 @@ impl Window {
         &self,
         range: Range<u64>,
         writable: bool,
-        pinned: bool,
+        faults: Option<Uffd>,
         resident_max: Option<u64>,
     ) -> Result<Arc<View>, AttachError> {
         let asked = resident_max.map_or(u64::MAX, |bytes| bytes.max(RESIDENT_BYTES_MIN) / PAGE_BYTES);
-        let view = View::new(&self.memory, range, writable, pinned, asked).map_err(AttachError::Os)?;
+        let view = View::new(&self.memory, range, writable, faults, asked).map_err(AttachError::Os)?;
         let view = Arc::new(view);
         let mut views = self.views();
         let bound = asked.min(self.page_count_max());
@@ -211,7 +215,7 @@ impl Window {
     }
 
     fn whole(&self) -> Range<u64> {
-        0..self.page_count * PAGE_BYTES
+        self.pages.start * PAGE_BYTES..self.pages.end * PAGE_BYTES
     }
 
     fn views(&self) -> MutexGuard<'_, Vec<Arc<View>>> {

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use super::{BATCH_PAGES, PAGE_BYTES, View, Window, WriteBack, pages_of};
 use crate::memory::{Source, Target};
 use crate::volume::area::{BLOCK_BYTES, HeldBlocks, HeldRange};
-use crate::volume::{Volume, VolumeError, block_start, len, read_media, write_media};
+use crate::volume::requests::{read_media, write_media};
+use crate::volume::{Volume, VolumeError, block_start, len};
 
 /// How long a fill waits for room while nothing can be evicted, because others' fills have all of it. They end as fast as
 /// media answer, so this is longer than any stall of media that is not a failure of theirs.
@@ -35,11 +36,15 @@ pub(crate) trait Install {
     fn absent(&self, pages: &Range<u64>, plaintext: Source<'_>) -> (u64, io::Result<()>);
 }
 
-/// A map's way of filling: where to decrypt to (whole pages; it holds no plaintext afterwards), and who installs.
+/// A map's way of filling: where to decrypt to (whole pages; it holds no plaintext afterwards), and who installs; without
+/// one pages become resident, and are mapped nowhere.
 pub(crate) struct Through<'a> {
     pub(crate) scratch: &'a mut [u8],
-    pub(crate) install: &'a dyn Install,
+    pub(crate) install: Option<&'a dyn Install>,
 }
+
+/// How often pages that nobody of us has made are taken out of the memfd before a fill gives up.
+const STRANGERS_MAX: u32 = 8;
 
 impl Volume {
     /// The window of all maps that are not exclusive, made at the first call. It stays as long as the volume, and is
@@ -48,29 +53,20 @@ impl Volume {
         if let Some(window) = self.window.get() {
             return Ok(window);
         }
-        let window = Arc::new(Window::new(self.size()).map_err(VolumeError::Window)?);
+        let window = Arc::new(Window::new(&(0..self.size())).map_err(VolumeError::Window)?);
         Ok(self.window.get_or_init(|| window))
     }
 
-    /// Makes the pages of `range` (whole pages, at most [`BATCH_PAGES`]) resident and maps them, or, without `through`,
-    /// makes them resident only.
+    /// Makes the pages of `range` (whole pages, at most [`BATCH_PAGES`]) resident and maps them.
     ///
     /// # Errors
     ///
     /// [`VolumeError::WindowFull`], [`VolumeError::Window`]; [`VolumeError::Media`] when the data of any page cannot be
     /// read: the pages before it are resident then.
-    pub(crate) fn fill(
-        &self,
-        window: &Window,
-        range: &Range<u64>,
-        through: Option<Through<'_>>,
-    ) -> Result<(), VolumeError> {
+    pub(crate) fn fill(&self, window: &Window, range: &Range<u64>, through: Through<'_>) -> Result<(), VolumeError> {
         let (held, room) = self.hold_with_room(window, range)?;
         let mut new_pages = 0;
-        let filled = match through {
-            Some(through) => self.fill_through(held.blocks(), window, range, through, &mut new_pages),
-            None => self.fill_in_place(held.blocks(), window, range, &mut new_pages),
-        };
+        let filled = self.fill_through(held.blocks(), window, range, through, &mut new_pages);
         window.reserved.fetch_sub(room - new_pages, Ordering::AcqRel);
         filled
     }
@@ -110,7 +106,7 @@ impl Volume {
             let (piece, resident) = window.piece(&rest);
             if resident {
                 rest.start = piece.end;
-                install.present(&piece).map_err(VolumeError::Window)?;
+                install.map_or(Ok(()), |install| install.present(&piece)).map_err(VolumeError::Window)?;
                 continue;
             }
             let piece = piece.start..piece.end.min(piece.start + scratch.len() as u64);
@@ -124,7 +120,7 @@ impl Volume {
                 absent.clone().for_each(|page| {
                     window.resident.insert(page);
                 });
-                let (done_bytes, result) = install.absent(&piece, Source::from_slice(pages));
+                let (done_bytes, result) = window.install_absent(&piece, pages, install);
                 absent.start += done_bytes / PAGE_BYTES;
                 *new_pages += done_bytes / PAGE_BYTES;
                 absent.for_each(|page| {
@@ -134,35 +130,6 @@ impl Volume {
             });
             pages.fill(0);
             installed?;
-        }
-        Ok(())
-    }
-
-    /// Fills what is absent in `range` through the window's own mapping, under the caller's exclusive hold.
-    fn fill_in_place(
-        &self,
-        held: HeldBlocks<'_>,
-        window: &Window,
-        range: &Range<u64>,
-        new_pages: &mut u64,
-    ) -> Result<(), VolumeError> {
-        let mut rest = range.clone();
-        while !rest.is_empty() {
-            let (piece, resident) = window.piece(&rest);
-            rest.start = piece.end;
-            if resident {
-                continue;
-            }
-            let data = piece.start..piece.end.min(self.size());
-            if let Err(error) = held.read(data.start, window.memory.target(&data)) {
-                window.memory.target(&piece).fill(0);
-                let _ = window.memory.punch(&piece); // the media error is the one to report
-                return Err(error);
-            }
-            for page in pages_of(&piece) {
-                window.resident.insert(page);
-                *new_pages += 1;
-            }
         }
         Ok(())
     }
@@ -210,9 +177,9 @@ impl Volume {
     ///
     /// The first one, when no page went on a whole round because of it.
     fn evict_next(&self, window: &Window) -> Result<u64, VolumeError> {
-        let hand = window.hand.load(Ordering::Acquire) % window.page_count.max(1);
+        let hand = window.hand.load(Ordering::Acquire).clamp(window.pages.start, window.pages.end);
         let mut result = Ok(());
-        for mut rest in [hand..window.page_count, 0..hand] {
+        for mut rest in [hand..window.pages.end, window.pages.start..hand] {
             while let Some(run) = window.resident.next_run(&rest) {
                 let run = run.start..run.end.min(run.start + BATCH_PAGES / 2);
                 rest.start = run.end;
@@ -326,18 +293,18 @@ impl Volume {
     /// [`VolumeError::Media`] when something could not be made durable: it is lost, and the volume is locked all the
     /// same.
     pub fn lock(&self) -> Result<(), VolumeError> {
+        self.check_owner()?;
+        // First nobody waits for a page of a map any more: who does may hold what is waited for below.
+        let mut result = Ok(());
+        self.windows().iter().for_each(|window| note(&mut result, window.revoke()));
         let mut engine = self.engine();
         let mut all = self.area.alone();
         if self.locked() {
             return Ok(());
         }
-        let mut windows = self.claims.windows();
-        windows.extend(self.window.get().cloned());
-        let mut result = Ok(());
+        let windows = self.windows();
         for window in &windows {
-            for view in window.views().iter() {
-                note(&mut result, view.revoke().map_err(VolumeError::Window));
-            }
+            note(&mut result, window.revoke()); // views that were attached meanwhile
             window.each_batch(&window.whole(), |batch| {
                 self.write_back_each(all.blocks(), window, &batch, |_, written| note(&mut result, written));
             });
@@ -352,6 +319,13 @@ impl Volume {
         engine.take();
         self.locked.store(true, Ordering::SeqCst);
         result
+    }
+
+    /// All windows that there are.
+    fn windows(&self) -> Vec<Arc<Window>> {
+        let mut windows = self.claims.windows();
+        windows.extend(self.window.get().cloned());
+        windows
     }
 
     /// Stores the beginning of `data` at `offset` in the window, up to the first page that is absent. How many bytes were
@@ -376,21 +350,6 @@ impl Volume {
             start = part.end;
         }
         Ok(len(&(range.start..start)))
-    }
-
-    /// Reads `buf.len()` bytes at `offset` as a map of `window` shows them; nothing is brought in.
-    ///
-    /// # Errors
-    ///
-    /// As [`Volume::read_at`].
-    pub(crate) fn load(&self, window: &Window, buf: &mut [u8], offset: u64) -> Result<(), VolumeError> {
-        let range = self.check(offset, buf.len() as u64)?;
-        let held = self.area.shared(blocks_of(&range));
-        let result = Self::read_coherent(held.blocks(), window, range, buf);
-        if result.is_err() {
-            buf.fill(0);
-        }
-        result
     }
 
     /// Reads what the caller holds: resident pages from the window, absent ones from media, and these stay absent.
@@ -445,6 +404,45 @@ impl Volume {
             window.memory.target(&run).fill(0);
             rest.start = run.end;
         }
+    }
+}
+
+impl Window {
+    /// Ends every access through views for good.
+    fn revoke(&self) -> Result<(), VolumeError> {
+        let mut result = Ok(());
+        for view in self.views().iter() {
+            note(&mut result, view.revoke().map_err(VolumeError::Window));
+        }
+        result
+    }
+
+    /// Makes absent pages resident with these bytes, under the caller's exclusive hold. How many bytes it did, also with an
+    /// error. A page that is in the memfd already is nobody's: whoever made it (`mlockall` before userfaultfd could be had,
+    /// a huge page) made zeroes, and they go first.
+    fn install_absent(&self, pages: &Range<u64>, bytes: &[u8], install: Option<&dyn Install>) -> (u64, io::Result<()>) {
+        let mut done_bytes = 0;
+        for _ in 0..=STRANGERS_MAX {
+            let rest = pages.start + done_bytes..pages.end;
+            let bytes = &bytes[len(&(pages.start..rest.start))..];
+            let (more, result) = match install {
+                Some(install) => install.absent(&rest, Source::from_slice(bytes)),
+                None => match self.memory.fill(&rest, bytes) {
+                    Ok(()) => (rest.end - rest.start, Ok(())),
+                    Err(error) => (0, Err(error)),
+                },
+            };
+            done_bytes += more;
+            match result {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    if let Err(error) = self.memory.punch(&(pages.start + done_bytes..pages.end)) {
+                        return (done_bytes, Err(error));
+                    }
+                }
+                result => return (done_bytes, result),
+            }
+        }
+        (done_bytes, Err(io::ErrorKind::AlreadyExists.into()))
     }
 }
 

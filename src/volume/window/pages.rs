@@ -2,21 +2,34 @@
 //!
 //! Each call is atomic for its page; what a bit promises about a page is ruled by the volume's range lock, not here.
 
-use crate::sync::atomic::{AtomicU64, Ordering};
+use std::collections::TryReserveError;
 use std::ops::Range;
+
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 const BITS: u64 = u64::BITS as u64;
 
-/// Pages `0..page_count`.
+/// Pages of a range.
 #[derive(Debug)]
 pub(crate) struct PageSet {
-    words: Box<[AtomicU64]>,
+    /// The number of the first word's first page.
+    first: u64,
+    words: Vec<AtomicU64>,
 }
 
 impl PageSet {
-    /// An empty set.
-    pub(crate) fn new(page_count: u64) -> Self {
-        Self { words: (0..page_count.div_ceil(BITS)).map(|_| AtomicU64::new(0)).collect() }
+    /// An empty set, which may come to hold `pages`.
+    ///
+    /// # Errors
+    ///
+    /// Without memory for it.
+    pub(crate) fn new(pages: &Range<u64>) -> Result<Self, TryReserveError> {
+        let first = pages.start - pages.start % BITS;
+        let count = usize::try_from((pages.end - first).div_ceil(BITS)).unwrap_or(usize::MAX);
+        let mut words = Vec::new();
+        words.try_reserve_exact(count)?;
+        words.resize_with(count, || AtomicU64::new(0));
+        Ok(Self { first, words })
     }
 
     pub(crate) fn contains(&self, page: u64) -> bool {
@@ -55,7 +68,7 @@ impl PageSet {
     }
 
     fn word(&self, page: u64) -> &AtomicU64 {
-        &self.words[usize::try_from(page / BITS).expect("64-bit targets only")]
+        &self.words[usize::try_from((page - self.first) / BITS).expect("64-bit targets only")]
     }
 }
 
@@ -69,7 +82,7 @@ mod tests {
 
     #[test]
     fn runs_are_found_across_words_and_cut_at_the_end() {
-        let set = PageSet::new(300);
+        let set = PageSet::new(&(0..300)).unwrap();
         for page in (60..130).chain([200, 299]) {
             assert!(set.insert(page));
             assert!(!set.insert(page));
@@ -83,5 +96,20 @@ mod tests {
         assert!(set.remove(200));
         assert!(!set.remove(200));
         assert!(!set.contains(200) && set.contains(129) && !set.contains(130));
+    }
+
+    #[test]
+    fn a_set_of_pages_far_away_is_as_small_as_one_of_the_first() {
+        const FAR: u64 = (1 << 40) + 77;
+        let set = PageSet::new(&(FAR..FAR + 3)).unwrap();
+        assert!(set.insert(FAR) && set.insert(FAR + 2) && !set.contains(FAR + 1));
+        assert_eq!(set.next_run(&(FAR..FAR + 3)), Some(FAR..FAR + 1));
+        assert_eq!(set.next_run(&(FAR + 1..FAR + 3)), Some(FAR + 2..FAR + 3));
+        assert!(set.words.len() <= 2);
+    }
+
+    #[test]
+    fn a_set_that_memory_has_no_room_for_is_an_error() {
+        assert!(PageSet::new(&(0..1 << 62)).is_err());
     }
 }

@@ -22,6 +22,7 @@ const UFFD_API: u64 = 0xaa;
 const GROUP: u8 = 0xaa;
 
 const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+const FEATURE_SIGBUS: u64 = 1 << 7;
 const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 const FEATURE_WP_SHMEM: u64 = 1 << 12;
 const FEATURE_POISON: u64 = 1 << 14;
@@ -112,25 +113,31 @@ struct Scan {
     return_mask: u64,
 }
 
+/// `UFFD_USER_MODE_ONLY` (Linux 5.11): granted to everybody, because no system call can be made to wait by it.
+const USER_MODE_ONLY: u32 = 1;
+
 /// How pages are put into a range.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Install {
-    pub(super) write_protect: bool,
+pub(crate) struct Install {
+    /// Whether the first store to a page that was absent is noted or trapped.
+    pub(crate) protect_new: bool,
+    /// The same for a page that was in the file already.
+    pub(crate) protect_present: bool,
     /// Whether threads that wait for one of the pages go on at once, and not at [`Uffd::wake`].
-    pub(super) wake: bool,
+    pub(crate) wake: bool,
 }
 
 /// A fault that waits for an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Fault {
-    pub(super) address: u64,
+pub(crate) struct Fault {
+    pub(crate) address: u64,
     /// A store to a write-protected page, rather than a page that is not mapped.
-    pub(super) write_protected: bool,
+    pub(crate) write_protected: bool,
 }
 
 /// A userfaultfd that takes the faults of its process, of system calls too.
 #[derive(Debug)]
-pub(super) struct Uffd {
+pub(crate) struct Uffd {
     fd: OwnedFd,
 }
 
@@ -141,27 +148,53 @@ impl Uffd {
     /// # Errors
     ///
     /// What the kernel refuses with: too old (`InvalidInput`), or not permitted.
-    pub(super) fn open(write_async: bool) -> io::Result<Self> {
-        let uffd = Self { fd: open_descriptor()? };
+    pub(crate) fn open(write_async: bool) -> io::Result<Self> {
         let mut features = FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM | FEATURE_WP_SHMEM | FEATURE_POISON;
         if write_async {
             features |= FEATURE_WP_ASYNC;
         }
+        Self::with_features(open_descriptor()?, features)
+    }
+
+    /// Opens one that answers nobody: a touch of an absent page in its ranges raises SIGBUS, and a system call that would make
+    /// such a page fails.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub(crate) fn open_guard() -> io::Result<Self> {
+        let fd = match system_call(USER_MODE_ONLY) {
+            Err(error) if is_refusal(&error) => open_descriptor()?, // a kernel that is too old for the flag
+            opened => opened?,
+        };
+        Self::with_features(fd, FEATURE_MISSING_SHMEM | FEATURE_SIGBUS)
+    }
+
+    fn with_features(fd: OwnedFd, features: u64) -> io::Result<Self> {
+        let uffd = Self { fd };
         let mut api = Api { api: UFFD_API, features, ioctls: 0 };
         uffd.call::<{ opcode::read_write::<Api>(GROUP, 0x3f) }, _>(&mut api)?;
         Ok(uffd)
     }
 
+    /// Takes over the touches of absent pages in `range`, and no other faults.
+    pub(crate) fn register_absent(&self, range: &Range<u64>) -> io::Result<()> {
+        self.register_mode(range, MODE_MISSING)
+    }
+
     /// Takes the faults of `range` from now on: pages that are absent, pages that are there but not mapped and, with
     /// `write_protect`, stores to protected pages.
-    pub(super) fn register(&self, range: &Range<u64>, write_protect: bool) -> io::Result<()> {
-        let mode = MODE_MISSING | MODE_MINOR | if write_protect { MODE_WP } else { 0 };
+    pub(crate) fn register(&self, range: &Range<u64>, write_protect: bool) -> io::Result<()> {
+        self.register_mode(range, MODE_MISSING | MODE_MINOR | if write_protect { MODE_WP } else { 0 })
+    }
+
+    fn register_mode(&self, range: &Range<u64>, mode: u64) -> io::Result<()> {
         let mut register = Register { span: span(range), mode, ioctls: 0 };
         Ok(self.call::<{ opcode::read_write::<Register>(GROUP, 0x00) }, _>(&mut register)?)
     }
 
     /// The next fault, or `None` when there is none now.
-    pub(super) fn next_fault(&self) -> io::Result<Option<Fault>> {
+    pub(crate) fn next_fault(&self) -> io::Result<Option<Fault>> {
         let mut message = [0_u8; MESSAGE_BYTES];
         loop {
             match rustix::io::read(&self.fd, &mut message) {
@@ -180,9 +213,9 @@ impl Uffd {
     }
 
     /// Maps pages of `range` that are in the file already.
-    pub(super) fn map_present(&self, range: &Range<u64>, how: Install, page_bytes: u64) -> io::Result<()> {
+    pub(crate) fn map_present(&self, range: &Range<u64>, how: Install, page_bytes: u64) -> io::Result<()> {
         let mode = if how.wake { 0 } else { CONTINUE_MODE_DONTWAKE };
-        let mode = mode | if how.write_protect { CONTINUE_MODE_WP } else { 0 };
+        let mode = mode | if how.protect_present { CONTINUE_MODE_WP } else { 0 };
         let mut at = range.start;
         while at < range.end {
             let mut argument = Continue { span: span(&(at..range.end)), mode, done: 0 };
@@ -205,9 +238,9 @@ impl Uffd {
     }
 
     /// Makes pages of `range`, which are absent, from a copy of `bytes`. How many bytes it did, also with an error.
-    pub(super) fn map_absent(&self, range: &Range<u64>, bytes: Source<'_>, how: Install) -> (u64, io::Result<()>) {
+    pub(crate) fn map_absent(&self, range: &Range<u64>, bytes: Source<'_>, how: Install) -> (u64, io::Result<()>) {
         let mode = if how.wake { 0 } else { COPY_MODE_DONTWAKE };
-        let mode = mode | if how.write_protect { COPY_MODE_WP } else { 0 };
+        let mode = mode | if how.protect_new { COPY_MODE_WP } else { 0 };
         let len = range.end - range.start;
         assert_eq!(bytes.len() as u64, len, "a copy needs equal lengths");
         let mut copied = 0;
@@ -230,12 +263,12 @@ impl Uffd {
     }
 
     /// Lets the threads that wait for `range` try again.
-    pub(super) fn wake(&self, range: &Range<u64>) -> io::Result<()> {
+    pub(crate) fn wake(&self, range: &Range<u64>) -> io::Result<()> {
         Ok(self.call::<{ opcode::read::<Span>(GROUP, 0x02) }, _>(&mut span(range))?)
     }
 
     /// Write-protects `range`, or takes the protection away and wakes who waits to store.
-    pub(super) fn write_protect(&self, range: &Range<u64>, protect: bool) -> io::Result<()> {
+    pub(crate) fn write_protect(&self, range: &Range<u64>, protect: bool) -> io::Result<()> {
         let mode = if protect { WRITEPROTECT_MODE_WP } else { 0 };
         let mut argument = WriteProtect { span: span(range), mode };
         loop {
@@ -247,7 +280,7 @@ impl Uffd {
     }
 
     /// Makes touches of `range`, which is not mapped, raise SIGBUS.
-    pub(super) fn poison(&self, range: &Range<u64>) -> io::Result<()> {
+    pub(crate) fn poison(&self, range: &Range<u64>) -> io::Result<()> {
         let mut argument = Continue { span: span(range), mode: 0, done: 0 };
         Ok(self.call::<{ opcode::read_write::<Continue>(GROUP, 0x08) }, _>(&mut argument)?)
     }
@@ -269,34 +302,54 @@ impl AsFd for Uffd {
 
 fn open_descriptor() -> io::Result<OwnedFd> {
     const IOC_NEW: libc::c_ulong = 0xaa00;
-    if let Ok(device) = OpenOptions::new().read(true).write(true).open("/dev/userfaultfd") {
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-        // SAFETY: the request takes its flags by value.
-        let fd = unsafe { libc::ioctl(device.as_raw_fd(), IOC_NEW, flags) };
-        if fd >= 0 {
-            // SAFETY: the kernel has just given this descriptor to us alone.
-            return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+    match OpenOptions::new().read(true).write(true).open("/dev/userfaultfd") {
+        Ok(device) => {
+            let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+            // SAFETY: the request takes its flags by value.
+            let fd = unsafe { libc::ioctl(device.as_raw_fd(), IOC_NEW, flags) };
+            if fd >= 0 {
+                // SAFETY: the kernel has just given this descriptor to us alone.
+                return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+            }
         }
+        // The system call would say the same, but after a refusal of its own kind.
+        Err(error) if is_shortage(&error) => return Err(error),
+        Err(_) => {}
     }
+    system_call(0)
+}
+
+fn system_call(more_flags: u32) -> io::Result<OwnedFd> {
     let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    let flags = UserfaultfdFlags::from_bits_retain(flags.bits() | more_flags);
     // SAFETY: a new descriptor; it has no effect on memory before something is registered.
     Ok(unsafe { rustix::mm::userfaultfd(flags) }?)
 }
 
+/// Whether the kernel does not have what was asked for, or does not permit it. Anything else is a failure: a map that
+/// decrypted everything because a descriptor was wanting would be a surprise of gigabytes.
+pub(crate) fn is_refusal(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::PERM | Errno::ACCESS | Errno::NOSYS | Errno::INVAL))
+}
+
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM))
+}
+
 /// The stores of this process, as its page tables tell of them.
 #[derive(Debug)]
-pub(super) struct PageMap {
+pub(crate) struct PageMap {
     file: File,
 }
 
 impl PageMap {
-    pub(super) fn open() -> io::Result<Self> {
+    pub(crate) fn open() -> io::Result<Self> {
         Ok(Self { file: File::open("/proc/self/pagemap")? })
     }
 
     /// Calls `found` for every run of pages in `range` that was stored to since it was protected, and protects it again
     /// in the same step.
-    pub(super) fn take_written(&self, range: &Range<u64>, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
+    pub(crate) fn take_written(&self, range: &Range<u64>, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
         const OPCODE: Opcode = opcode::read_write::<Scan>(b'f', 16);
         let mut at = range.start;
         while at < range.end {

@@ -1,0 +1,111 @@
+//! Which process something belongs to: a forked child has copies of everything, and may use none of it.
+//!
+//! Keys lie on pages that a fork empties, while mappings of the medium are inherited: a child that went on would encrypt under
+//! a schedule that everybody can compute, over what the parent has written. So whatever was opened carries an [`Owner`], and
+//! every entry asks it. The answer costs a load and a comparison: a word that the kernel clears in the child as it forks
+//! (`MADV_WIPEONFORK`, also for a raw `clone`), and that each process fills with a number of its own.
+#![allow(unsafe_code)]
+
+use std::mem::align_of;
+use std::ptr;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+
+/// The numbers given out so far, counted on by every child: so a child never has the number of a parent.
+static NUMBERS: AtomicU64 = AtomicU64::new(0);
+
+/// The word where the kernel has no `MADV_WIPEONFORK` (before Linux 4.14): the C library's `fork` clears it.
+static WORD: AtomicU64 = AtomicU64::new(0);
+
+/// The process that was here when something was opened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Owner {
+    word: &'static AtomicU64,
+    number: u64,
+}
+
+impl Owner {
+    /// This process.
+    pub(crate) fn here() -> Self {
+        static PLACE: OnceLock<&'static AtomicU64> = OnceLock::new();
+        let word = *PLACE.get_or_init(|| wiped_page().unwrap_or_else(cleared_word));
+        loop {
+            let number = word.load(Ordering::Acquire);
+            if number != 0 {
+                return Self { word, number };
+            }
+            let mine = NUMBERS.fetch_add(1, Ordering::Relaxed) + 1;
+            let _ = word.compare_exchange(0, mine, Ordering::AcqRel, Ordering::Acquire); // who came first has named us
+        }
+    }
+
+    /// Whether this process is the owner, and not a child of it.
+    #[inline]
+    pub(crate) fn is_here(&self) -> bool {
+        self.word.load(Ordering::Relaxed) == self.number
+    }
+}
+
+/// A word on a page that is empty in a child.
+fn wiped_page() -> Option<&'static AtomicU64> {
+    let len_bytes = rustix::param::page_size();
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a fresh anonymous mapping at an address of the kernel's choice touches no existing memory.
+    let page = unsafe { mmap_anonymous(ptr::null_mut(), len_bytes, protection, MapFlags::PRIVATE) }.ok()?;
+    // SAFETY: the page is the new mapping; the advice does not change what this process sees.
+    unsafe { madvise(page, len_bytes, Advice::LinuxWipeOnFork) }.ok()?;
+    debug_assert!(page.addr().is_multiple_of(align_of::<AtomicU64>()), "a page is aligned");
+    // SAFETY: the page is mapped for good, aligned and zeroed, which is a valid value; nobody else has its address.
+    Some(unsafe { &*page.cast::<AtomicU64>() })
+}
+
+fn cleared_word() -> &'static AtomicU64 {
+    unsafe extern "C" fn clear() {
+        WORD.store(0, Ordering::SeqCst);
+    }
+    // SAFETY: the function stores to an atomic, which it may do in a child that has just been forked.
+    unsafe { libc::pthread_atfork(None, None, Some(clear)) };
+    &WORD
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a forked child says of `question`.
+    fn in_a_child(question: impl FnOnce() -> bool) -> bool {
+        // SAFETY: the child reads and writes atomics, and leaves without running destructors.
+        match unsafe { libc::fork() } {
+            0 => {
+                let answer = i32::from(question());
+                // SAFETY: ends the child at once.
+                unsafe { libc::_exit(answer) }
+            }
+            pid => {
+                let mut status = 0;
+                // SAFETY: waits for the child; the status is a local.
+                assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+                assert!(libc::WIFEXITED(status), "{status:#x}");
+                libc::WEXITSTATUS(status) == 1
+            }
+        }
+    }
+
+    #[test]
+    fn a_child_is_not_the_owner_and_owns_what_it_opens() {
+        let owner = Owner::here();
+        assert!(owner.is_here() && Owner::here().is_here());
+        assert!(in_a_child(|| !owner.is_here()));
+        assert!(in_a_child(|| {
+            let own = Owner::here();
+            own.is_here() && !owner.is_here() && in_a_child(|| !own.is_here() && !owner.is_here())
+        }));
+        assert!(in_a_child(|| {
+            // A grandchild whose parent never asked must not take the number of its grandparent.
+            in_a_child(|| Owner::here().is_here() && !owner.is_here())
+        }));
+        assert!(owner.is_here());
+    }
+}
