@@ -169,7 +169,11 @@ fn count_in_memory(wanted: &(impl Iterator<Item = u8> + Clone)) -> usize {
             let len = buffer.len().min((end - at) as usize);
             // A page of a map that is absent cannot be read so, and ends what is read before it.
             let read = memory.read_at(&mut buffer[..len], at).unwrap_or(0);
-            at += if read == 0 { PAGE } else { read as u64 };
+            at += match read {
+                0 if line.contains("daxcrypt-window") => PAGE,
+                0 => buffer.len() as u64,
+                read => read as u64,
+            };
             let starts = buffer[..read]
                 .windows(16)
                 .filter(|window| window[0] == first && window.iter().copied().eq(wanted.clone().take(16)));
