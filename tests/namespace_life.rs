@@ -318,7 +318,7 @@ fn restored(
     key: u8,
 ) -> Result<Result<Namespace, UnlockError>, RestoreError> {
     Ok(open_backup(site, backup, even_other)?.unlock_key(&key_file(key)).map(|mut namespace| {
-        namespace.write_header().unwrap();
+        namespace.write_header(true).unwrap();
         namespace
     }))
 }

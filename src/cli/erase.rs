@@ -35,6 +35,13 @@ pub(crate) fn run(args: &EraseArgs) -> Result<(), Error> {
     if let Err(fault) = doomed.header() {
         warning!("{}: {}", location.header_path().display(), Chain(fault));
     }
+    if args.wipe_data && doomed.data_is_elsewhere() {
+        let header = location.header_path().display();
+        let what = format!(
+            "{header} is a detached header, and its data is not there: `daxcrypt erase DATA --header {header} --wipe-data` overwrites it"
+        );
+        return Err(Error::Usage(what));
+    }
     if !args.yes {
         confirm(&args.place, doomed.header().ok())?;
     }

@@ -119,6 +119,8 @@ pub(crate) enum Error {
     ReadFile { what: &'static str, path: PathBuf, source: io::Error },
     #[error("{path}", path = path.display())]
     Restore { path: PathBuf, source: RestoreError },
+    #[error("{path}: the header was not replaced", path = path.display())]
+    NotReplaced { path: PathBuf },
     #[error("that is not the {what}: nothing was erased")]
     NotConfirmed { what: &'static str },
     #[error("{path}", path = path.display())]
@@ -184,7 +186,9 @@ impl Error {
             Self::ReadFile { .. } => Exit::Usage,
             Self::WriteFile { source, .. } if source.kind() == io::ErrorKind::AlreadyExists => Exit::Usage,
             Self::Restore { source: RestoreError::Write(_), .. } => Exit::Io,
-            Self::Restore { source: RestoreError::OtherNamespace { .. }, .. } => Exit::Usage,
+            Self::Restore { source: RestoreError::OtherNamespace { .. } | RestoreError::Smaller { .. }, .. } => {
+                Exit::Usage
+            }
             Self::Restore { .. } => Exit::Damaged,
             Self::Open { source: OpenError::Busy, .. } | Self::Listen(ListenError::Busy { .. }) => Exit::Busy,
             Self::Open { source: OpenError::Empty, .. } => Exit::Damaged,
@@ -218,7 +222,7 @@ impl Error {
             Self::OtherSlots { .. } | Self::Refused { .. } | Self::Gate { .. } => Exit::Usage,
             Self::Slide { .. } | Self::NoKeyGiven { .. } => Exit::Usage,
             Self::Rekey { source, .. } => rekey_exit(source),
-            Self::OwnSlot { .. } | Self::NotConfirmed { .. } => Exit::Usage,
+            Self::OwnSlot { .. } | Self::NotConfirmed { .. } | Self::NotReplaced { .. } => Exit::Usage,
             Self::Update { source, .. } => update_exit(source),
             Self::Unlock { source, .. } => unlock_exit(source),
             Self::Volume { source: VolumeError::NoHeader | VolumeError::ReadOnly, .. } => Exit::Usage,
@@ -281,9 +285,15 @@ impl Error {
             Self::Region { source: RegionError::NoSuchName { .. }, path } => {
                 Some(format!("`daxcrypt region list {}` shows which there are", path.display()))
             }
-            Self::Update { source: UpdateError::OtherVolumeKey, .. } => {
-                Some("--force restores it all the same, and the data then reads as noise".into())
-            }
+            Self::Update { source: UpdateError::OtherSlots { .. }, .. } => Some(
+                "--replace-slots restores it all the same; who has a key that was removed since can then open the namespace"
+                    .into(),
+            ),
+            Self::Update { source: UpdateError::OtherVolumeKey, path } => Some(format!(
+                "keep the header that is there: it is the one that its data needs, and nothing was changed. `daxcrypt header \
+                 repair {}` tells which of its copies a key opens",
+                path.display()
+            )),
             Self::Update { source: UpdateError::LastSlot { .. }, .. } => {
                 Some("--force removes it all the same; `daxcrypt key add` makes another one first".into())
             }
@@ -301,10 +311,12 @@ impl Error {
             }
             Self::Gate { refusal, path, .. } => refusal.help.command(path),
             Self::OwnSlot { .. } => Some("give the key of another slot, which proves that it works, or --force".into()),
-            Self::Restore { source: RestoreError::OtherNamespace { .. }, .. } => {
-                Some("--force restores it all the same, and the namespace that is there is then lost".into())
-            }
+            Self::Restore { source, .. } => restore_hint(source),
             Self::Namespace { source, path } => namespace_hint(source, path),
+            Self::Unlock { source: UnlockError::OtherCopy { .. }, path } => Some(format!(
+                "`daxcrypt header repair {}` shows both copies and what your key says of each, and makes one the header",
+                path.display()
+            )),
             Self::Unlock { .. } if self.exit() == Exit::WrongKey => {
                 Some("try another passphrase or key file; `daxcrypt info` shows which slots there are".into())
             }
@@ -381,6 +393,18 @@ const fn rekey_exit(error: &TransformError) -> Exit {
     }
 }
 
+fn restore_hint(error: &RestoreError) -> Option<String> {
+    let hint = match error {
+        RestoreError::OtherNamespace { .. } => {
+            "are backup and path the right ones? If the namespace here is not wanted any more, --force replaces its header, and \
+             saves it to a file first"
+        }
+        RestoreError::Smaller { .. } => "keep the header that is there; `daxcrypt resize` makes the data area smaller",
+        _ => return None,
+    };
+    Some(hint.into())
+}
+
 fn unlock_exit(error: &UnlockError) -> Exit {
     match error {
         UnlockError::Credential(CredentialError::Memory { .. }) => Exit::Io,
@@ -389,6 +413,7 @@ fn unlock_exit(error: &UnlockError) -> Exit {
         | UnlockError::Erased
         | UnlockError::Key(_)
         | UnlockError::Transform(_)
+        | UnlockError::OtherCopy { .. }
         | UnlockError::Work(_) => Exit::Damaged,
         _ => Exit::WrongKey,
     }

@@ -3,6 +3,7 @@
 //! A copy is overwritten only while the other one is good and durable, so a crash at any store of an update leaves the
 //! old header or the new one. Every write is persisted and read back before the next.
 
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -24,6 +25,15 @@ pub enum CopyName {
     A,
     /// The copy 256 KiB behind the base.
     B,
+}
+
+impl fmt::Display for CopyName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::A => "A",
+            Self::B => "B",
+        })
+    }
 }
 
 impl CopyName {
@@ -138,7 +148,7 @@ pub enum WriteError {
 }
 
 /// The header that counts.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Chosen {
     pub(super) copy: HeaderCopy,
     pub(super) name: CopyName,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::area::{CopyName, CopyState};
+use super::area::{CopyName, CopyState, WriteError};
 use super::error::FormatError;
 use super::geometry::{
     DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, Placement, data_offset_for, detached_data_offset_for,
@@ -13,9 +13,11 @@ use super::geometry::{
 use super::header::{self, MacKey};
 use super::kdf::{Credential, Kdf, KdfCost, KdfWork};
 use super::metadata::{Cipher, CipherName, Metadata, check_label};
+use super::signature::foreign_beginning;
 use super::site::Site;
 use super::slot::{Slot, SlotError};
 use super::unlocked::Namespace;
+use super::wipe::overwrite_with_zeros;
 use crate::pmem::Backing;
 use crate::secret::{self, VolumeKey};
 
@@ -70,7 +72,8 @@ impl Default for FormatOptions {
     }
 }
 
-/// Writes a new namespace, unlocked by `credential`. The header area is overwritten; the data area is not touched.
+/// Writes a new namespace, unlocked by `credential`. The header area is overwritten; the data area is not touched, but for a
+/// header or partition table in front of what becomes the data of a detached header.
 ///
 /// Asking [`signature_found`](super::signature_found) first is the caller's part.
 ///
@@ -140,6 +143,9 @@ fn create(
     // Before anything is overwritten: what does not fit into a copy is found here.
     header::encode(FIRST_SEQUENCE, &metadata, &mac_key)?;
     area.clear()?;
+    if site.is_detached() {
+        clear_foreign_header(&site)?;
+    }
     Ok(Namespace {
         site,
         area,
@@ -153,6 +159,19 @@ fn create(
         slot_id: credential.map(|_| FIRST_SLOT),
         pending: None,
     })
+}
+
+/// How much of what a header announces may hold keys: both copies of ours, or a LUKS2 header with its key slots.
+const FOREIGN_HEADER_BYTES: u64 = 16 << 20;
+
+/// Destroys the header that detached data begins with: its keys are not the new namespace's, and whoever has one could open
+/// what it encrypted, until writes happen to reach it.
+fn clear_foreign_header(site: &Site) -> Result<(), WriteError> {
+    if foreign_beginning(site.data(), site.start())?.is_some() {
+        let end = site.start() + site.available_bytes().min(FOREIGN_HEADER_BYTES);
+        overwrite_with_zeros(site.data(), site.start()..end, |_| {})?;
+    }
+    Ok(())
 }
 
 impl Namespace {

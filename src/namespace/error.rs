@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::fmt;
 
-use super::area::WriteError;
+use super::area::{CopyName, WriteError};
 use super::geometry::GeometryError;
 use super::header::{CopyFault, TooLong};
 use super::kdf::{CredentialError, WorkError};
@@ -118,6 +118,12 @@ pub enum OpenError {
     /// The header given as a detached one holds its data itself.
     #[error("this header is not a detached one: its data follows it in the same backing")]
     NotDetached,
+    /// The data of a detached header begins as something else does.
+    #[error("the data begins with {found}: the detached header belongs to other data")]
+    DataIsOther {
+        /// What it begins with.
+        found: &'static str,
+    },
     /// The media failed.
     #[error(transparent)]
     Media(#[from] MediaError),
@@ -170,6 +176,18 @@ pub enum UnlockError {
     /// The key opened, but it did not write this header.
     #[error("the header is forged or damaged: it opens, but its MAC is not that of the key")]
     Forged,
+    /// The newer copy of the header is not genuine, but the other one is. Which of them counts is not for a program to decide:
+    /// an older header may have key slots that were removed since.
+    #[error(
+        "header copy {newer} is the newer one, and it is forged or damaged, or of a re-key that was cut short: copy {genuine} \
+         opens and is genuine"
+    )]
+    OtherCopy {
+        /// The copy with the greater sequence number.
+        newer: CopyName,
+        /// The copy that the key opens and has written.
+        genuine: CopyName,
+    },
     /// The namespace was being re-keyed, and where that stands cannot be read.
     #[error("the namespace was being re-keyed, and cannot be read")]
     Transform(#[from] TransformError),
@@ -195,6 +213,15 @@ pub enum UpdateError {
     /// The namespace keeps no key, hence no header that could be authenticated.
     #[error("an ephemeral namespace has a fixed header and no key slots")]
     Ephemeral,
+    /// Other key slots than now would open the namespace.
+    #[error("the backup has other key slots than the header here: {} removed since would open it again, {} made since would not",
+        slot_list(.revived), slot_list(.lost))]
+    OtherSlots {
+        /// Slots of the backup that are not there any more.
+        revived: Vec<u32>,
+        /// Slots that were not there yet.
+        lost: Vec<u32>,
+    },
     /// The header on media is that of another volume key.
     #[error("the header here is under another volume key, and so is the data: it was re-keyed since the backup")]
     OtherVolumeKey,
@@ -266,5 +293,14 @@ impl fmt::Display for Chain<'_> {
             source = error.source();
         }
         Ok(())
+    }
+}
+
+fn slot_list(slots: &[u32]) -> String {
+    let numbers: Vec<_> = slots.iter().map(u32::to_string).collect();
+    match numbers.len() {
+        0 => "none".into(),
+        1 => format!("slot {}", numbers[0]),
+        _ => format!("slots {}", numbers.join(", ")),
     }
 }

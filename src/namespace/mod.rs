@@ -32,7 +32,10 @@ mod unlocked;
 mod wipe;
 
 pub use area::{CopyName, CopyState, WriteError};
-pub use backup::{BACKUP_BYTES, RestoreError, inspect, inspect_backup, open_backup, restore_unchecked};
+pub use backup::{
+    BACKUP_BYTES, Proof, RepairKey, RestoreError, check_place, inspect, inspect_backup, open_backup, open_copy,
+    present_header, prove, restore_unchecked,
+};
 pub use create::{FormatOptions, format, format_ephemeral, format_withheld};
 pub use error::{Chain, FormatError, OpenError, UnlockError, UpdateError};
 pub use geometry::{

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use super::area::{Chosen, CopyName, HeaderArea, WriteError, choose};
 use super::error::{OpenError, UnlockError};
 use super::geometry::{Geometry, HEADER_AREA_BYTES};
-use super::header::MacKey;
+use super::header::{HeaderCopy, MacKey};
 use super::info::Header;
 use super::kdf::{self, Credential, Kdf, KdfWork};
 use super::metadata::Metadata;
-use super::signature::{Signature, known_format};
+use super::signature::{Signature, foreign_beginning, known_format};
 use super::site::Site;
 use super::slot::Slot;
 use super::unlocked::Namespace;
@@ -76,6 +76,11 @@ impl LockedNamespace {
         }
         let geometry = Geometry::new(&metadata.placement(site.origin()), site.available_bytes())?;
         check_address(&geometry, &site)?;
+        if site.is_detached()
+            && let Some(found) = foreign_beginning(site.data(), site.start().saturating_add(metadata.data_offset))?
+        {
+            return Err(OpenError::DataIsOther { found });
+        }
         let header = Header::of(metadata, chosen.copy.sequence, &chosen.states);
         Ok(Self { site, area, geometry, chosen, header })
     }
@@ -108,8 +113,19 @@ impl LockedNamespace {
     ///
     /// [`UnlockError::WrongCredential`] when no slot opens, [`UnlockError::Forged`] when the header is not genuine.
     pub fn unlock_key(self, credential: &Credential) -> Result<Namespace, UnlockError> {
-        let slots = self.suitable_slots(credential)?;
-        secret::with_wiped_stack(|| self.unlock_with(credential, &slots))
+        let (chosen, other) = (self.chosen.clone(), self.other_copy());
+        let unlocked = self
+            .suitable_slots(credential)
+            .and_then(|slots| secret::with_wiped_stack(|| self.unlock_with(credential, &slots)));
+        unlocked.map_err(|error| other.and_then(|other| other.instead_of(&chosen, credential, &error)).unwrap_or(error))
+    }
+
+    /// The other copy, where it is a header and not the same one.
+    fn other_copy(&self) -> Option<OtherCopy> {
+        let name = self.chosen.name.other();
+        let copy = self.area.read_copy(name).ok()?;
+        let is_same = copy.sequence == self.chosen.copy.sequence && copy.metadata == self.chosen.copy.metadata;
+        (!is_same).then_some(OtherCopy { name, copy })
     }
 
     /// Unlocks with slot `id` only.
@@ -155,7 +171,10 @@ impl LockedNamespace {
         let is_of_size = volume_key.bytes().len() == self.chosen.copy.metadata.key_bits.key_bytes();
         let mac_key = MacKey::new(&volume_key, self.chosen.copy.metadata.uuid);
         if !is_of_size || !self.chosen.copy.is_genuine(&mac_key) {
-            return Err(UnlockError::OtherVolumeKey);
+            let genuine = self.other_copy().filter(|other| other.was_written_by(&volume_key));
+            let newer = self.chosen.name;
+            return Err(genuine
+                .map_or(UnlockError::OtherVolumeKey, |other| UnlockError::OtherCopy { newer, genuine: other.name }));
         }
         Ok(self.into_namespace(volume_key, mac_key, None))
     }
@@ -181,22 +200,7 @@ impl LockedNamespace {
     }
 
     fn suitable_slots(&self, credential: &Credential) -> Result<Vec<Slot>, UnlockError> {
-        let metadata = &self.chosen.copy.metadata;
-        if metadata.ephemeral {
-            return Err(UnlockError::Ephemeral);
-        }
-        if metadata.slots.is_empty() {
-            return Err(UnlockError::Erased);
-        }
-        kdf::check_credential(credential)?;
-        let (passphrase, key_file): (Vec<_>, Vec<_>) =
-            metadata.slots.iter().partition(|slot| matches!(slot.kdf, Kdf::Argon2id(_)));
-        let (passphrase_slots, key_file_slots) = (count(&passphrase), count(&key_file));
-        let suitable = if matches!(credential, Credential::Passphrase(_)) { passphrase } else { key_file };
-        if suitable.is_empty() {
-            return Err(UnlockError::NoSlotOfKind { passphrase_slots, key_file_slots });
-        }
-        Ok(suitable.into_iter().cloned().collect())
+        suitable_slots(&self.chosen.copy.metadata, credential)
     }
 
     fn unlock_with(self, credential: &Credential, slots: &[Slot]) -> Result<Namespace, UnlockError> {
@@ -238,6 +242,47 @@ impl LockedNamespace {
     }
 }
 
+/// A copy that is a header, and not the one that counts.
+struct OtherCopy {
+    name: CopyName,
+    copy: HeaderCopy,
+}
+
+impl OtherCopy {
+    /// The error that says more than `error`: this copy opens and is genuine, and the `chosen` one is not. A credential that
+    /// was removed in the newer header opens the older one too, but then both are genuine.
+    fn instead_of(&self, chosen: &Chosen, credential: &Credential, error: &UnlockError) -> Option<UnlockError> {
+        match error {
+            UnlockError::Forged | UnlockError::WrongCredential { .. } => {}
+            UnlockError::NoSlotOfKind { .. } | UnlockError::Erased | UnlockError::Work(_) => {}
+            _ => return None,
+        }
+        let volume_key = secret::with_wiped_stack(|| volume_key_of(&self.copy, credential))?.1;
+        let newer_is_genuine = was_written_by(&chosen.copy, &volume_key);
+        (self.was_written_by(&volume_key) && !newer_is_genuine)
+            .then_some(UnlockError::OtherCopy { newer: chosen.name, genuine: self.name })
+    }
+
+    fn was_written_by(&self, volume_key: &VolumeKey) -> bool {
+        was_written_by(&self.copy, volume_key)
+    }
+}
+
+/// Whether the holder of the volume key has written a copy.
+pub(super) fn was_written_by(copy: &HeaderCopy, volume_key: &VolumeKey) -> bool {
+    volume_key.bytes().len() == copy.metadata.key_bits.key_bytes()
+        && copy.is_genuine(&MacKey::new(volume_key, copy.metadata.uuid))
+}
+
+/// The slot of a copy that the credential opens, and the volume key in it; the copy may be forged all the same.
+pub(super) fn volume_key_of(copy: &HeaderCopy, credential: &Credential) -> Option<(u32, VolumeKey)> {
+    let slots = suitable_slots(&copy.metadata, credential).ok()?;
+    KdfWork::check(slots.iter().map(|slot| (slot.id, slot.kdf.work()))).ok()?;
+    let purpose = copy.metadata.purpose();
+    let key = slots.iter().find_map(|slot| Some((slot.id, slot.open(credential, &purpose).ok()??)));
+    key.and_then(|(id, key)| Some((id, VolumeKey::new(key).ok()?)))
+}
+
 /// Overwrites the header area at `site` with zeros: durable and read back. Nothing needs to be readable there; whatever
 /// it was, it is lost.
 ///
@@ -265,4 +310,23 @@ fn check_address(geometry: &Geometry, site: &Site) -> Result<(), OpenError> {
         (Some(bound), actual) if actual != Some(bound) => Err(OpenError::AddressChanged { bound, actual }),
         _ => Ok(()),
     }
+}
+
+/// The slots that a credential may open, which are worth trying.
+fn suitable_slots(metadata: &Metadata, credential: &Credential) -> Result<Vec<Slot>, UnlockError> {
+    if metadata.ephemeral {
+        return Err(UnlockError::Ephemeral);
+    }
+    if metadata.slots.is_empty() {
+        return Err(UnlockError::Erased);
+    }
+    kdf::check_credential(credential)?;
+    let (passphrase, key_file): (Vec<_>, Vec<_>) =
+        metadata.slots.iter().partition(|slot| matches!(slot.kdf, Kdf::Argon2id(_)));
+    let (passphrase_slots, key_file_slots) = (count(&passphrase), count(&key_file));
+    let suitable = if matches!(credential, Credential::Passphrase(_)) { passphrase } else { key_file };
+    if suitable.is_empty() {
+        return Err(UnlockError::NoSlotOfKind { passphrase_slots, key_file_slots });
+    }
+    Ok(suitable.into_iter().cloned().collect())
 }

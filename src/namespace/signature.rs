@@ -79,6 +79,13 @@ pub fn signature_found(backing: &Backing, base: u64) -> Result<Option<Signature>
     Ok(nonzero.map(|offset| Signature::NonZero { offset }))
 }
 
+/// What no ciphertext begins with: the signature of a key holder or of a partition table at the start of detached data, which
+/// then is not the data of that header.
+pub(super) fn foreign_beginning(backing: &Backing, start: u64) -> Result<Option<&'static str>, MediaError> {
+    let is_telling = |name: &&str| ["a daxcrypt", "a LUKS", "a GPT"].iter().any(|telling| name.starts_with(telling));
+    Ok(known_format(backing, start)?.filter(is_telling))
+}
+
 /// The name of the first known format whose signature is at its place.
 pub(super) fn known_format(backing: &Backing, base: u64) -> Result<Option<&'static str>, MediaError> {
     let head_bytes = backing.len_bytes().saturating_sub(base).min(HEADER_AREA_BYTES);

@@ -83,20 +83,38 @@ impl Namespace {
         Header::of(&self.metadata, self.sequence, &self.copies)
     }
 
-    /// Writes the header again, to both copies: this is how a backup that was unlocked is restored.
+    /// Writes the header again, to both copies: this is how a backup that was unlocked is restored. Other key slots than those
+    /// of the header that is there need `replace_slots`; that discards are allowed stays so.
     ///
     /// # Errors
     ///
     /// [`UpdateError::OtherVolumeKey`] when the header that is there now has another volume key: it was re-keyed since the
-    /// backup. [`UpdateError::Write`] when the header cannot be written.
-    pub fn write_header(&mut self) -> Result<(), UpdateError> {
+    /// backup. [`UpdateError::OtherSlots`]; [`UpdateError::Write`] when the header cannot be written.
+    pub fn write_header(&mut self, replace_slots: bool) -> Result<(), UpdateError> {
         let present = CopyName::BOTH.into_iter().filter_map(|name| self.area.read_copy(name).ok());
-        for copy in present.filter(|copy| copy.metadata.uuid == self.metadata.uuid) {
-            if !copy.is_genuine(&self.mac_key) {
-                return Err(UpdateError::OtherVolumeKey);
-            }
+        let present: Vec<_> = present.filter(|copy| copy.metadata.uuid == self.metadata.uuid).collect();
+        // One copy that this volume key wrote is enough: anybody can put a forged one beside it.
+        let genuine: Vec<_> = present.iter().filter(|copy| copy.is_genuine(&self.mac_key)).collect();
+        if genuine.is_empty() && !present.is_empty() {
+            return Err(UpdateError::OtherVolumeKey);
         }
-        self.update(self.metadata.clone())
+        let newest = genuine.iter().max_by_key(|copy| copy.sequence);
+        if let Some(newest) = newest.filter(|_| !replace_slots) {
+            self.compare_slots(&newest.metadata)?;
+        }
+        // What was punched since is holes for ever, whatever an older header says.
+        let discards = self.metadata.discards || genuine.iter().any(|copy| copy.metadata.discards);
+        self.update(Metadata { discards, ..self.metadata.clone() })
+    }
+
+    /// A slot keeps its salt as long as its credential opens it.
+    fn compare_slots(&self, present: &Metadata) -> Result<(), UpdateError> {
+        let missing = |from: &Metadata, there: &Metadata| -> Vec<u32> {
+            let is_there = |slot: &Slot| there.slots.iter().any(|other| (other.id, other.salt) == (slot.id, slot.salt));
+            from.slots.iter().filter(|slot| !is_there(slot)).map(|slot| slot.id).collect()
+        };
+        let (revived, lost) = (missing(&self.metadata, present), missing(present, &self.metadata));
+        if revived.is_empty() && lost.is_empty() { Ok(()) } else { Err(UpdateError::OtherSlots { revived, lost }) }
     }
 
     /// Records that the namespace is in use (`true`) or closed in order (`false`). An ephemeral one has nothing to record:

@@ -75,6 +75,12 @@ impl Doomed {
         self.locked.as_ref().map(LockedNamespace::header)
     }
 
+    /// Whether it is a detached header without its data, which is then not to be overwritten.
+    #[must_use]
+    pub const fn data_is_elsewhere(&self) -> bool {
+        matches!(self.locked, Err(OpenError::Detached))
+    }
+
     /// Destroys the headers; where the data is, which nobody can decrypt any more.
     ///
     /// # Errors
@@ -114,6 +120,9 @@ impl Doomed {
 
     /// Where the data is; of a header that cannot be read, everything that may be data.
     fn data_range(&self) -> Range<u64> {
+        if self.data_is_elsewhere() {
+            return self.site.start()..self.site.start();
+        }
         if let Ok(locked) = &self.locked {
             let start = locked.geometry().data_start();
             return start..start + locked.geometry().size_bytes();

@@ -514,7 +514,8 @@ const fn row(operation: Operation) -> [Cell; State::ALL.len()] {
         Operation::Compact =>           [Go,      Header,  End,     End,     End,     REST,    AWAY,    Go,      NONE,    LUKS],
         Operation::Resize =>            [Go,      Header,  BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      NONE,    LUKS],
         Operation::AllowDiscards =>     [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS],
-        Operation::HeaderBackup =>      [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      LUKS],
+        // A backup from within a transform is worth nothing after its end, nor without its journal.
+        Operation::HeaderBackup =>      [Go,      Go,      BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      Go,      LUKS],
         Operation::HeaderRestore =>     [Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Consent],
         Operation::ExportLuks2 =>       [Go,      Go,      BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      NONE,    LUKS],
         Operation::KeyList =>           [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      LUKS],

@@ -3,6 +3,9 @@
 //! A backup is the header copy in use, as it is: whoever has it and the key of one of its slots has the volume key, also
 //! after that slot was removed.
 
+use std::path::PathBuf;
+use std::{fs, io};
+
 use uuid::Uuid;
 
 use super::error::{Cause, Error};
@@ -10,7 +13,11 @@ use super::gate::Operation;
 use super::location::Location;
 use super::open::Key;
 use crate::luks2::{self, ExportOptions};
-use crate::namespace::{self, Credential, Header, LockedNamespace, Namespace};
+use crate::namespace::{
+    self, CopyFault, CopyName, Credential, HEADER_AREA_BYTES, Header, LockedNamespace, Namespace, Proof, RepairKey,
+    Site, UnlockError,
+};
+use crate::pmem::{Allocation, Backing, OpenError};
 
 /// A backup that was made.
 #[derive(Debug)]
@@ -33,24 +40,69 @@ pub fn backup(location: &Location) -> Result<Backup, Error> {
     Ok(Backup { uuid: found.header().uuid, bytes })
 }
 
+/// A file for a detached header that was lost or cut off: made as long as a header area, and taken back unless it was needed.
+#[derive(Debug)]
+struct HeaderFile {
+    made: Option<PathBuf>,
+}
+
+impl HeaderFile {
+    /// Makes the file of the header that `location` names, when the header in `backup` is a detached one.
+    fn prepare(location: &Location, backup: &[u8]) -> Result<Self, Error> {
+        let failed = |cause: Cause| Error::new(Operation::HeaderRestore, location.header_path(), cause);
+        let is_detached = namespace::inspect_backup(backup).map_err(|source| failed(source.into()))?.detached;
+        let Some(path) = location.detached_header().filter(|_| is_detached) else { return Ok(Self { made: None }) };
+        match fs::metadata(path) {
+            Ok(found) if found.is_file() && found.len() < HEADER_AREA_BYTES => {
+                // Too short for a header: what there is of one stays in front.
+                let file = fs::File::options().write(true).open(path);
+                let longer = file.and_then(|file| file.set_len(HEADER_AREA_BYTES).and_then(|()| file.sync_all()));
+                longer.map_err(|source| failed(OpenError::Io(source).into()))?;
+                Ok(Self { made: None })
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let made = Backing::create(path, HEADER_AREA_BYTES, Allocation::Full);
+                made.map_err(|source| failed(source.into()))?;
+                Ok(Self { made: Some(path.into()) })
+            }
+            _ => Ok(Self { made: None }),
+        }
+    }
+
+    /// It holds a header now.
+    fn keep(mut self) {
+        self.made = None;
+    }
+}
+
+impl Drop for HeaderFile {
+    fn drop(&mut self) {
+        if let Some(path) = &self.made {
+            let _ = fs::remove_file(path); // the first error is the one to report
+        }
+    }
+}
+
 /// A backup that belongs where it is to be put back, and has not proved itself yet.
 #[derive(Debug)]
 pub struct Restoration {
     location: Location,
     locked: LockedNamespace,
+    file: HeaderFile,
 }
 
 impl Restoration {
-    /// Compares `backup` with the place where it is to be put back.
+    /// Compares `backup` with the place where it is to be put back, and with the header there. The file of a detached header is made when it is missing.
     ///
     /// # Errors
     ///
     /// [`Cause::Restore`]; nothing on media has changed.
     pub fn open(location: &Location, backup: &[u8]) -> Result<Self, Error> {
+        let file = HeaderFile::prepare(location, backup)?;
         let site = location.open(Operation::HeaderRestore)?;
         let locked = namespace::open_backup(site, backup, false);
         let locked = locked.map_err(|source| Error::new(Operation::HeaderRestore, location.path(), source))?;
-        Ok(Self { location: location.clone(), locked })
+        Ok(Self { location: location.clone(), locked, file })
     }
 
     /// What the backup says.
@@ -59,35 +111,134 @@ impl Restoration {
         self.locked.header()
     }
 
-    /// Unlocks the backup, which proves it, and makes it the header.
+    /// Unlocks the backup, which proves it, and makes it the header: with other key slots than those that are there with
+    /// `replace_slots` only.
     ///
     /// # Errors
     ///
     /// [`Cause::Unlock`], with nothing changed; [`Cause::Update`].
-    pub fn restore(self, key: Key<'_>) -> Result<Header, Error> {
-        let Self { location, locked } = self;
+    pub fn restore(self, key: Key<'_>, replace_slots: bool) -> Result<Header, Error> {
+        let Self { location, locked, file } = self;
         let failed = |cause: Cause| Error::new(Operation::HeaderRestore, location.path(), cause);
-        let unlocked = match key {
-            Key::Credential(credential) => locked.unlock_key(credential),
-            Key::Slot(credential, id) => locked.unlock_slot(credential, id),
-            Key::VolumeKey(volume_key) => locked.unlock_volume_key(volume_key),
-            Key::Ephemeral => locked.unlock_ephemeral(),
-        };
-        let mut namespace = unlocked.map_err(|error| failed(error.into()))?;
-        namespace.write_header().map_err(|error| failed(error.into()))?;
+        let mut namespace = unlock(locked, key).map_err(|error| failed(error.into()))?;
+        namespace.write_header(replace_slots).map_err(|error| failed(error.into()))?;
+        file.keep();
         Ok(namespace.header())
     }
 }
 
-/// Makes `backup` the header at `location` without trying whether anything unlocks it, even over that of another namespace.
-///
-/// # Errors
-///
-/// [`Cause::Restore`].
-pub fn restore_unchecked(location: &Location, backup: &[u8]) -> Result<(), Error> {
-    let site = location.open(Operation::HeaderRestore)?;
-    namespace::restore_unchecked(site, backup)
-        .map_err(|source| Error::new(Operation::HeaderRestore, location.path(), source))
+/// A place that a backup is to be put back to without a key, whatever is there.
+#[derive(Debug)]
+pub struct Forced {
+    location: Location,
+    site: Site,
+    file: HeaderFile,
+}
+
+impl Forced {
+    /// Opens and locks the place. The file of a detached header is made when it is missing.
+    ///
+    /// # Errors
+    ///
+    /// [`Cause::Open`], [`Cause::Region`]; [`Cause::Restore`] when `backup` does not belong there.
+    pub fn open(location: &Location, backup: &[u8]) -> Result<Self, Error> {
+        let file = HeaderFile::prepare(location, backup)?;
+        let site = location.open(Operation::HeaderRestore)?;
+        namespace::check_place(&site, backup)
+            .map_err(|source| Error::new(Operation::HeaderRestore, location.path(), source))?;
+        Ok(Self { location: location.clone(), site, file })
+    }
+
+    /// What is there now and would be lost; `None` when nothing is.
+    ///
+    /// # Errors
+    ///
+    /// [`Cause::Namespace`].
+    pub fn present(&self) -> Result<Option<Vec<u8>>, Error> {
+        namespace::present_header(&self.site)
+            .map_err(|source| Error::new(Operation::HeaderRestore, self.location.header_path(), source))
+    }
+
+    /// Makes `backup` the header without trying whether anything unlocks it, even over that of another namespace.
+    ///
+    /// # Errors
+    ///
+    /// [`Cause::Restore`].
+    pub fn restore(self, backup: &[u8]) -> Result<(), Error> {
+        let Self { location, site, file } = self;
+        namespace::restore_unchecked(&site, backup)
+            .map_err(|source| Error::new(Operation::HeaderRestore, location.path(), source))?;
+        file.keep();
+        Ok(())
+    }
+}
+
+/// A header copy, and what a key says of it.
+#[derive(Debug)]
+pub struct CopyProof {
+    /// Which copy.
+    pub name: CopyName,
+    /// What it says, or why it says nothing.
+    pub header: Result<Header, CopyFault>,
+    /// What the key says of it.
+    pub proof: Proof,
+}
+
+/// The two header copies of a namespace, of which one is to be chosen.
+#[derive(Debug)]
+pub struct Repair {
+    location: Location,
+    site: Site,
+}
+
+impl Repair {
+    /// Opens and locks the namespace at `location`, whatever its header copies say.
+    ///
+    /// # Errors
+    ///
+    /// [`Cause::Open`], [`Cause::Region`].
+    pub fn open(location: &Location) -> Result<Self, Error> {
+        Ok(Self { location: location.clone(), site: location.open(Operation::HeaderRestore)? })
+    }
+
+    /// Both copies, and what `key` says of each.
+    ///
+    /// # Errors
+    ///
+    /// [`Cause::Namespace`] when there is no room for a header.
+    pub fn prove(&self, key: &RepairKey<'_>) -> Result<[CopyProof; 2], Error> {
+        let failed =
+            |source: namespace::OpenError| Error::new(Operation::HeaderRestore, self.location.header_path(), source);
+        let [a, b] = namespace::inspect(&self.site).map_err(failed)?;
+        let [of_a, of_b] = namespace::prove(&self.site, key).map_err(failed)?;
+        Ok([
+            CopyProof { name: CopyName::A, header: a, proof: of_a },
+            CopyProof { name: CopyName::B, header: b, proof: of_b },
+        ])
+    }
+
+    /// Makes copy `name` the header, in both places; only one that `key` unlocks and has written.
+    ///
+    /// # Errors
+    ///
+    /// [`Cause::Restore`], [`Cause::Unlock`], with nothing changed; [`Cause::Update`].
+    pub fn choose(self, name: CopyName, key: Key<'_>) -> Result<Header, Error> {
+        let Self { location, site } = self;
+        let failed = |cause: Cause| Error::new(Operation::HeaderRestore, location.header_path(), cause);
+        let locked = namespace::open_copy(site, name).map_err(|source| failed(source.into()))?;
+        let mut namespace = unlock(locked, key).map_err(|error| failed(error.into()))?;
+        namespace.write_header(true).map_err(|error| failed(error.into()))?;
+        Ok(namespace.header())
+    }
+}
+
+fn unlock(locked: LockedNamespace, key: Key<'_>) -> Result<Namespace, UnlockError> {
+    match key {
+        Key::Credential(credential) => locked.unlock_key(credential),
+        Key::Slot(credential, id) => locked.unlock_slot(credential, id),
+        Key::VolumeKey(volume_key) => locked.unlock_volume_key(volume_key),
+        Key::Ephemeral => locked.unlock_ephemeral(),
+    }
 }
 
 /// A LUKS2 header with one slot for `credential`, with which cryptsetup opens the data of `namespace`.
