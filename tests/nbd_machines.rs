@@ -72,7 +72,7 @@ proptest! {
     ) {
         let served = exports().find("disk").unwrap().clone();
         let replies = if extended { ReplyStyle::Extended } else { ReplyStyle::Structured };
-        let machine = Transmission::new(Negotiated { size_bytes: served.size_bytes(), served, replies, allocation_context: context });
+        let machine = Transmission::new(Negotiated { size_bytes: served.size_bytes(), read_only: served.info.read_only, served, replies, allocation_context: context });
         let bytes = request_bytes(extended, command, flags, 1, offset, len);
         let header = machine.parse_header(&bytes).unwrap().unwrap();
         for cut in 0..bytes.len() {

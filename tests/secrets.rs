@@ -2,6 +2,8 @@
 //! process that has dropped its volume are searched byte by byte.
 #![allow(clippy::unwrap_used)]
 
+#[path = "common/certificates.rs"]
+mod certificate_files;
 mod common;
 
 use std::fs::{self, File};
@@ -12,6 +14,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
+use certificate_files::certificates;
 use common::{Bench, CHEAP_KDF, Server, noise, tool};
 use daxcrypt::namespace::{Credential, LockedNamespace};
 use daxcrypt::pmem::{Access, Backing};
@@ -228,24 +231,39 @@ fn a_server_keeps_its_key_on_locked_pages_and_out_of_its_core_and_its_logs() {
     }
 }
 
-/// Data that no other page holds: so many blocks, in needles of an AES block.
-fn data_needles(data: &[u8]) -> Vec<(String, Vec<u8>)> {
-    let pieces = data.chunks(16).step_by(16_381).enumerate();
+/// Pieces of the page that all data consists of, so that whatever is left of it is found.
+fn data_needles(page: &[u8]) -> Vec<(String, Vec<u8>)> {
+    let pieces = page.chunks(16).step_by(41).enumerate();
     pieces.map(|(index, piece)| (format!("data, piece {index}"), piece.to_vec())).collect()
 }
 
 #[test]
 fn nothing_is_left_of_data_when_its_client_has_left() {
     let bench = vault();
-    let server = serve(&bench, "vault.img", "second.key");
+    nothing_is_left_of_data(&bench, serve(&bench, "vault.img", "second.key"), "");
+    let folder = certificates("client");
+    let folder = folder.path().to_str().unwrap();
+    let socket = bench.path("vault.sock");
+    let args = ["serve", "vault.img", "--key-file", "second.key", "--socket", socket.to_str().unwrap()];
+    let command = bench.command(&[&args[..], &["--tls-certificates", folder]].concat());
+    nothing_is_left_of_data(&bench, Server::start(command, socket.clone()), folder);
+}
+
+fn nothing_is_left_of_data(bench: &Bench, server: Server, tls: &str) {
+    let plain = server.uri("vault");
+    let uri = match tls {
+        "" => plain,
+        folder => plain.replace("nbd+unix", "nbds+unix") + "&tls-certificates=" + folder,
+    };
     // Small and large requests: pieces of 4 KiB and of 1 MiB, written and read.
-    let data = noise(4711, 4 << 20);
+    let page = noise(4711, 4096);
+    let data = page.repeat(1024);
     bench.secret("data", &data);
     let (data_file, back) = (bench.path("data"), bench.path("back"));
     let (data_file, back) = (data_file.to_str().unwrap(), back.to_str().unwrap());
     for size in ["--request-size=4096", "--request-size=1048576"] {
-        tool("nbdcopy", &[size, "--connections=2", data_file, &server.uri("vault")]);
-        tool("nbdcopy", &[size, "--connections=2", &server.uri("vault"), back]);
+        tool("nbdcopy", &[size, "--connections=2", data_file, &uri]);
+        tool("nbdcopy", &[size, "--connections=2", &uri, back]);
         assert!(fs::read(back).unwrap() == data);
     }
     let pid = server.child.id();
@@ -259,7 +277,7 @@ fn nothing_is_left_of_data_when_its_client_has_left() {
         assert!(start.elapsed().as_secs() < 10, "{} threads", threads());
         std::thread::yield_now();
     }
-    let found = describe(&in_process(pid, &data_needles(&data)));
+    let found = describe(&in_process(pid, &data_needles(&page)));
     assert!(found.is_empty(), "{} places: {:#?}", found.len(), &found[..found.len().min(8)]);
     server.stop();
 }

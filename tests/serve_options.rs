@@ -252,6 +252,16 @@ fn discards_that_are_allowed_once_are_recorded() {
     assert!(info.contains("allowed: media shows"), "{info}");
     let server = bench.serve("vault.img", &[]);
     assert!(tool_command("nbdinfo", &["--can", "trim", &server.uri("vault")]).status().unwrap().success());
+    // "Fast" is for whole units: what would have to be read is refused, with nothing changed.
+    let fast = format!(
+        "import nbd\nh = nbd.NBD()\nh.connect_uri('{}')\nh.pwrite(b'x' * 65536, 0)\nfast = nbd.CMD_FLAG_FAST_ZERO\n\
+         h.zero(8192, 8192, fast)\nassert h.pread(8192, 8192) == bytes(8192)\n\
+         for at, size in ((0, 100), (100, 4096), (0, 4097)):\n    try: h.zero(size, at, fast)\n    \
+         except nbd.Error as error: assert error.errno in ('ENOTSUP', 'EOPNOTSUPP'), error\n    else: assert False\n\
+         assert h.pread(8192, 0) == b'x' * 8192\n",
+        server.uri("vault")
+    );
+    assert!(Command::new("/usr/bin/python3").args(["-c", &fast]).status().unwrap().success());
     server.stop();
 }
 
@@ -425,4 +435,119 @@ fn the_log_says_who_came_what_failed_and_why_and_who_was_refused() {
         let found = said.lines().any(|line| words.iter().all(|word| line.contains(word)));
         assert!(found, "no {words:?} in\n{said}");
     }
+}
+
+/// Sends SIGHUP and waits until the log says `words` once more.
+fn hang_up(bench: &Bench, server: &Server, words: &str) {
+    let said = || fs::read_to_string(bench.path("said")).unwrap().matches(words).count();
+    let before = said();
+    let pid = rustix::process::Pid::from_child(&server.child);
+    rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
+    let start = std::time::Instant::now();
+    while said() == before {
+        assert!(
+            start.elapsed() < Duration::from_secs(20),
+            "no {words:?} in {}",
+            fs::read_to_string(bench.path("said")).unwrap()
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn sighup_reads_the_lists_again_and_a_bad_file_changes_nothing() {
+    let bench = Bench::new();
+    bench.format("a.img", "4M", &[]);
+    let write = |more: &str| {
+        let text = format!(
+            "[[namespace]]\npath = 'a.img'\nname = 'a'\nkey_file = 'vault.key'\n{more}\n[[listen]]\nunix = 's'\n"
+        );
+        fs::write(bench.path("serve.toml"), text).unwrap();
+    };
+    write("allowed_uids = [4999]");
+    let mut command = bench.command(&["serve", "--config", "serve.toml"]);
+    command.stderr(fs::File::create(bench.path("said")).unwrap());
+    let server = Server::start(command, bench.path("s"));
+    let size = || tool_command("nbdinfo", &["--size", &server.uri("a")]).output().unwrap().status.success();
+    assert!(!size());
+    write("");
+    hang_up(&bench, &server, "read again");
+    assert!(size());
+    fs::write(bench.path("serve.toml"), "nonsense = 1\n").unwrap();
+    hang_up(&bench, &server, "nothing is changed");
+    assert!(size());
+    // Whoever may not stay goes, and comes back with the rights that it has now.
+    let script = format!(
+        "import nbd\nh = nbd.NBD()\nh.connect_uri('{}')\nassert not h.is_read_only()\nprint('ready', flush=True)\ninput()\n\
+         try: h.pread(1, 0)\nexcept nbd.Error: print('closed', flush=True)\n",
+        server.uri("a")
+    );
+    let mut client = Command::new("/usr/bin/python3");
+    let mut client = client.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(client.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "ready");
+    write("write_uids = [4999]");
+    hang_up(&bench, &server, "read again");
+    client.stdin.take().unwrap().write_all(b"\n").unwrap();
+    assert_eq!(lines.next().unwrap().unwrap(), "closed");
+    assert!(client.wait().unwrap().success());
+    assert!(tool_command("nbdinfo", &["--is", "read-only", &server.uri("a")]).status().unwrap().success());
+    let refused = tool_command("qemu-io", &["-f", "raw", "-c", "write 0 4k", &server.uri("a")]).output().unwrap();
+    assert!(!refused.status.success(), "{}", String::from_utf8_lossy(&refused.stdout));
+    server.stop();
+}
+
+#[test]
+fn one_client_writes_and_another_only_reads() {
+    let bench = Bench::new();
+    bench.format("a.img", "4M", &[]);
+    fs::set_permissions(bench.path(""), fs::Permissions::from_mode(0o755)).unwrap();
+    let text = "[[namespace]]\npath = 'a.img'\nname = 'a'\nkey_file = 'vault.key'\nwrite_uids = [4001]\n\
+                [[listen]]\nunix = 's'\nmode = '0666'\n";
+    fs::write(bench.path("serve.toml"), text).unwrap();
+    let server = Server::start(bench.command(&["serve", "--config", "serve.toml"]), bench.path("s"));
+    // It goes past what the client library would refuse by itself.
+    let script = format!(
+        "import nbd\nh = nbd.NBD()\nh.set_strict_mode(0)\nh.connect_uri('{}')\nprint(h.is_read_only())\n\
+         for request in (lambda: h.pwrite(b'x' * 512, 0), lambda: h.zero(512, 0)):\n    try: request(); print('done')\n    \
+         except nbd.Error as error: print(error.errno)\nassert len(h.pread(512, 0)) == 512\n",
+        server.uri("a")
+    );
+    for (uid, said) in [("4001", "False\ndone\ndone\n"), ("4002", "True\nEPERM\nEPERM\n")] {
+        let uid = format!("--reuid={uid}");
+        let args = [&uid, "--regid=4000", "--clear-groups", "/usr/bin/python3", "-c", &script];
+        let output = Command::new("setpriv").args(args).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert_eq!(text, said, "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    server.stop();
+    fs::write(bench.path("serve.toml"), text.replace("name = 'a'", "read_only = true")).unwrap();
+    bench.run(&["serve", "--config", "serve.toml"]).fails(1, &["read_only", "write_"]);
+}
+
+#[test]
+fn a_revoked_certificate_is_refused_after_sighup() {
+    let bench = Bench::new();
+    bench.format("vault.img", "4M", &[]);
+    let folder = certificates("client");
+    let path = folder.path().to_str().unwrap();
+    let socket = bench.path("s");
+    let args =
+        ["serve", "vault.img", "--key-file", "vault.key", "--socket", socket.to_str().unwrap(), "--tls-verify-client"];
+    let mut command = bench.command(&[&args[..], &["--tls-certificates", path]].concat());
+    command.stderr(fs::File::create(bench.path("said")).unwrap());
+    let server = Server::start(command, socket);
+    let client = || nbdsh(path, &server.uri("vault"), "REQUIRE", "h.pread(1, 0)").status.success();
+    assert!(client());
+    fs::copy(folder.path().join("revoked.pem"), folder.path().join("ca-crl.pem")).unwrap();
+    assert!(client(), "nothing has been read again");
+    hang_up(&bench, &server, "read again");
+    assert!(!client(), "a revoked certificate got in");
+    let said = fs::read_to_string(bench.path("said")).unwrap();
+    assert!(said.contains("client refused: the TLS handshake failed") && said.contains("Revoked"), "{said}");
+    fs::write(folder.path().join("server-key.pem"), "no key").unwrap();
+    hang_up(&bench, &server, "nothing is changed");
+    fs::remove_file(folder.path().join("ca-crl.pem")).unwrap();
+    assert!(!client(), "a folder that cannot be used changed something");
+    server.stop();
 }

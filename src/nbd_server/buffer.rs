@@ -7,6 +7,7 @@
 //! where the limit allows it; what was used of one is wiped when it is given back; [`ReplyBuffer`] exposes only what was
 //! written since it was last emptied. What the kernel's sockets hold is the kernel's, until the client has read it.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::limits::{Limits, RECEIVE_BUFFER_BYTES, REPLY_BUFFER_BYTES, SMALL_BUFFER_BYTES};
@@ -70,7 +71,7 @@ impl Storage {
 /// The buffers of all connections.
 #[derive(Debug)]
 pub(super) struct BufferPool {
-    lent_bytes_max: usize,
+    lent_bytes_max: AtomicUsize,
     locked: bool,
     state: Mutex<PoolState>,
 }
@@ -94,13 +95,18 @@ impl BufferPool {
     pub(super) fn new(limits: &Limits) -> Self {
         let small = limits.connections_max.saturating_mul(2 * SMALL_BUFFER_BYTES);
         let locked = secret::data_may_be_locked(limits.buffer_bytes_max.saturating_add(small));
-        Self { lent_bytes_max: limits.buffer_bytes_max, locked, state: Mutex::default() }
+        Self { lent_bytes_max: limits.buffer_bytes_max.into(), locked, state: Mutex::default() }
+    }
+
+    /// Another budget from now on; what is lent above it comes back by itself.
+    pub(super) fn set_budget(&self, lent_bytes_max: usize) {
+        self.lent_bytes_max.store(lent_bytes_max, Ordering::Relaxed);
     }
 
     /// Large storage, with the right to `socket_bytes` of the kernel's if there is budget for them too, or nothing.
     fn lend(&self, socket_bytes: usize) -> Option<(Loan, Storage)> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let left = self.lent_bytes_max.saturating_sub(state.lent_bytes);
+        let left = self.lent_bytes_max.load(Ordering::Relaxed).saturating_sub(state.lent_bytes);
         let with_sockets = Storage::large_bytes().saturating_add(socket_bytes);
         let loan = match left {
             _ if left >= with_sockets => Loan { bytes: with_sockets, sockets: true },

@@ -18,7 +18,7 @@ use super::failures::Failures;
 use super::handshake::{CloseReason, Handshake, Outcome, Step, TlsMode};
 use super::limits::{OPTION_PAYLOAD_BYTES_MAX, SMALL_BUFFER_BYTES};
 use super::negotiated::Negotiated;
-use super::server::{Client, Shared};
+use super::server::{Chosen, Client, Shared};
 use super::slow::Slow;
 use super::socket::{self, KernelBuffers, Waited};
 use super::tls::TlsSession;
@@ -38,6 +38,8 @@ pub(super) enum End {
     Disconnected,
     #[error("the client closed the connection")]
     Closed,
+    #[error("it is not admitted any more")]
+    NotAdmitted,
     #[error("the server stops")]
     Stopped,
     #[error("no export was chosen in time")]
@@ -68,7 +70,7 @@ pub(super) fn serve(client: &Arc<Client>, shared: &Arc<Shared>) -> End {
         tls: None,
         peer: None,
         spin: Spin::new(shared.options.poll),
-        deadline: Some(Instant::now() + shared.limits.handshake_deadline),
+        deadline: Some(Instant::now() + shared.limits().handshake_deadline),
         modest: None,
         wants_large: false,
         needs_large: false,
@@ -82,8 +84,11 @@ pub(super) fn serve(client: &Arc<Client>, shared: &Arc<Shared>) -> End {
     let served = &negotiated.served;
     let peer = link.peer.as_ref().unwrap_or(&client.peer);
     tracing::info!(client = client.id, %peer, export = served.info.name.as_str(), "client has chosen an export");
-    let chosen = shared.exports.iter().position(|served| Arc::ptr_eq(served, &negotiated.served));
-    let _ = client.export.set(chosen.expect("the handshake chooses from the registry"));
+    let _ = client.chosen.set(Chosen { index: served.index, peer: peer.clone(), read_only: negotiated.read_only });
+    // What was changed since the client was admitted has not seen it.
+    if !shared.still_admits(client) {
+        return End::NotAdmitted;
+    }
     link.deadline = None;
     if let Some(tls) = &mut link.tls {
         tls.set_deadline(None);
@@ -225,7 +230,7 @@ impl Link<'_> {
             Some(tls) if tls.required => TlsMode::Require,
             Some(_) => TlsMode::Allow,
         };
-        let mut machine = Handshake::new(self.shared.exports.clone(), mode, self.client.peer.clone());
+        let mut machine = Handshake::new(self.shared.exports(), mode, self.client.peer.clone());
         let option_bytes_max = OPTION_HEADER_BYTES + usize::try_from(OPTION_PAYLOAD_BYTES_MAX).unwrap_or(usize::MAX);
         let mut output = Vec::new();
         loop {

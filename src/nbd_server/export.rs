@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use super::access::Allowed;
+use super::access::{Allowed, Peer};
 use super::wire::STRING_BYTES_MAX;
 use crate::volume::VolumeError;
 
@@ -196,6 +196,8 @@ pub struct ExportInfo {
     pub description: String,
     /// Refuse every write.
     pub read_only: bool,
+    /// Who may write, if not everybody who may use the export; it is read-only for others.
+    pub writers: Allowed,
     /// Serve this export only through TLS when the server offers TLS but does not require it.
     pub tls_required: bool,
     /// Who may use the export.
@@ -209,6 +211,8 @@ pub struct Served {
     pub info: ExportInfo,
     /// The device.
     pub export: Arc<dyn Export>,
+    /// Position in the registry, from 0.
+    pub(super) index: usize,
     /// Whether the log has told that it is poisoned.
     pub(super) poison_told: Arc<AtomicBool>,
 }
@@ -223,6 +227,11 @@ impl std::fmt::Debug for Served {
 }
 
 impl Served {
+    /// Whether it is read-only for `peer`.
+    pub fn is_read_only_for(&self, peer: &Peer) -> bool {
+        self.info.read_only || !self.info.writers.admits(peer)
+    }
+
     /// Size in bytes now.
     pub fn size_bytes(&self) -> u64 {
         self.export.size_bytes()
@@ -289,7 +298,7 @@ impl Exports {
         if i64::try_from(size_bytes).is_err() {
             return Err(RegistryError::TooLarge { size_bytes });
         }
-        self.list.push(Arc::new(Served { info, export, poison_told: Arc::default() }));
+        self.list.push(Arc::new(Served { info, export, index: self.list.len(), poison_told: Arc::default() }));
         Ok(())
     }
 
@@ -310,6 +319,16 @@ impl Exports {
             let export = wrap(served.export.clone());
             *served = Arc::new(Served { export, ..Served::clone(served) });
         }
+    }
+
+    /// The same exports, presented as `change` says; names stay.
+    #[must_use]
+    pub fn presented(&self, change: impl Fn(&ExportInfo) -> ExportInfo) -> Self {
+        let present = |served: &Arc<Served>| {
+            let info = ExportInfo { name: served.info.name.clone(), ..change(&served.info) };
+            Arc::new(Served { info, ..Served::clone(served) })
+        };
+        Self { list: self.list.iter().map(present).collect() }
     }
 
     /// How many exports there are.

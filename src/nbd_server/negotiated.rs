@@ -35,6 +35,8 @@ pub struct Negotiated {
     pub size_bytes: u64,
     /// The dialect.
     pub replies: ReplyStyle,
+    /// Whether it is read-only for this client.
+    pub read_only: bool,
     /// Whether `base:allocation` was selected for this export.
     pub allocation_context: bool,
 }
@@ -46,7 +48,7 @@ impl Negotiated {
         if self.served.export.prefetches() {
             flags |= NBD_FLAG_SEND_CACHE;
         }
-        if self.served.info.read_only {
+        if self.read_only {
             flags |= NBD_FLAG_READ_ONLY;
         } else {
             flags |= NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;

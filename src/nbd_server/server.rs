@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,7 @@ use vsock::VsockStream;
 use super::access::{Peer, UnixPeer};
 use super::buffer::BufferPool;
 use super::connection::{self, End};
-use super::export::{ExportError, Exports, Served};
+use super::export::{ExportError, ExportInfo, Exports, Served};
 use super::failures::chain;
 use super::limits::Limits;
 use super::listener::Listener;
@@ -104,6 +104,25 @@ impl Handle {
         self.shared.stop.set();
     }
 
+    /// Presents the exports as `change` says, from now on with these limits and, if TLS is on and given, with that
+    /// configuration of it. Clients that are not admitted any more, or may not write any more, are closed. Whether TLS is
+    /// required stays as it is.
+    pub fn reload(&self, change: impl Fn(&ExportInfo) -> ExportInfo, limits: Limits, tls: Option<&Tls>) {
+        let shared = &self.shared;
+        let presented = Arc::new(shared.exports().presented(change));
+        *shared.exports.write().unwrap_or_else(PoisonError::into_inner) = presented;
+        shared.pool.set_budget(limits.buffer_bytes_max);
+        *shared.limits.write().unwrap_or_else(PoisonError::into_inner) = limits;
+        if let (Some(now), Some(new)) = (&shared.options.tls, tls) {
+            now.replace_with(new);
+        }
+        let clients = shared.clients();
+        for client in clients.values().filter(|client| !shared.still_admits(client)) {
+            tracing::warn!(client = client.id, peer = %client.peer, "client closed: it is not admitted any more");
+            client.shut_down();
+        }
+    }
+
     /// What the server and its clients have done so far.
     pub fn status(&self) -> Status {
         self.shared.status()
@@ -123,8 +142,8 @@ impl Handle {
 /// What all connections of a server share.
 #[derive(Debug)]
 pub(super) struct Shared {
-    pub(super) exports: Arc<Exports>,
-    pub(super) limits: Limits,
+    exports: RwLock<Arc<Exports>>,
+    limits: RwLock<Limits>,
     pub(super) options: Options,
     pub(super) stop: StopSignal,
     /// Set when the time that a stopping server gives is nearly over: long work ends.
@@ -148,11 +167,31 @@ impl Shared {
     fn forget(&self, id: u64) {
         let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
         let client = self.clients().remove(&id);
-        if let Some((client, index)) = client.and_then(|client| client.export.get().copied().map(|at| (client, at))) {
+        if let Some((client, index)) =
+            client.and_then(|client| client.chosen.get().map(|chosen| chosen.index).map(|at| (client, at)))
+        {
             left[index].merge(&client.traffic);
         }
         drop(left);
         self.client_left.notify_all();
+    }
+
+    /// The exports as they are presented now.
+    pub(super) fn exports(&self) -> Arc<Exports> {
+        Arc::clone(&self.exports.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The limits now.
+    pub(super) fn limits(&self) -> Limits {
+        self.limits.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether a client that has chosen an export may go on with it as it does.
+    pub(super) fn still_admits(&self, client: &Client) -> bool {
+        let Some(chosen) = client.chosen.get() else { return true };
+        let exports = self.exports();
+        let Some(served) = exports.iter().nth(chosen.index) else { return false };
+        served.info.allowed.admits(&chosen.peer) && (chosen.read_only || !served.is_read_only_for(&chosen.peer))
     }
 
     /// Says once, and at once, that an export cannot make anything durable any more.
@@ -175,22 +214,25 @@ impl Shared {
         let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
         let mut stats = vec![Stats::default(); left.len()];
         stats.iter_mut().zip(left.iter()).for_each(|(stats, traffic)| stats.add(traffic));
-        let clients = self.clients();
+        let (clients, exports) = (self.clients(), self.exports());
         let mut listed = Vec::new();
         for (id, client) in clients.iter() {
-            let Some(index) = client.export.get().copied() else { continue };
+            let Some(chosen) = client.chosen.get() else { continue };
+            let index = chosen.index;
             stats[index].add(&client.traffic);
             let mut own = Stats::default();
             own.add(&client.traffic);
-            let name = self.exports.iter().nth(index).map_or_else(String::new, |served| served.info.name.clone());
+            let name = exports.iter().nth(index).map_or_else(String::new, |served| served.info.name.clone());
             listed.push(ClientStatus {
                 id: *id,
                 export: name,
                 uid: client.peer.unix.as_ref().map(|unix| unix.uid),
+                peer: chosen.peer.to_string(),
+                read_only: chosen.read_only,
                 stats: own,
             });
         }
-        let exports = self.exports.iter().zip(stats).map(|(served, stats)| ExportStatus {
+        let listed_exports = exports.iter().zip(stats).map(|(served, stats)| ExportStatus {
             name: served.info.name.clone(),
             size_bytes: served.size_bytes(),
             read_only: served.info.read_only,
@@ -202,10 +244,21 @@ impl Shared {
             uptime_seconds: self.started.elapsed().as_secs(),
             connections: clients.len(),
             buffer_bytes: self.pool.lent_bytes(),
-            exports: exports.collect(),
+            exports: listed_exports.collect(),
             clients: listed,
         }
     }
+}
+
+/// What a client has chosen, and as whom.
+#[derive(Debug)]
+pub(super) struct Chosen {
+    /// Position of the export.
+    pub(super) index: usize,
+    /// Who the client is, with the names in its certificate.
+    pub(super) peer: Peer,
+    /// Whether the export was read-only for it.
+    pub(super) read_only: bool,
 }
 
 /// A connected client.
@@ -217,8 +270,8 @@ pub(super) struct Client {
     pub(super) socket: OwnedFd,
     pub(super) peer: Peer,
     pub(super) handshaking: AtomicBool,
-    /// Position of the chosen export.
-    pub(super) export: OnceLock<usize>,
+    /// Since the handshake has ended.
+    pub(super) chosen: OnceLock<Chosen>,
     pub(super) traffic: Traffic,
 }
 
@@ -288,7 +341,7 @@ impl Server {
         }
         let left = exports.iter().map(|_| Traffic::default()).collect();
         let shared = Shared {
-            exports: Arc::new(exports),
+            exports: RwLock::new(Arc::new(exports)),
             stop: StopSignal::new()?,
             hurry: false.into(),
             workers: Workers::default(),
@@ -298,7 +351,7 @@ impl Server {
             client_left: Condvar::new(),
             left: Mutex::new(left),
             started: Instant::now(),
-            limits,
+            limits: RwLock::new(limits),
             options,
         };
         Ok(Self { listeners: Vec::new(), reporters: Vec::new(), commands: None, shared: Arc::new(shared) })
@@ -356,7 +409,7 @@ impl Server {
             result
         });
         let mut flushed = Ok(());
-        for (index, served) in shared.exports.iter().enumerate().filter(|(_, served)| !served.info.read_only) {
+        for (index, served) in shared.exports().iter().enumerate().filter(|(_, served)| !served.info.read_only) {
             if let Err(source) = served.export.flush() {
                 flushed = flushed.and(Err(ServerError::Flush { index, source }));
             }
@@ -426,18 +479,19 @@ fn admit<'scope>(
         socket,
         peer,
         handshaking: true.into(),
-        export: OnceLock::new(),
+        chosen: OnceLock::new(),
         traffic: Traffic::default(),
     });
+    let limits = shared.limits();
     let mut clients = shared.clients();
-    let is_full = clients.len() >= shared.limits.connections_max;
+    let is_full = clients.len() >= limits.connections_max;
     let mut handshaking = clients.values().filter(|client| client.is_handshaking());
     let oldest = handshaking.next();
-    if is_full && oldest.is_none_or(|_| clients.len() >= shared.limits.connections_max.saturating_add(EVICTED_MAX)) {
-        tracing::warn!(limit = shared.limits.connections_max, "client refused, too many connections");
+    if is_full && oldest.is_none_or(|_| clients.len() >= limits.connections_max.saturating_add(EVICTED_MAX)) {
+        tracing::warn!(limit = limits.connections_max, "client refused, too many connections");
         return;
     }
-    if oldest.is_some() && (is_full || handshaking.count() + 1 >= shared.limits.handshaking_max) {
+    if oldest.is_some() && (is_full || handshaking.count() + 1 >= limits.handshaking_max) {
         // Its thread ends in a moment, which is what the few connections above the limit are for.
         oldest.into_iter().for_each(|client| client.shut_down());
     }
@@ -490,9 +544,10 @@ fn peer_of(socket: OwnedFd) -> (Peer, OwnedFd) {
 /// Waits for the clients to end by themselves, then has long work end, then cuts the rest off.
 fn drain(shared: &Shared) {
     let start = Instant::now();
-    let deadline = start + shared.limits.drain_deadline;
+    let drain_deadline = shared.limits().drain_deadline;
+    let deadline = start + drain_deadline;
     // Early enough that the last replies still leave.
-    let hurry_at = start + shared.limits.drain_deadline * 3 / 4;
+    let hurry_at = start + drain_deadline * 3 / 4;
     let mut clients = shared.clients();
     while !clients.is_empty() {
         let now = Instant::now();

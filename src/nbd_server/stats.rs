@@ -226,6 +226,10 @@ pub struct ClientStatus {
     pub export: String,
     /// User at the other end of a Unix socket.
     pub uid: Option<u32>,
+    /// Who it is: user and process, address or machine, and the names in its certificate.
+    pub peer: String,
+    /// Whether the export is read-only for it.
+    pub read_only: bool,
     /// Everything since it connected.
     pub stats: Stats,
 }

@@ -6,12 +6,12 @@
 use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
 use rustix::net::SendAncillaryBuffer;
 use rustls::pki_types::pem::{self, PemObject};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use rustls::{RootCertStore, ServerConfig, ServerConnection};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
@@ -21,6 +21,8 @@ use super::socket::{self, Waited};
 
 /// The certificate authority that signs clients' certificates, in PEM.
 const CA_FILE: &str = "ca-cert.pem";
+/// What that authority has revoked, in PEM; may be missing.
+const CRL_FILE: &str = "ca-crl.pem";
 /// The server's certificate chain, in PEM.
 const CERTIFICATE_FILE: &str = "server-cert.pem";
 /// The server's private key, in PEM.
@@ -63,11 +65,12 @@ pub enum TlsError {
 pub struct Tls {
     /// Refuse everything before TLS, instead of offering it.
     pub required: bool,
-    config: Arc<ServerConfig>,
+    config: Arc<RwLock<Arc<ServerConfig>>>,
 }
 
 impl Tls {
-    /// Reads `server-cert.pem`, `server-key.pem` and, unless clients' certificates are ignored, `ca-cert.pem`.
+    /// Reads `server-cert.pem`, `server-key.pem` and, unless clients' certificates are ignored, `ca-cert.pem` and, if there is
+    /// one, `ca-crl.pem`: certificates that the authority has revoked.
     ///
     /// # Errors
     ///
@@ -83,7 +86,11 @@ impl Tls {
             for certificate in certificates(&directory.join(CA_FILE))? {
                 roots.add(certificate)?;
             }
-            let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider);
+            let crl_path = directory.join(CRL_FILE);
+            let crls = if crl_path.exists() { revoked(&crl_path)? } else { Vec::new() };
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider)
+                .with_crls(crls)
+                .only_check_end_entity_revocation();
             let optional = clients == ClientCertificates::Optional;
             let verifier = if optional { verifier.allow_unauthenticated() } else { verifier };
             builder.with_client_cert_verifier(verifier.build()?)
@@ -92,13 +99,29 @@ impl Tls {
         let key_path = directory.join(KEY_FILE);
         let key = PrivateKeyDer::from_pem_file(&key_path)
             .map_err(|source| TlsError::File { path: key_path.clone(), source })?;
-        Ok(Self { required, config: Arc::new(builder.with_single_cert(chain, key)?) })
+        let config = Arc::new(builder.with_single_cert(chain, key)?);
+        Ok(Self { required, config: Arc::new(RwLock::new(config)) })
+    }
+
+    /// What new clients get.
+    fn config(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.config.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// New clients get what `other` has.
+    pub(super) fn replace_with(&self, other: &Self) {
+        *self.config.write().unwrap_or_else(PoisonError::into_inner) = other.config();
     }
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let failed = |source| TlsError::File { path: path.to_owned(), source };
     CertificateDer::pem_file_iter(path).map_err(failed)?.collect::<Result<_, _>>().map_err(failed)
+}
+
+fn revoked(path: &Path) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
+    let failed = |source| TlsError::File { path: path.to_owned(), source };
+    CertificateRevocationListDer::pem_file_iter(path).map_err(failed)?.collect::<Result<_, _>>().map_err(failed)
 }
 
 /// An established TLS session. It does not own its socket.
@@ -112,7 +135,7 @@ pub(super) struct TlsSession {
 impl TlsSession {
     /// Does the TLS handshake on `socket`.
     pub(super) fn accept(tls: &Tls, socket: BorrowedFd<'_>, deadline: Option<Instant>) -> io::Result<Self> {
-        let connection = ServerConnection::new(Arc::clone(&tls.config)).map_err(io::Error::other)?;
+        let connection = ServerConnection::new(tls.config()).map_err(io::Error::other)?;
         let mut session = Self { connection: Box::new(connection), deadline };
         while session.connection.is_handshaking() {
             session.flush(socket)?;

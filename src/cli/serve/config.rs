@@ -66,6 +66,14 @@ struct NamespaceTable {
     allowed_cids: Vec<u32>,
     #[serde(default)]
     allowed_certificates: Vec<String>,
+    #[serde(default)]
+    write_uids: Vec<u32>,
+    #[serde(default)]
+    write_gids: Vec<u32>,
+    #[serde(default)]
+    write_cids: Vec<u32>,
+    #[serde(default)]
+    write_certificates: Vec<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -148,8 +156,20 @@ impl NamespaceTable {
         if self.luks2 && self.allow_discards {
             return Err(format!("{} has both luks2 and allow_discards", path.display()));
         }
-        let names = self.allowed_certificates.iter().map(|text| text.parse::<CertificateName>());
-        let names = names.collect::<Result<_, _>>().map_err(|error| format!("{}: {error}", path.display()))?;
+        let names = |texts: &[String]| -> Result<Vec<CertificateName>, String> {
+            let names = texts.iter().map(|text| text.parse::<CertificateName>());
+            names.collect::<Result<_, _>>().map_err(|error| format!("{}: {error}", path.display()))
+        };
+        let (allowed_names, write_names) = (names(&self.allowed_certificates)?, names(&self.write_certificates)?);
+        let writers = Allowed {
+            uids: self.write_uids,
+            gids: self.write_gids,
+            cids: self.write_cids,
+            certificate_names: write_names,
+        };
+        if self.read_only && !writers.is_open() {
+            return Err(format!("{} has both read_only and write_...", path.display()));
+        }
         // "-" is standard input.
         let passphrase = self.passphrase_file;
         let passphrase_file = passphrase.map(|file| if file == Path::new("-") { file } else { folder.join(file) });
@@ -174,8 +194,9 @@ impl NamespaceTable {
                 uids: self.allowed_uids,
                 gids: self.allowed_gids,
                 cids: self.allowed_cids,
-                certificate_names: names,
+                certificate_names: allowed_names,
             },
+            writers,
         })
     }
 }

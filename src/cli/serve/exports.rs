@@ -34,16 +34,42 @@ pub(super) struct Source {
     pub(super) allow_discards: bool,
     pub(super) tls_required: bool,
     pub(super) allowed: Allowed,
+    /// Who may write, if not all of those.
+    pub(super) writers: Allowed,
 }
 
-/// Opens, unlocks and reads every namespace. With `keep_going` one that fails is left out, unless all do.
-pub(super) fn open_all(sources: &[Source], keep_going: bool, volumes: &Volumes) -> Result<Exports, Error> {
+impl Source {
+    /// How it is presented to clients; without a name where the namespace itself has to say it.
+    pub(super) fn info(&self) -> ExportInfo {
+        ExportInfo {
+            name: self.name.clone().unwrap_or_default(),
+            description: self.description.clone(),
+            read_only: self.read_only,
+            writers: self.writers.clone(),
+            tls_required: self.tls_required,
+            allowed: self.allowed.clone(),
+        }
+    }
+
+    /// Whether a rule of it needs the names in certificates.
+    pub(super) fn names_certificates(&self) -> bool {
+        self.allowed.names_certificates() || self.writers.names_certificates()
+    }
+}
+
+/// Opens, unlocks and reads every namespace, and gives the paths of those that are served too. With `keep_going` one that
+/// fails is left out, unless all do.
+pub(super) fn open_all(
+    sources: &[Source],
+    keep_going: bool,
+    volumes: &Volumes,
+) -> Result<(Exports, Vec<PathBuf>), Error> {
     let backend = Backend::from_env()?;
     let mut exports = Exports::new();
-    let mut first_error = None;
+    let (mut first_error, mut paths) = (None, Vec::new());
     for source in sources {
         match add(&mut exports, source, backend, volumes) {
-            Ok(()) => {}
+            Ok(()) => paths.push(source.path.clone()),
             Err(error) if keep_going => {
                 warning!("not served: {}", error.chain());
                 first_error.get_or_insert(error);
@@ -53,7 +79,7 @@ pub(super) fn open_all(sources: &[Source], keep_going: bool, volumes: &Volumes) 
     }
     match first_error {
         Some(error) if exports.is_empty() => Err(error),
-        _ => Ok(exports),
+        _ => Ok((exports, paths)),
     }
 }
 
@@ -80,13 +106,7 @@ fn add(exports: &mut Exports, source: &Source, backend: Backend, volumes: &Volum
     // What this thread leaves on its stack stays there as long as the server runs.
     secret::with_wiped_stack(|| read_one_unit(&volume))
         .map_err(|source| Error::Volume { path: path.clone(), source })?;
-    let info = ExportInfo {
-        name,
-        description: source.description.clone(),
-        read_only: source.read_only,
-        tls_required: source.tls_required,
-        allowed: source.allowed.clone(),
-    };
+    let info = ExportInfo { name, ..source.info() };
     let volume = Arc::new(volume);
     let export: Arc<Volume> = Arc::clone(&volume);
     exports.add(info, export).map_err(|source| Error::Export { path: path.clone(), source })?;

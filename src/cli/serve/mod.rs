@@ -7,6 +7,7 @@ mod config;
 mod exports;
 mod listeners;
 mod rekey;
+mod reload;
 mod tls;
 mod volumes;
 
@@ -21,6 +22,7 @@ use signal_hook::iterator::Signals;
 
 use self::exports::Source;
 use self::listeners::{Account, Address};
+use self::reload::Reloader;
 use self::tls::{TlsMode, TlsPlan};
 use self::volumes::Volumes;
 use super::credentials::KeyArgs;
@@ -31,7 +33,7 @@ use super::size::ByteSize;
 use crate::nbd_server::{self, Allowed, Commands, Handle, Limits, Listener, Options, Server};
 use crate::secret;
 
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 pub(crate) struct ServeArgs {
     /// Namespaces to serve; the first one is the default export
     #[arg(required_unless_present = "config", value_name = "PATH")]
@@ -73,7 +75,8 @@ pub(crate) struct ServeArgs {
     /// Whether clients may or must use TLS [default: require with --tls-certificates, otherwise off]
     #[arg(long, value_enum)]
     tls: Option<TlsMode>,
-    /// Folder with server-cert.pem, server-key.pem and, for --tls-verify-client, ca-cert.pem
+    /// Folder with server-cert.pem, server-key.pem and, for --tls-verify-client, ca-cert.pem and perhaps ca-crl.pem (revoked
+    /// certificates); SIGHUP reads it again
     #[arg(long, value_name = "DIR")]
     tls_certificates: Option<PathBuf>,
     /// Admit only clients with a certificate of the authority in ca-cert.pem
@@ -139,17 +142,16 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     if args.header.is_some() && args.paths.len() > 1 {
         return Err(Error::Usage("--header is for one namespace; --config FILE takes one for each".into()));
     }
-    let plan = match &args.config {
-        None => plan(args)?,
-        Some(path) => with_file(config::read(path)?, args)?,
-    };
+    let plan = read_plan(args)?;
     let tls = tls::set_up(&plan.tls, &plan.namespaces)?;
     let volumes = Arc::new(Volumes::new(args.rekey_max_rate));
-    let exports = exports::open_all(&plan.namespaces, plan.keep_going, &volumes)?;
+    let (exports, paths) = exports::open_all(&plan.namespaces, plan.keep_going, &volumes)?;
     if secret::lock_refused() {
         warning!("key memory could not be locked in RAM (ulimit -l), so it may reach swap");
     }
     let names: Vec<_> = exports.iter().map(|served| (served.info.name.clone(), served.size_bytes())).collect();
+    let served = paths.into_iter().zip(&names).map(|(path, (name, _))| (path, name.clone())).collect();
+    let reloader = Reloader::new(args, served, tls.is_some());
     let mut options = Options { tls, ..Options::default() };
     options.poll = plan.poll.unwrap_or(options.poll);
     options.threads = plan.threads.map_or(options.threads, usize::from);
@@ -161,13 +163,21 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
         .map_err(|source| Error::Io { doing: "cannot catch SIGTERM, SIGINT and SIGHUP", source })?;
     volumes.mark_in_use()?;
     let served = listen(&plan, server, &names, &volumes).and_then(|server| {
-        stop_on_signal(signals, server.handle());
+        obey_signals(signals, server.handle(), reloader);
         tell_systemd("READY=1");
         Ok(server.run()?)
     });
     // Nobody writes any more, and the server has flushed what it could.
     let closed = volumes.close();
     served.and(closed)
+}
+
+/// What the command line says, and the file if it names one.
+fn read_plan(args: &ServeArgs) -> Result<Plan, Error> {
+    match &args.config {
+        None => plan(args),
+        Some(path) => with_file(config::read(path)?, args),
+    }
 }
 
 /// The limits, lowered to the open files that this process may have.
@@ -211,6 +221,7 @@ fn plan(args: &ServeArgs) -> Result<Plan, Error> {
         allow_discards: args.allow_discards,
         tls_required: false,
         allowed: Allowed::default(),
+        writers: Allowed::default(),
     };
     let mut limits = Limits::default();
     if let Some(connections) = args.max_connections {
@@ -256,12 +267,16 @@ fn with_file(mut plan: Plan, args: &ServeArgs) -> Result<Plan, Error> {
     Ok(plan)
 }
 
-/// The first signal drains; the thread stays, so that a second one changes nothing.
-fn stop_on_signal(mut signals: Signals, server: Handle) {
+/// The first signal to end drains; the thread stays, so that a second one changes nothing.
+fn obey_signals(mut signals: Signals, server: Handle, reloader: Reloader) {
     thread::spawn(move || {
-        for _ in signals.forever() {
-            tell_systemd("STOPPING=1");
-            server.stop();
+        for signal in signals.forever() {
+            if signal == SIGHUP {
+                reloader.reload(&server);
+            } else {
+                tell_systemd("STOPPING=1");
+                server.stop();
+            }
         }
     });
 }

@@ -35,13 +35,13 @@ pub(super) struct TlsPlan {
 /// Reads the certificates, if TLS is on.
 pub(super) fn set_up(plan: &TlsPlan, namespaces: &[Source]) -> Result<Option<Tls>, Error> {
     let refused = |reason: &str| Err(Error::Usage(reason.into()));
-    let names_certificates = namespaces.iter().any(|source| source.allowed.names_certificates());
+    let names_certificates = namespaces.iter().any(Source::names_certificates);
     let needs_tls = names_certificates || namespaces.iter().any(|source| source.tls_required);
     match (plan.mode, &plan.certificates) {
         (TlsMode::Off, Some(_)) => refused("certificates for TLS are given, but TLS is off"),
         (TlsMode::Off, None) if plan.verify_client => refused("clients cannot be verified, because TLS is off"),
         (TlsMode::Off, None) if needs_tls => {
-            refused("a namespace has tls_required or allowed_certificates, but TLS is off")
+            refused("a namespace has tls_required, allowed_certificates or write_certificates, but TLS is off")
         }
         (TlsMode::Off, None) => Ok(None),
         (_, None) => refused("TLS needs a folder of certificates (--tls-certificates DIR)"),

@@ -247,6 +247,7 @@ impl Handshake {
         let contexts = self.contexts.as_ref().filter(|contexts| contexts.export_name == name);
         Negotiated {
             size_bytes: served.size_bytes(),
+            read_only: served.is_read_only_for(&self.peer),
             served,
             replies: self.replies,
             allocation_context: contexts.is_some_and(|contexts| contexts.allocation),

@@ -205,7 +205,7 @@ impl Transmission {
             return Err(Refusal::ShuttingDown);
         }
         let writes = matches!(command, NBD_CMD_WRITE | NBD_CMD_TRIM | NBD_CMD_WRITE_ZEROES);
-        if writes && self.negotiated.served.info.read_only {
+        if writes && self.negotiated.read_only {
             return Err(Refusal::ReadOnly);
         }
         let wrong_flags = flags & !self.valid_flags(command)?;

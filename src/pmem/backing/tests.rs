@@ -201,6 +201,9 @@ fn a_hole_reads_as_zeros_shows_in_the_extents_and_takes_stores_again() {
     let expected = [(0..1 << 20, true), (1 << 20..2 << 20, false), (2 << 20..4 << 20, true)];
     let expected = expected.map(|(range, allocated)| BackingExtent { range, allocated });
     assert_eq!(backing.extents(0..4 << 20, 9).unwrap(), expected);
+    for count in 0..=expected.len() {
+        assert_eq!(backing.extents(0..4 << 20, count).unwrap(), expected[..count], "no more than was asked for");
+    }
     let inner = [BackingExtent { range: (1 << 20) + 5..(1 << 20) + 9, allocated: false }];
     assert_eq!(backing.extents((1 << 20) + 5..(1 << 20) + 9, 9).unwrap(), inner);
     put(&backing, 1 << 20, b"again").unwrap();
