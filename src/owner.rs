@@ -41,6 +41,11 @@ impl Owner {
         }
     }
 
+    /// No process at all.
+    pub(crate) fn nobody() -> Self {
+        Self { number: 0, ..Self::here() }
+    }
+
     /// Whether this process is the owner, and not a child of it.
     #[inline]
     pub(crate) fn is_here(&self) -> bool {

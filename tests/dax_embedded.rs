@@ -665,3 +665,40 @@ fn empty_ranges_do_nothing_and_reversed_ones_are_errors() {
     }
     assert_eq!(volume.resident_bytes(), resident);
 }
+
+#[test]
+fn two_volumes_over_one_open_backing_are_refused() {
+    use daxcrypt::namespace::{FormatOptions, HEADER_AREA_BYTES, LockedNamespace, format};
+    use daxcrypt::volume::OpenError as Refused;
+    let backing = Arc::new(Backing::anonymous(HEADER_AREA_BYTES + SIZE).unwrap());
+    drop(format(Arc::clone(&backing), FormatOptions::default(), &credential()).unwrap());
+    let open = || LockedNamespace::open(Arc::clone(&backing)).unwrap();
+    let first = open().unlock(&credential()).unwrap();
+    first.write_at(&[1; 99], 5).unwrap();
+    let second = open().unlock(&credential());
+    assert!(matches!(second, Err(Refused::Volume(VolumeError::InUse))), "{second:?}");
+    let third = Volume::new(open().unlock_key(&credential()).unwrap(), daxcrypt::xts::Backend::detect());
+    assert!(matches!(third.write_at(&[2; 99], 5), Err(VolumeError::InUse)));
+    assert!(matches!(third.read_at(&mut [2; 99], 5), Err(VolumeError::InUse)));
+    assert!(matches!(third.mark_in_use(), Err(VolumeError::InUse)));
+    drop((first, third));
+    let fourth = open().unlock(&credential()).unwrap();
+    let mut bytes = [0; 99];
+    fourth.read_at(&mut bytes, 5).unwrap();
+    assert_eq!(bytes, [1; 99]);
+}
+
+#[test]
+fn a_server_that_was_made_before_a_fork_does_not_run_after_it() {
+    use daxcrypt::nbd_server::{ExportInfo, Exports, Limits, Listener, Options, Server, ServerError};
+    in_a_process("a_server_that_was_made_before_a_fork_does_not_run_after_it", || {
+        let (vault, volume) = Vault::new(SIZE);
+        let mut exports = Exports::new();
+        exports.add(ExportInfo { name: "disk".into(), ..ExportInfo::default() }, volume).unwrap();
+        let listener = Listener::unix(&vault.dir.path().join("socket")).unwrap();
+        let server = Server::new(exports, Limits::default(), Options::default()).unwrap().listen(listener);
+        assert_eq!(fork(|| assert!(matches!(of_the_child(&server).run(), Err(ServerError::Forked)))), 0);
+        server.handle().stop();
+        server.run().unwrap();
+    });
+}

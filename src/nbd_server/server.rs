@@ -30,7 +30,9 @@ use super::stats::{ClientStatus, ExportStatus, Stats, Status, Traffic};
 use super::status::{self, Commands, Kind};
 use super::threads::{self, SharedOut};
 use super::tls::Tls;
+use crate::owner::Owner;
 use crate::peer_groups;
+use crate::spawn::without_signals;
 
 /// Stack of a connection's thread, in bytes.
 const STACK_BYTES: usize = 256 << 10;
@@ -71,6 +73,11 @@ pub enum ServerError {
     /// The operating system refuses something that the server cannot do without.
     #[error("the server cannot wait for clients")]
     Io(#[from] io::Error),
+    /// This process is a fork of the one that made the server.
+    #[error(
+        "the server was made by another process, of which this one is a fork: open and make everything after the last fork"
+    )]
+    Forked,
     /// An export could not be flushed at the end.
     #[error("export {index} could not be flushed")]
     Flush {
@@ -156,6 +163,8 @@ pub(super) struct Shared {
     /// What clients that have left did, by export.
     left: Mutex<Vec<Traffic>>,
     started: Instant,
+    /// The process that made the server.
+    owner: Owner,
 }
 
 impl Shared {
@@ -352,6 +361,7 @@ impl Server {
             left: Mutex::new(left),
             started: Instant::now(),
             limits: RwLock::new(limits),
+            owner: Owner::here(),
             options,
         };
         Ok(Self { listeners: Vec::new(), reporters: Vec::new(), commands: None, shared: Arc::new(shared) })
@@ -396,11 +406,15 @@ impl Server {
     ///
     /// [`ServerError`]. All clients are gone in any case.
     pub fn run(self) -> Result<(), ServerError> {
+        if !self.shared.owner.is_here() {
+            return Err(ServerError::Forked);
+        }
         let Self { listeners, reporters, commands, shared } = self;
         let accepted = std::thread::scope(|scope| {
             for (kind, listener) in &reporters {
                 let (shared, commands) = (&shared, commands.as_ref());
-                scope.spawn(move || status::answer_all((*kind, listener), shared, commands, scope));
+                let answer = move || status::answer_all((*kind, listener), shared, commands, scope);
+                without_signals(|| scope.spawn(answer));
             }
             let result = accept_all(&listeners, &shared, scope);
             shared.stop.set();
@@ -499,7 +513,7 @@ fn admit<'scope>(
     clients.insert(id, Arc::clone(&client));
     drop(clients);
     let thread = std::thread::Builder::new().name(format!("nbd-{id}")).stack_size(STACK_BYTES);
-    let spawned = thread.spawn_scoped(scope, move || {
+    let serve = move || {
         // A panic is a bug of ours or of the export; it must not take the other clients with it.
         match std::panic::catch_unwind(AssertUnwindSafe(|| connection::serve(&client, shared))) {
             Ok(end @ End::Tls(_)) => {
@@ -510,8 +524,8 @@ fn admit<'scope>(
         }
         client.shut_down();
         shared.forget(id);
-    });
-    if spawned.is_err() {
+    };
+    if without_signals(|| thread.spawn_scoped(scope, serve)).is_err() {
         shared.clients().remove(&id);
     }
 }

@@ -22,6 +22,7 @@ use super::limits::{PERSIST_SLICE_BYTES, SLICE_BYTES, SLOW_THREADS_MAX};
 use super::server::{Client, Shared};
 use super::transmission::Replies;
 use super::wire::RequestHeader;
+use crate::spawn::without_signals;
 
 /// Stack of a thread, in bytes.
 const STACK_BYTES: usize = 256 << 10;
@@ -269,7 +270,7 @@ impl Workers {
         }
         let crew = Arc::clone(&self.0);
         let thread = std::thread::Builder::new().name("daxcrypt-slow".into()).stack_size(STACK_BYTES);
-        if thread.spawn(move || crew.work()).is_err() {
+        if without_signals(|| thread.spawn(move || crew.work())).is_err() {
             return false;
         }
         state.threads += 1;

@@ -25,6 +25,7 @@ use super::listener::Listener;
 use super::metrics::CONTENT_TYPE;
 use super::server::{ACCEPT_PAUSE, Shared, is_shortage};
 use super::socket;
+use crate::spawn::without_signals;
 
 /// The longest time for a question, and for its answer to be taken.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -294,11 +295,12 @@ impl<'scope> Reporter<'scope, '_> {
             let busy = Busy::new(&self.answering);
             let thread = std::thread::Builder::new().name("daxcrypt-report".into());
             // Without a thread the questioner gets no answer, and asks again.
-            let _ = thread.spawn_scoped(scope, move || {
+            let answer = move || {
                 let _busy = busy;
                 // One questioner's failure is its own.
                 let _ = answer(&socket, &question, shared, commands);
-            });
+            };
+            let _ = without_signals(|| thread.spawn_scoped(scope, answer));
         }
     }
 }

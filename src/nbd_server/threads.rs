@@ -10,6 +10,7 @@ use rayon::iter::{IntoParallelIterator, ParallelIterator};
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 
 use super::export::{Export, ExportError, Extent, Hole};
+use crate::spawn::without_signals;
 
 /// The smallest piece that is worth another thread, in bytes: waking one costs as much as encrypting this.
 const PIECE_BYTES_MIN: u64 = 128 << 10;
@@ -17,7 +18,8 @@ const PIECE_BYTES_MIN: u64 = 128 << 10;
 /// The threads that large requests of all connections share.
 pub(super) fn pool(threads: usize) -> Result<Arc<ThreadPool>, ThreadPoolBuildError> {
     let name = |index| format!("daxcrypt-large-{index}");
-    Ok(Arc::new(ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build()?))
+    let builder = ThreadPoolBuilder::new().num_threads(threads).thread_name(name);
+    Ok(Arc::new(without_signals(|| builder.build())?))
 }
 
 /// An export behind a pool of threads.

@@ -17,6 +17,7 @@ use super::open::{OpenedFile, create_locked, map};
 use super::options::{Access, Allocation, OpenOptions};
 use super::persist::LINE_BYTES;
 use super::sim::SimMedium;
+use super::users::Users;
 use crate::memory::{Source, Target};
 use crate::owner::Owner;
 
@@ -57,6 +58,7 @@ pub struct Backing {
     growing: Mutex<()>,
     /// The process that opened it.
     owner: Owner,
+    users: Users,
     mapping: Mapping,
     medium: Medium,
 }
@@ -119,6 +121,7 @@ impl Backing {
             len_bytes: AtomicU64::new(len_bytes),
             growing: Mutex::new(()),
             owner: Owner::here(),
+            users: Users::default(),
             mapping,
             medium: Medium::Kernel(medium.map_err(OpenError::Io)?),
         })
@@ -154,6 +157,7 @@ impl Backing {
             len_bytes: AtomicU64::new(len_bytes),
             growing: Mutex::new(()),
             owner: Owner::here(),
+            users: Users::default(),
             mapping,
             medium,
         }
@@ -543,6 +547,10 @@ impl Backing {
     /// The process that opened it: only there may it be used, because the keys of what is on it stayed there.
     pub(crate) const fn owner(&self) -> Owner {
         self.owner
+    }
+
+    pub(super) const fn users(&self) -> &Users {
+        &self.users
     }
 
     #[inline]

@@ -23,9 +23,11 @@ mod probe;
 mod sigbus;
 pub mod sim;
 mod sync;
+mod users;
 
 pub use backing::{Backing, BackingExtent, BackingKind};
 pub use error::{MediaError, OpenError};
 pub(crate) use file_limit::check_file_size_limit;
 pub use granularity::{FORCE_GRANULARITY_VARIABLE, Granularity, GranularityReason};
 pub use options::{Access, Allocation, OpenOptions};
+pub(crate) use users::RangeUse;

@@ -50,6 +50,11 @@ pub enum VolumeError {
          this process (a daemon opens after its last fork)"
     )]
     Forked,
+    /// There is another volume over the same bytes.
+    #[error(
+        "another volume of this process uses the same bytes of the same open backing: share that one (an Arc), or drop it first"
+    )]
+    InUse,
     /// The volume was locked: its key is gone.
     #[error("the volume is locked")]
     Locked,

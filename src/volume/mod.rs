@@ -41,7 +41,7 @@ use crate::namespace::{
     self, Credential, FormatOptions, Geometry, HEADER_AREA_BYTES, Header, LockedNamespace, Namespace, UnlockError,
 };
 use crate::owner::Owner;
-use crate::pmem::{Access, Backing, Granularity};
+use crate::pmem::{Access, Backing, Granularity, RangeUse};
 use crate::secret::VolumeKey;
 use crate::xts::Backend;
 
@@ -63,6 +63,8 @@ pub struct Volume {
     engine: Mutex<Option<Engine>>,
     /// The process that opened it: its keys are nowhere else.
     owner: Owner,
+    /// Keeps other volumes off these bytes; `None` in one that came too late, and that nobody may use.
+    in_use: Option<RangeUse>,
 }
 
 /// A run of bytes that the backing holds, or does not hold, blocks for.
@@ -83,7 +85,9 @@ impl LockedNamespace {
     /// [`UnlockError`] for a wrong credential or a forged header; [`VolumeError::Backend`] inside
     /// [`OpenError::Volume`] for an environment that names a backend that cannot run.
     pub fn unlock(self, credential: &Credential) -> Result<Volume, OpenError> {
-        Ok(Volume::new(self.unlock_key(credential)?, Backend::from_env().map_err(VolumeError::from)?))
+        let volume = Volume::new(self.unlock_key(credential)?, Backend::from_env().map_err(VolumeError::from)?);
+        volume.check_owner()?;
+        Ok(volume)
     }
 }
 
@@ -101,7 +105,8 @@ pub enum OpenError {
 
 impl Volume {
     /// The decrypted view of `namespace`, with kernels of `backend`. When it was being re-keyed, both halves are read and
-    /// written, and [`Self::transform_step`] goes on.
+    /// written, and [`Self::transform_step`] goes on. While another volume uses the same bytes of the same backing, every call
+    /// fails with [`VolumeError::InUse`].
     #[must_use]
     pub fn new(namespace: Namespace, backend: Backend) -> Self {
         let (geometry, header) = (*namespace.geometry(), namespace.header());
@@ -132,9 +137,13 @@ impl Volume {
     }
 
     fn assemble(area: DataArea, header: Header, header_backing: Arc<Backing>, engine: Option<Engine>) -> Self {
-        let owner = area.backing().owner();
+        let geometry = area.geometry();
+        let range = geometry.layout().physical_range(0..geometry.size_bytes());
+        let in_use = range.ok().and_then(|range| RangeUse::take(area.backing(), range));
+        let owner = if in_use.is_some() { area.backing().owner() } else { Owner::nobody() };
         Self {
             owner,
+            in_use,
             area,
             header,
             _header_backing: header_backing,
@@ -266,7 +275,12 @@ impl Volume {
     /// Refuses in a forked child: asked first at every entry, before a lock that nobody there could let go of.
     #[inline]
     pub(crate) fn check_owner(&self) -> Result<(), VolumeError> {
-        if self.is_here() { Ok(()) } else { Err(VolumeError::Forked) }
+        if self.is_here() { Ok(()) } else { Err(self.refusal()) }
+    }
+
+    #[cold]
+    const fn refusal(&self) -> VolumeError {
+        if self.in_use.is_none() { VolumeError::InUse } else { VolumeError::Forked }
     }
 
     fn check_unlocked(&self) -> Result<(), VolumeError> {

@@ -427,3 +427,6 @@ impl Pieces {
         Self { head: range.start..whole_start, whole: whole_start..whole_end, tail: whole_end..range.end }
     }
 }
+
+#[cfg(test)]
+mod tests;
