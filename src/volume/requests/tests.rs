@@ -1,5 +1,7 @@
 //! What others may do while a long request is in the middle: buffers with a page that does not come until the test lets it.
 
+#![allow(clippy::cast_possible_truncation)]
+
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
