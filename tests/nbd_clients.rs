@@ -35,7 +35,7 @@ fn nbdinfo_sees_size_flags_and_contexts() {
         "\"is_read_only\": false",
         "\"block_size_minimum\": 1",
         "\"block_size_preferred\": 4096",
-        "\"block_size_maximum\": 33554432",
+        "\"block_size_maximum\": 67108864",
         "\"description\": \"the export disk\"",
     ] {
         assert!(json.contains(fact), "{fact} is not in {json}");
@@ -193,7 +193,7 @@ fn control_socket_and_prometheus_tell_what_happened() {
     let text = get("GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
     assert!(text.contains("daxcrypt_nbd_requests_total{export=\"disk\",command=\"read\"} 2\n"), "{text}");
     assert!(text.contains("daxcrypt_nbd_written_bytes_total{export=\"disk\"} 1000\n"), "{text}");
-    assert!(get("GET /x HTTP/1.1\r\n\r\n").starts_with("HTTP/1.0 404"));
+    assert!(get("GET /x HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 404"));
     handle.stop();
     thread.join().unwrap().unwrap();
     assert!(!control.exists());
