@@ -45,7 +45,8 @@ pub fn data_may_be_locked(len_bytes: usize) -> bool {
 /// Bytes of stack that [`scrub_stack`] overwrites: the largest frame of an AES-XTS kernel (3.2 KiB), the largest one of what
 /// calls it (4.3 KiB, where there are holes), and smaller ones between. The search through memory in `tests/dax_lock.rs` finds
 /// what it leaves.
-const SCRUB_BYTES: usize = 10 << 10;
+/// Compiled without optimisation, every small function of a kernel has a frame of its own.
+const SCRUB_BYTES: usize = if cfg!(debug_assertions) { 32 << 10 } else { 10 << 10 };
 
 /// Overwrites the stack below the caller's frame, where functions that have returned may have left round keys and data
 /// that the compiler had spilled there.
