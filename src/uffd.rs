@@ -11,6 +11,7 @@ use std::io;
 use std::mem::size_of;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::OnceLock;
 
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
@@ -135,25 +136,94 @@ pub(crate) struct Fault {
     pub(crate) write_protected: bool,
 }
 
-/// A userfaultfd that takes the faults of its process, of system calls too.
+/// What userfaultfd can do on a kernel, or what of it is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Features(u64);
+
+impl Features {
+    /// What a map cannot be lazy without: its pages are in shared memory, and other maps may have brought them in.
+    const NEEDED: u64 = FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM;
+
+    /// With which version of Linux each feature of shared memory came.
+    const SINCE: [((u32, u32), u64); 4] = [
+        ((5, 14), FEATURE_MINOR_SHMEM),
+        ((5, 19), FEATURE_WP_SHMEM),
+        ((6, 6), FEATURE_POISON),
+        ((6, 7), FEATURE_WP_ASYNC),
+    ];
+
+    /// What of this kernel's features `version` of Linux, and `max` if there is one, has too.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel refuses userfaultfd with.
+    pub(crate) fn of_kernel(max: Option<(u32, u32)>) -> io::Result<Self> {
+        static KNOWN: OnceLock<u64> = OnceLock::new();
+        let known = match KNOWN.get() {
+            Some(&known) => known,
+            None => {
+                let probe = Uffd { fd: open_for_user_mode()?, features: Self(0) };
+                let known = probe.shake_hands(0)?;
+                *KNOWN.get_or_init(|| known)
+            }
+        };
+        let newer = |since| max.is_some_and(|max| since > max);
+        let hidden = Self::SINCE.iter().filter(|(since, _)| newer(*since)).fold(0, |bits, (_, bit)| bits | bit);
+        Ok(Self(known & !hidden))
+    }
+
+    /// Whether the kernel can note stores to write-protected pages by itself.
+    pub(crate) const fn notes_stores(self) -> bool {
+        self.0 & FEATURE_WP_ASYNC != 0
+    }
+
+    /// The same without that: such stores are trapped.
+    pub(crate) const fn trapping(self) -> Self {
+        Self(self.0 & !FEATURE_WP_ASYNC)
+    }
+
+    /// Whether stores can be noted or trapped at all.
+    pub(crate) const fn protects(self) -> bool {
+        self.0 & FEATURE_WP_SHMEM != 0
+    }
+}
+
+/// Whose faults are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Faults {
+    /// Those of system calls too, which takes a right.
+    All,
+    /// Those of the program's own loads and stores: a system call that is given an absent page fails.
+    UserMode,
+}
+
+/// A userfaultfd.
 #[derive(Debug)]
 pub(crate) struct Uffd {
     fd: OwnedFd,
+    features: Features,
 }
 
 impl Uffd {
-    /// Opens one by `/dev/userfaultfd` or, without the right to it, by the system call. With `write_async` the kernel
-    /// notes stores to write-protected pages by itself.
+    /// Opens one by `/dev/userfaultfd` or by the system call.
     ///
     /// # Errors
     ///
     /// What the kernel refuses with: too old (`InvalidInput`), or not permitted.
-    pub(crate) fn open(write_async: bool) -> io::Result<Self> {
-        let mut features = FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM | FEATURE_WP_SHMEM | FEATURE_POISON;
-        if write_async {
-            features |= FEATURE_WP_ASYNC;
+    pub(crate) fn open(features: Features, faults: Faults) -> io::Result<Self> {
+        if features.0 & Features::NEEDED != Features::NEEDED {
+            return Err(Errno::INVAL.into());
         }
-        Self::with_features(open_descriptor()?, features)
+        let fd = match faults {
+            Faults::All => open_descriptor()?,
+            Faults::UserMode => open_for_user_mode()?,
+        };
+        let used = Features::NEEDED | FEATURE_WP_SHMEM | FEATURE_POISON | FEATURE_WP_ASYNC;
+        Self::with_features(fd, features.0 & used)
+    }
+
+    pub(crate) const fn features(&self) -> Features {
+        self.features
     }
 
     /// Opens one that answers nobody: a touch of an absent page in its ranges raises SIGBUS, and a system call that would make
@@ -163,18 +233,20 @@ impl Uffd {
     ///
     /// As [`Self::open`].
     pub(crate) fn open_guard() -> io::Result<Self> {
-        let fd = match system_call(USER_MODE_ONLY) {
-            Err(error) if is_refusal(&error) => open_descriptor()?, // a kernel that is too old for the flag
-            opened => opened?,
-        };
-        Self::with_features(fd, FEATURE_MISSING_SHMEM | FEATURE_SIGBUS)
+        Self::with_features(open_for_user_mode()?, FEATURE_MISSING_SHMEM | FEATURE_SIGBUS)
     }
 
     fn with_features(fd: OwnedFd, features: u64) -> io::Result<Self> {
-        let uffd = Self { fd };
-        let mut api = Api { api: UFFD_API, features, ioctls: 0 };
-        uffd.call::<{ opcode::read_write::<Api>(GROUP, 0x3f) }, _>(&mut api)?;
+        let uffd = Self { fd, features: Features(features) };
+        uffd.shake_hands(features)?;
         Ok(uffd)
+    }
+
+    /// Asks for features. Those that the kernel has.
+    fn shake_hands(&self, features: u64) -> io::Result<u64> {
+        let mut api = Api { api: UFFD_API, features, ioctls: 0 };
+        self.call::<{ opcode::read_write::<Api>(GROUP, 0x3f) }, _>(&mut api)?;
+        Ok(api.features)
     }
 
     /// Takes over the touches of absent pages in `range`, and no other faults.
@@ -183,8 +255,9 @@ impl Uffd {
     }
 
     /// Takes the faults of `range` from now on: pages that are absent, pages that are there but not mapped and, with
-    /// `write_protect`, stores to protected pages.
+    /// `write_protect` and where the kernel can, stores to protected pages.
     pub(crate) fn register(&self, range: &Range<u64>, write_protect: bool) -> io::Result<()> {
+        let write_protect = write_protect && self.features.protects();
         self.register_mode(range, MODE_MISSING | MODE_MINOR | if write_protect { MODE_WP } else { 0 })
     }
 
@@ -279,6 +352,11 @@ impl Uffd {
         }
     }
 
+    /// Whether [`Self::poison`] can be asked.
+    pub(crate) const fn poisons(&self) -> bool {
+        self.features.0 & FEATURE_POISON != 0
+    }
+
     /// Makes touches of `range`, which is not mapped, raise SIGBUS.
     pub(crate) fn poison(&self, range: &Range<u64>) -> io::Result<()> {
         let mut argument = Continue { span: span(range), mode: 0, done: 0 };
@@ -317,6 +395,14 @@ fn open_descriptor() -> io::Result<OwnedFd> {
         Err(_) => {}
     }
     system_call(0)
+}
+
+/// One that takes no faults of system calls, which needs no right.
+fn open_for_user_mode() -> io::Result<OwnedFd> {
+    match system_call(USER_MODE_ONLY) {
+        Err(error) if is_refusal(&error) => open_descriptor(), // a kernel that is too old for the flag
+        opened => opened,
+    }
 }
 
 fn system_call(more_flags: u32) -> io::Result<OwnedFd> {

@@ -257,8 +257,8 @@ fn a_second_process_is_refused_while_a_map_lives() {
 }
 
 #[test]
-fn without_the_right_to_userfaultfd_a_map_is_eager_and_says_so() {
-    const NAME: &str = "without_the_right_to_userfaultfd_a_map_is_eager_and_says_so";
+fn without_userfaultfd_a_map_is_eager_and_says_so() {
+    const NAME: &str = "without_userfaultfd_a_map_is_eager_and_says_so";
     if child_argument().is_none() {
         let output = child_command(NAME, "nobody").output().unwrap();
         assert!(output.status.success(), "{output:?}");
@@ -267,14 +267,15 @@ fn without_the_right_to_userfaultfd_a_map_is_eager_and_says_so() {
     let (vault, volume) = Vault::new(16 << 20);
     // SAFETY: gives up root in this process, which has no other business.
     assert_eq!(unsafe { libc::setuid(65534) }, 0, "the test begins as root");
-    let map = volume.map(0..1 << 20, &writable()).unwrap();
+    let old = || writable().as_on_kernel(5, 10);
+    let map = volume.map(0..1 << 20, &old()).unwrap();
     assert_eq!((map.mode(), map.tracking()), (MapMode::Eager, Tracking::Compare));
     assert_eq!(volume.resident_bytes(), 1 << 20);
     assert!(map.memory_locked(), "1 MiB is within RLIMIT_MEMLOCK");
-    let large = volume.map(0..16 << 20, &MapOptions::new()).unwrap();
+    let large = volume.map(0..16 << 20, &MapOptions::new().as_on_kernel(5, 10)).unwrap();
     assert!(!large.memory_locked(), "16 MiB are not");
     drop(large);
-    assert!(matches!(volume.map(0..1 << 20, &writable().resident_max(4096)), Err(DaxError::Eager { .. })));
+    assert!(matches!(volume.map(0..1 << 20, &old().resident_max(4096)), Err(DaxError::Eager { .. })));
     assert_eq!(load(&map, 4097), pattern(4097));
     store(&map, 4097, 0xcc);
     volume.write_at(&[0xdd], 4098).unwrap();

@@ -16,11 +16,11 @@ use std::time::Duration;
 
 use super::ahead::FaultAhead;
 use super::error::DaxError;
-use super::open_faults;
-use super::options::{MapOptions, Tracking};
+use super::options::{MapMode, MapOptions, Tracking};
+use super::{Opened, open_faults};
 use crate::memory::Source;
 use crate::secret::SecretBytes;
-use crate::uffd::{self, Fault, PageMap, Uffd};
+use crate::uffd::{self, Fault, Faults, PageMap, Uffd};
 use crate::volume::window::{BATCH_PAGES, Install, PAGE_BYTES, PageSet, Through, View, Window, WriteBack};
 use crate::volume::{ClaimGuard, Volume, VolumeError};
 
@@ -48,6 +48,8 @@ pub(super) struct Core {
     pub(super) window: Arc<Window>,
     pub(super) view: Arc<View>,
     pub(super) writable: bool,
+    /// Whose faults are answered; nobody's of an eager map.
+    taken: Option<Faults>,
     dirt: Dirt,
     /// For everybody but the fault thread, which has its own: those that nobody uses now.
     scratch: Mutex<Vec<SecretBytes>>,
@@ -130,14 +132,15 @@ impl Core {
         options: &MapOptions,
         exclusive: bool,
     ) -> Result<Self, DaxError> {
-        let opened = if options.lazy { open_faults(options.write_async).map_err(DaxError::Os)? } else { None };
+        let opened = if options.lazy { open_faults(options).map_err(DaxError::Os)? } else { None };
         let len_bytes = range.end - range.start;
+        let taken = opened.as_ref().map(|opened| opened.taken);
         let (faults, dirt) = match opened {
-            Some((faults, Some(map))) => (Some(faults), Dirt::Kernel(map)),
-            Some((faults, None)) => {
-                (Some(faults), Dirt::Trapped(Traps::new(len_bytes / PAGE_BYTES).map_err(DaxError::Os)?))
+            Some(Opened { uffd, map: Some(map), .. }) => (Some(uffd), Dirt::Kernel(map)),
+            Some(Opened { uffd, .. }) if uffd.features().protects() => {
+                (Some(uffd), Dirt::Trapped(Traps::new(len_bytes / PAGE_BYTES).map_err(DaxError::Os)?))
             }
-            None => (None, Dirt::Unknown),
+            opened => (opened.map(|opened| opened.uffd), Dirt::Unknown),
         };
         let window =
             if exclusive { Arc::new(Window::new(&range).map_err(DaxError::Os)?) } else { Arc::clone(volume.window()?) };
@@ -150,6 +153,7 @@ impl Core {
             window,
             view,
             writable,
+            taken,
             dirt,
             scratch: Mutex::default(),
             broken: AtomicBool::new(false),
@@ -174,6 +178,14 @@ impl Core {
             Dirt::Kernel(_) => Tracking::Async,
             Dirt::Trapped(_) => Tracking::Trap,
             Dirt::Unknown => Tracking::Compare,
+        }
+    }
+
+    pub(super) const fn mode(&self) -> MapMode {
+        match self.taken {
+            Some(Faults::All) => MapMode::Lazy,
+            Some(Faults::UserMode) => MapMode::LazyUserMode,
+            None => MapMode::Eager,
         }
     }
 
@@ -223,7 +235,7 @@ impl Core {
                 None => self.volume.fill(&self.window, &batch, Through { scratch: &mut *scratch, install: None })?,
                 Some(faults) => {
                     let how = uffd::Install {
-                        protect_new: self.writable,
+                        protect_new: self.writable && !matches!(self.dirt, Dirt::Unknown),
                         // The kernel drops the entry of a page that it swaps out, and with it the mark that the page was stored
                         // to: what comes back counts as stored to. Traps have marks of their own.
                         protect_present: self.writable && matches!(self.dirt, Dirt::Trapped(_)),
@@ -281,10 +293,14 @@ impl Core {
         } else if brought.is_err() {
             // A mark of the dirty tracking may be in the way. What else fails means that the page came meanwhile or the map
             // is gone: trying again is right for both.
-            let poisoned = faults.poison(&here).or_else(|_| {
-                self.allow_stores(faults, &here)?;
-                faults.poison(&here)
-            });
+            let poisoned = if faults.poisons() {
+                faults.poison(&here).or_else(|_| {
+                    self.allow_stores(faults, &here)?;
+                    faults.poison(&here)
+                })
+            } else {
+                self.view.revoke_page(start)
+            };
             let raises_sigbus = poisoned.is_ok();
             let _ = poisoned.or_else(|_| faults.wake(&here));
             if let (Err(error), true) = (&brought, raises_sigbus) {

@@ -19,6 +19,10 @@ use super::threads::{FaultThread, WriteBackThread};
 use crate::volume::window::{PAGE_BYTES, WriteBack, pages_of};
 use crate::volume::{VolumeError, write_pieces};
 
+/// What gives a program lazy maps without exceptions.
+const GRANT: &str = "all of it takes CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd=1, or access to /dev/userfaultfd, and a \
+                     filter of system calls that lets userfaultfd pass";
+
 /// Bytes that `copy_within` and `zero` move at a time.
 const COPY_BYTES: usize = 4096;
 
@@ -39,10 +43,19 @@ impl DaxMapping {
         let core = Arc::new(core);
         let memory_locked = core.view.lock_memory();
         let mut map = Self { core: Some(core), faults: None, write_back: None, range, memory_locked };
-        if map.mode() == MapMode::Lazy {
+        if map.mode() != MapMode::Eager {
             map.faults = Some(FaultThread::start(Arc::clone(map.core())).map_err(DaxError::Os)?);
-        } else if options.lazy {
-            tracing::warn!("the kernel does not permit userfaultfd: all {} bytes of a map were decrypted", map.len());
+        }
+        match map.mode() {
+            MapMode::Eager if options.lazy => tracing::warn!(
+                "the kernel does not permit userfaultfd, or is too old: all {} bytes of a map were decrypted ({GRANT})",
+                map.len()
+            ),
+            MapMode::LazyUserMode => tracing::warn!(
+                "the kernel permits userfaultfd for loads and stores only: system calls on pages of a map that are absent \
+                 fail with EFAULT ({GRANT})"
+            ),
+            MapMode::Lazy | MapMode::Eager => {}
         }
         if !memory_locked {
             tracing::warn!("a direct map is not locked in memory (RLIMIT_MEMLOCK): its plaintext may be swapped out");
@@ -80,7 +93,7 @@ impl DaxMapping {
     /// How plaintext comes in.
     #[must_use]
     pub fn mode(&self) -> MapMode {
-        if self.core().fault_fd().is_some() { MapMode::Lazy } else { MapMode::Eager }
+        self.core().mode()
     }
 
     /// How dirty pages are found.

@@ -55,6 +55,21 @@
 //!   `close` still writes back what was stored, and calls say [`DaxError::FaultThread`].
 //! - Plaintext is left out of core dumps, and locked in memory where `RLIMIT_MEMLOCK` allows
 //!   ([`DaxMapping::memory_locked`]). Pages are overwritten before they are given back.
+//!
+//! # Kernels
+//!
+//! | Linux | how pages come in | how stores are found |
+//! |---|---|---|
+//! | before 5.14 | all at once ([`MapMode::Eager`]) | comparing with media ([`Tracking::Compare`]) |
+//! | 5.14 (5.15 LTS) | as they are touched | comparing what is resident with media |
+//! | 5.19 (6.1 LTS) | as they are touched | the first store to a page is trapped ([`Tracking::Trap`]) |
+//! | 6.6 | the same; a page that media cannot read costs no mapping of its own any more | trapped |
+//! | 6.7 | as they are touched | the kernel notes them ([`Tracking::Async`]) |
+//!
+//! [`MapOptions::as_on_kernel`] shows a program how it runs on an older one. All faults need a right: `CAP_SYS_PTRACE`,
+//! `vm.unprivileged_userfaultfd=1`, or access to `/dev/userfaultfd` (6.1). Without it maps are [`MapMode::LazyUserMode`]
+//! (`UFFD_USER_MODE_ONLY`, 5.11): only system calls on absent pages fail. Where a filter of system calls (that of
+//! containers, as a rule) refuses userfaultfd, maps are eager.
 
 mod ahead;
 mod core;
@@ -74,7 +89,7 @@ pub use self::exclusive::ExclusiveMap;
 pub use self::mapping::DaxMapping;
 use self::mapping::whole_pages;
 pub use self::options::{MapMode, MapOptions, Tracking};
-use crate::uffd::{self, PageMap, Uffd};
+use crate::uffd::{self, Faults, Features, PageMap, Uffd};
 use crate::volume::window::PAGE_BYTES;
 use crate::volume::{Volume, VolumeError};
 
@@ -137,19 +152,33 @@ fn check(volume: &Volume, range: &std::ops::Range<u64>, writable: bool) -> Resul
     Ok(())
 }
 
-/// The faults of a map, if the kernel gives them to us, and how it tells of stores.
+/// The faults of a map, and how it tells of stores.
+struct Opened {
+    uffd: Uffd,
+    taken: Faults,
+    map: Option<PageMap>,
+}
+
+/// The faults of a map, if the kernel gives them to us: all of them, or those of the program's own loads and stores.
 ///
 /// # Errors
 ///
 /// What is no refusal: descriptors or memory that are wanting.
-fn open_faults(write_async: bool) -> io::Result<Option<(Uffd, Option<PageMap>)>> {
-    if write_async
-        && let Some(uffd) = unless_refused(Uffd::open(true))?
-        && let Some(map) = unless_refused(PageMap::open())?
-    {
-        return Ok(Some((uffd, Some(map))));
+fn open_faults(options: &MapOptions) -> io::Result<Option<Opened>> {
+    let Some(features) = unless_refused(Features::of_kernel(options.kernel))? else { return Ok(None) };
+    for taken in [Faults::All, Faults::UserMode] {
+        if options.write_async
+            && features.notes_stores()
+            && let Some(uffd) = unless_refused(Uffd::open(features, taken))?
+            && let Some(map) = unless_refused(PageMap::open())?
+        {
+            return Ok(Some(Opened { uffd, taken, map: Some(map) }));
+        }
+        if let Some(uffd) = unless_refused(Uffd::open(features.trapping(), taken))? {
+            return Ok(Some(Opened { uffd, taken, map: None }));
+        }
     }
-    Ok(unless_refused(Uffd::open(false))?.map(|uffd| (uffd, None)))
+    Ok(None)
 }
 
 fn unless_refused<T>(opened: io::Result<T>) -> io::Result<Option<T>> {

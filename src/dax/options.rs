@@ -10,6 +10,9 @@ const WRITE_BACK_SECONDS: u64 = 5;
 pub enum MapMode {
     /// A page is decrypted when it is first touched (userfaultfd).
     Lazy,
+    /// As [`Self::Lazy`], where the kernel permits this program no more: a system call that is given a page that is absent
+    /// fails with `EFAULT`. [`DaxMapping::prefetch`](super::DaxMapping::prefetch) brings pages in before.
+    LazyUserMode,
     /// Everything was decrypted when the map was made, and stays in memory as long as it.
     Eager,
 }
@@ -33,6 +36,7 @@ pub struct MapOptions {
     pub(super) write_back: Duration,
     pub(super) lazy: bool,
     pub(super) write_async: bool,
+    pub(super) kernel: Option<(u32, u32)>,
 }
 
 impl Default for MapOptions {
@@ -43,6 +47,7 @@ impl Default for MapOptions {
             write_back: Duration::from_secs(WRITE_BACK_SECONDS),
             lazy: true,
             write_async: true,
+            kernel: None,
         }
     }
 }
@@ -81,6 +86,13 @@ impl MapOptions {
     #[must_use]
     pub const fn eager(mut self) -> Self {
         self.lazy = false;
+        self
+    }
+
+    /// Uses only what Linux `major.minor` has, to see how a program runs there; see the [table](super#kernels).
+    #[must_use]
+    pub const fn as_on_kernel(mut self, major: u32, minor: u32) -> Self {
+        self.kernel = Some((major, minor));
         self
     }
 

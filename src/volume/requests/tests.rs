@@ -9,7 +9,7 @@ use std::time::Duration;
 use memmap2::MmapMut;
 
 use super::*;
-use crate::uffd::{Install, Uffd};
+use crate::uffd::{Faults, Features, Install, Uffd};
 
 const MIB: usize = 1 << 20;
 const PAGE: usize = 4096;
@@ -26,7 +26,7 @@ impl Gate {
         let memory = MmapMut::map_anon(len).unwrap();
         let start = (memory.as_ptr().addr() + at) as u64;
         let page = start..start + PAGE as u64;
-        let faults = Uffd::open(false).unwrap();
+        let faults = Uffd::open(Features::of_kernel(None).unwrap().trapping(), Faults::All).unwrap();
         faults.register_absent(&page).unwrap();
         Self { memory, page, faults }
     }

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::mm::{Advice, MapFlags, MlockFlags, MprotectFlags, ProtFlags, madvise, mlock_with, mmap, mprotect, munmap};
 
+use super::PAGE_BYTES;
 use crate::memory::{Source, Target};
 use crate::owner::Owner;
 use crate::pmem;
@@ -191,6 +192,17 @@ impl View {
             faults.wake(&self.addresses(&self.range))?;
         }
         Ok(())
+    }
+
+    /// [`Self::revoke`] of the one page at logical `start`, where the kernel has no other way to let a touch fail.
+    pub(crate) fn revoke_page(&self, start: u64) -> io::Result<()> {
+        let page = start..start + PAGE_BYTES;
+        let (address, len_bytes) = self.mapped.address(&(page.start - self.range.start..page.end - self.range.start));
+        let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: the page lies in this view; whoever holds its address was told that a touch may fail.
+        unsafe { mmap(address.cast::<c_void>(), len_bytes, protection, flags, &*self.nothing, 0) }?;
+        self.faults.as_ref().map_or(Ok(()), |faults| faults.wake(&self.addresses(&page)))
     }
 
     /// Takes logical `range` out of this view's page tables: nobody can store through it any more, and the next touch

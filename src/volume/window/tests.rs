@@ -4,11 +4,12 @@ use std::thread;
 use std::time::Duration;
 
 use super::*;
+use crate::uffd::{Faults, Features};
 use crate::volume::{Volume, VolumeError};
 
 /// Who takes the faults of a view.
 fn faults(pinned: bool) -> Option<Uffd> {
-    (!pinned).then(|| Uffd::open(false).unwrap())
+    (!pinned).then(|| Uffd::open(Features::of_kernel(None).unwrap().trapping(), Faults::All).unwrap())
 }
 
 fn fill(volume: &Volume, window: &Window, range: &Range<u64>) -> Result<(), VolumeError> {
