@@ -4,6 +4,8 @@
 mod common;
 
 use std::fs;
+use std::os::unix::fs::FileExt;
+use std::process::Stdio;
 
 use common::{Bench, CHEAP_KDF, Run};
 
@@ -165,7 +167,7 @@ fn a_removed_or_changed_slot_leaves_no_byte_behind() {
 fn a_recovery_phrase_is_printed_once_and_opens_its_slot() {
     let bench = vault();
     let added = key(&bench, "add", &[&KEY, &["--recovery-key"]]).succeeds().stdout;
-    let phrase = added.lines().last().unwrap();
+    let phrase = added.lines().nth(1).unwrap();
     assert_eq!((phrase.len(), phrase.split('-').count()), (47, 8), "{added}");
     bench.secret("phrase", phrase.as_bytes());
     let test = key(&bench, "test", &[&["--passphrase-file", "phrase"]]).succeeds();
@@ -173,12 +175,106 @@ fn a_recovery_phrase_is_printed_once_and_opens_its_slot() {
     assert!(key(&bench, "list", &[]).succeeds().stdout.contains("(recovery)"));
     let made =
         bench.run(&["format", "two.img", "--size", "4M", "--key-file", "vault.key", "--recovery-key"]).succeeds();
-    let other = made.stdout.lines().last().unwrap().to_owned();
+    let other = made.stdout.lines().nth(2).unwrap().to_owned();
     assert_ne!(other, phrase);
     bench.secret("other.phrase", other.as_bytes());
     bench.run(&["key", "test", "two.img", "--passphrase-file", "other.phrase"]).succeeds();
     bench.run(&["key", "test", "two.img", "--key-file", "vault.key"]).succeeds();
     refused(&bench, "add", &[&KEY, &NEW_DESK, &["--recovery-key"]], 1, &["cannot be used with"]);
+}
+
+#[test]
+fn a_recovery_phrase_that_nobody_has_read_makes_no_slot() {
+    let bench = vault();
+    let before = fs::read(bench.path("vault.img")).unwrap();
+    let add = ["key", "add", "vault.img", KEY[0], KEY[1], "--recovery-key"];
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    for stdout in [Stdio::from(writer), Stdio::from(full)] {
+        let mut command = bench.command(&add);
+        let output = command.stdout(stdout).stderr(Stdio::piped()).output().unwrap();
+        assert_eq!(output.status.code(), Some(4), "{output:?}");
+        assert!(fs::read(bench.path("vault.img")).unwrap() == before, "no slot was made");
+    }
+    // A file keeps it, and a terminal has shown it (tests/cli_prompt.rs).
+    let kept = fs::File::create(bench.path("kept")).unwrap();
+    assert!(bench.command(&add).stdout(kept).status().unwrap().success());
+    let phrase = fs::read_to_string(bench.path("kept")).unwrap().lines().nth(1).unwrap().to_owned();
+    bench.secret("phrase", phrase.as_bytes());
+    key(&bench, "test", &[&["--passphrase-file", "phrase"]]).succeeds();
+}
+
+#[test]
+fn a_recovery_phrase_is_taken_as_people_type_it_and_a_passphrase_as_it_is() {
+    let bench = vault();
+    let added = key(&bench, "add", &[&KEY, &["--recovery-key"]]).succeeds().stdout;
+    let phrase = added.lines().nth(1).unwrap();
+    let typed = phrase.replace('-', " ").to_uppercase();
+    bench.secret("typed", typed.as_bytes());
+    let test = key(&bench, "test", &[&["--passphrase-file", "typed"]]).succeeds();
+    assert_eq!(test.stdout.trim(), "key slot 1 opens with it");
+    bench.secret("wrong", typed.replace(&typed[..5], "AAAAA").as_bytes());
+    key(&bench, "test", &[&["--passphrase-file", "wrong"]]).fails(2, &["wrong passphrase"]);
+    // The slot that a relocation makes of it opens with what is on the paper.
+    let relocate = ["relocate", "vault.img", "moved.img", "--passphrase-file", "typed", "--drop-slots"];
+    bench.run(&relocate).succeeds();
+    bench.secret("phrase", phrase.as_bytes());
+    bench.run(&["key", "test", "moved.img", "--passphrase-file", "phrase"]).succeeds();
+    // A passphrase that only looks like one keeps its capitals.
+    let add = [&["--passphrase-file", "phrase", "--new-passphrase-file", "typed"][..], &CHEAP_KDF].concat();
+    bench.run(&[&["key", "add", "moved.img"][..], &add].concat()).succeeds();
+    bench.run(&["key", "remove", "moved.img", "--passphrase-file", "typed", "--slot", "0", "--force"]).succeeds();
+    bench.run(&["key", "test", "moved.img", "--passphrase-file", "typed"]).succeeds();
+    bench.run(&["key", "test", "moved.img", "--passphrase-file", "phrase"]).fails(2, &["wrong passphrase"]);
+}
+
+#[test]
+fn a_changed_slot_keeps_its_cost_and_weak_keys_get_a_word() {
+    let bench = vault();
+    let cost = |slot: usize| {
+        let list: serde_json::Value =
+            serde_json::from_str(&key(&bench, "list", &[&["--json"]]).succeeds().stdout).unwrap();
+        list[slot]["kdf"]["argon2id"].clone()
+    };
+    bench.secret("one", b"first");
+    bench.secret("two", b"second");
+    let dear = ["--new-passphrase-file", "one", "--kdf-memory", "300M", "--kdf-time", "1"];
+    key(&bench, "add", &[&KEY, &dear]).succeeds();
+    let added = cost(1);
+    assert_eq!(added["memory_kib"], 300 << 10);
+    key(&bench, "change", &[&KEY, &["--slot", "1", "--new-passphrase-file", "two"]]).succeeds();
+    assert_eq!(cost(1), added);
+    let cheaper = ["--slot", "1", "--new-passphrase-file", "one", "--kdf-memory", "8M"];
+    let run = key(&bench, "change", &[&KEY, &cheaper]).succeeds();
+    assert_eq!((cost(1)["memory_kib"].as_u64(), run.stderr.as_str()), (Some(8 << 10), ""));
+    let cheapest = ["--slot", "1", "--new-passphrase-file", "two", "--kdf-memory", "8K"];
+    let run = key(&bench, "change", &[&KEY, &cheapest]).succeeds();
+    assert!(run.stderr.contains("makes guessing cheap"), "{}", run.stderr);
+    // Such a slot is for what a machine made up: whatever else it gets is to be guarded as any passphrase.
+    key(&bench, "change", &[&KEY, &["--slot", "1", "--new-passphrase-file", "one"]]).succeeds();
+    assert_eq!(cost(1)["memory_kib"], 256 << 10);
+
+    bench.secret("zeros", &[0; 64]);
+    let run = key(&bench, "add", &[&KEY, &["--new-key-file", "zeros"]]).succeeds();
+    assert!(run.stderr.contains("every byte of zeros is the same"), "{}", run.stderr);
+    assert_eq!(key(&bench, "test", &[&["--key-file", "zeros"]]).succeeds().stderr, "", "it is told once");
+}
+
+#[test]
+fn info_tells_of_copies_that_differ() {
+    let bench = vault();
+    let before = fs::read(bench.path("vault.img")).unwrap();
+    key(&bench, "add", &[&KEY, &["--recovery-key"]]).succeeds();
+    // A power cut between the two copies.
+    let image = fs::File::options().write(true).open(bench.path("vault.img")).unwrap();
+    let older = if before[24] < fs::read(bench.path("vault.img")).unwrap()[24] { 256 << 10 } else { 0 };
+    image.write_all_at(&before[older..older + (64 << 10)], older as u64).unwrap();
+    let info = bench.run(&["info", "vault.img"]).succeeds().stdout;
+    assert!(info.contains("two copies of the header differ"), "{info}");
+    key(&bench, "add", &[&KEY, &["--recovery-key"]]).succeeds();
+    let info = bench.run(&["info", "vault.img"]).succeeds().stdout;
+    assert!(!info.contains("differ"), "{info}");
 }
 
 #[test]

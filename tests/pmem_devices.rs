@@ -4,10 +4,11 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use daxcrypt::pmem::{Access, Allocation, Backing, BackingKind, Granularity, MediaError, OpenError};
+use daxcrypt::pmem::{Access, Allocation, Backing, BackingKind, Granularity, MediaError, OpenError, OpenOptions};
 
 const MIB: u64 = 1 << 20;
 
@@ -79,6 +80,42 @@ fn a_mounted_block_device_is_busy() {
     let Some((device, _undo)) = loop_device(&image) else { return skip("a loop device") };
     let Some(_mounted) = mount(&[device.to_str().unwrap()], &dir.path().join("mnt")) else { return skip("mount") };
     assert!(matches!(Backing::open(&device, Access::ReadWrite), Err(OpenError::Busy)));
+}
+
+#[test]
+fn two_nodes_of_one_device_lock_each_other_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    fs::File::create(&image).unwrap().set_len(32 * MIB).unwrap();
+    let Some((device, _undo)) = loop_device(&image) else { return skip("a loop device") };
+    let number = fs::metadata(&device).unwrap().rdev();
+    let numbers = [rustix::fs::major(number), rustix::fs::minor(number)].map(|number| number.to_string());
+    let nodes = ["one", "two"].map(|name| folder.path().join(name));
+    for node in &nodes {
+        let made = Command::new("mknod").arg(node).args(["b", &numbers[0], &numbers[1]]).status().unwrap();
+        assert!(made.success());
+    }
+    let open = |path: &Path, access, range| OpenOptions::new(access).lock_range(range).open(path);
+    let all = [&device, &nodes[0], &nodes[1]];
+    for first in all {
+        let opened = open(first, Access::ReadWrite, 2 * MIB..4 * MIB).unwrap();
+        for second in all {
+            for access in [Access::ReadWrite, Access::ReadOnly] {
+                let refused = open(second, access, 3 * MIB..5 * MIB);
+                assert!(matches!(refused, Err(OpenError::Busy)), "{first:?} {second:?} {refused:?}");
+            }
+            let beside = open(second, Access::ReadWrite, 4 * MIB..6 * MIB).unwrap();
+            assert!(matches!(opened.lock_range(2 * MIB..5 * MIB), Err(OpenError::Busy)), "{first:?} {second:?}");
+            drop(beside);
+            opened.lock_range(2 * MIB..6 * MIB).unwrap();
+            assert!(matches!(open(second, Access::ReadWrite, 5 * MIB..6 * MIB), Err(OpenError::Busy)));
+            opened.lock_range(2 * MIB..4 * MIB).unwrap();
+        }
+        drop(opened);
+        let readers = all.map(|path| open(path, Access::ReadOnly, 0..4 * MIB).unwrap());
+        assert!(matches!(open(first, Access::ReadWrite, 0..MIB), Err(OpenError::Busy)));
+        drop(readers);
+    }
 }
 
 #[test]

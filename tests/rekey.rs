@@ -157,6 +157,11 @@ fn an_interrupted_rekey_opens_with_its_key_and_goes_on_when_asked() {
     interrupted(&bench);
     let status = bench.run(&["rekey", "vault.img", "--status"]).succeeds().stdout;
     assert!(status.contains("a re-key is under way"), "{status}");
+    // Every source of a key is one.
+    let command = ["rekey", "vault.img", "--status", "--passphrase-command", "echo wrong"];
+    assert!(!bench.run(&command).status.success());
+    let info = bench.run(&["info", "vault.img"]).succeeds().stdout;
+    assert_eq!(info.lines().filter(|line| line.starts_with("re-key ")).count(), 1, "{info}");
     let status = rekey(&bench, &["--status", "--json"]).succeeds().stdout;
     let status: serde_json::Value = serde_json::from_str(&status).unwrap();
     assert!(status["done_bytes"].as_u64() > Some(0) && status["paused"] == false, "{status}");

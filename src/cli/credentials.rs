@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::error::Error;
+use super::output::warning;
 use super::secrets;
 use super::size::ByteSize;
 use crate::namespace::{Credential, KdfCost};
@@ -88,6 +89,9 @@ impl NewKeyArgs {
     }
 }
 
+/// Less memory than this deserves a word: no recommendation for passphrases is as low (OWASP, RFC 9106).
+const KDF_MEMORY_KIB_WARN: u32 = 7 << 10;
+
 /// What guessing a new passphrase is to cost.
 #[derive(Args, Debug)]
 pub(crate) struct KdfArgs {
@@ -100,14 +104,25 @@ pub(crate) struct KdfArgs {
 }
 
 impl KdfArgs {
+    /// The cost of a new slot.
     pub(crate) fn cost(&self) -> Result<KdfCost, Error> {
-        let mut cost = KdfCost::default();
+        self.cost_from(KdfCost::default())
+    }
+
+    /// The cost of a slot that has `cost` so far: what the options do not name stays.
+    pub(crate) fn cost_from(&self, mut cost: KdfCost) -> Result<KdfCost, Error> {
         if let Some(ByteSize(bytes)) = self.kdf_memory {
             cost.memory_kib = u32::try_from(bytes >> 10)
                 .map_err(|_| Error::Usage(format!("--kdf-memory {} is too much", ByteSize(bytes))))?;
         }
         if let Some(passes) = self.kdf_time {
             cost.time = passes;
+        }
+        if cost.memory_kib < KDF_MEMORY_KIB_WARN {
+            warning!(
+                "Argon2id with {} of memory makes guessing cheap: it is for phrases that a machine made up",
+                ByteSize(u64::from(cost.memory_kib) << 10)
+            );
         }
         Ok(cost)
     }
@@ -139,7 +154,11 @@ impl KeyArgs {
     /// As [`Self::read`], with key files of at least `key_file_bytes_min` bytes.
     pub(crate) fn read_with(&self, prompt: Prompt, what: &str, key_file_bytes_min: usize) -> Result<Credential, Error> {
         if let Some(path) = &self.key_file {
-            return secrets::key_file(path, key_file_bytes_min).map(Credential::KeyFile);
+            let key = secrets::key_file(path, key_file_bytes_min)?;
+            if prompt == Prompt::Twice && key.iter().all(|byte| *byte == key[0]) {
+                warning!("every byte of {} is the same: that is no key, and whoever tries it is in", path.display());
+            }
+            return Ok(Credential::KeyFile(key));
         }
         if self.escrow_file.is_some() {
             return Err(Error::Usage("--escrow-file unlocks a namespace, but cannot be the key of a key slot".into()));

@@ -133,6 +133,8 @@ pub(crate) enum Error {
     Bench(#[from] BenchError),
     #[error("cannot make a key")]
     Key(#[from] VolumeKeyError),
+    #[error("the recovery phrase could not be written to standard output, so no key slot was made for it")]
+    PhraseNotShown { source: io::Error },
     #[error("cannot serve {path}", path = path.display())]
     Export { path: PathBuf, source: RegistryError },
     #[error("{path}: cannot record that discards are allowed", path = path.display())]

@@ -14,7 +14,7 @@ use super::open;
 use super::output::{self, outln, warning};
 use super::place::PlaceArgs;
 use super::recovery;
-use crate::namespace::{Credential, KdfCost, Namespace, UpdateError};
+use crate::namespace::{Credential, Namespace, UpdateError};
 use crate::ops::{self, Key, Operation, keys};
 
 #[derive(Args, Debug)]
@@ -149,7 +149,8 @@ fn add(args: &AddArgs) -> Result<(), Error> {
         let mut namespace = args.common.unlocked(Operation::KeyAdd)?;
         return recovery::add_slot(&mut namespace, args.slot, &args.label, |source| args.common.update_failed(source));
     }
-    let (mut namespace, credential, cost) = args.with.unlocked(Operation::KeyAdd, &args.common)?;
+    let cost = args.with.kdf.cost()?;
+    let (mut namespace, credential) = args.with.unlocked(Operation::KeyAdd, &args.common)?;
     let added = keys::add(&mut namespace, args.slot, &args.label, &credential, cost);
     let id = added.map_err(|cause| args.common.failed(Operation::KeyAdd, cause))?;
     outln!("added key slot {id}")
@@ -163,7 +164,8 @@ fn remove(args: &RemoveArgs) -> Result<(), Error> {
 }
 
 fn change(args: &ChangeArgs) -> Result<(), Error> {
-    let (mut namespace, credential, cost) = args.with.unlocked(Operation::KeyChange, &args.common)?;
+    let (mut namespace, credential) = args.with.unlocked(Operation::KeyChange, &args.common)?;
+    let cost = args.with.kdf.cost_from(keys::present_cost(&namespace, args.slot))?;
     let changed = keys::change(&mut namespace, args.slot, &credential, cost);
     let slot = changed.map_err(|cause| args.common.failed(Operation::KeyChange, cause))?;
     outln!("changed key slot {slot}; a backup of the header that was made before still opens with the old key")
@@ -213,11 +215,10 @@ impl SlotArgs {
 
 impl WithArgs {
     /// The namespace, and what a slot of it is to open with: the present key is asked for first.
-    fn unlocked(&self, operation: Operation, common: &SlotArgs) -> Result<(Namespace, Credential, KdfCost), Error> {
+    fn unlocked(&self, operation: Operation, common: &SlotArgs) -> Result<(Namespace, Credential), Error> {
         self.new.check_stdin(&common.key)?;
-        let cost = self.kdf.cost()?;
         let namespace = common.unlocked(operation)?;
         let credential = self.new.read(&common.place.path)?;
-        Ok((namespace, credential, cost))
+        Ok((namespace, credential))
     }
 }

@@ -9,7 +9,7 @@ use super::place::{self, PlaceArgs};
 use super::secrets;
 use super::size::ByteSize;
 use crate::luks2::Locked;
-use crate::namespace::{CopyState, Credential, Header, Namespace, SIZE_BYTES_WARN, Site};
+use crate::namespace::{CopyState, Credential, Header, Kdf, KdfCost, Namespace, SIZE_BYTES_WARN, Site};
 use crate::ops::{self, Found, Key, Operation};
 use crate::volume::Volume;
 use crate::xts::Backend;
@@ -29,7 +29,14 @@ pub(crate) fn namespace_and_credential(
     let found = found(place, operation)?;
     let credential = key.read(Prompt::Once, &place.path.display().to_string())?;
     let namespace = found.unlock(Key::Credential(&credential))?;
-    Ok((namespace, credential))
+    // A slot that is made with it again is to open with the phrase as it was printed.
+    let phrase = credential.as_recovery_phrase().filter(|_| opened_as_phrase(&namespace));
+    Ok((namespace, phrase.unwrap_or(credential)))
+}
+
+fn opened_as_phrase(namespace: &Namespace) -> bool {
+    let slots = namespace.header().slots;
+    slots.iter().any(|slot| Some(slot.id) == namespace.slot_id() && slot.kdf == Kdf::Argon2id(KdfCost::LEAST))
 }
 
 /// Opens the namespace at `place` and says what is worth knowing about its header.
@@ -104,7 +111,19 @@ pub(crate) fn warnings(header: &Header) -> Vec<String> {
         ));
     }
     warnings.extend(copy_warnings(["header copy A", "header copy B"], &header.copies));
+    warnings.extend(difference(&header.copies));
     warnings
+}
+
+/// A sentence about two good copies of a header that are not the same one.
+pub(crate) fn difference(copies: &[CopyState; 2]) -> Option<String> {
+    let [CopyState::Good { sequence: first }, CopyState::Good { sequence: second }] = copies else { return None };
+    (first != second).then(|| {
+        format!(
+            "the two copies of the header differ (sequence {first} and {second}): an update was cut short, and what it was to \
+             remove may be in the older copy; the next command that changes it finishes the update"
+        )
+    })
 }
 
 /// A sentence for each copy of a header that cannot be used.

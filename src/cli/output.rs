@@ -15,6 +15,7 @@ use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsFd;
 
+use rustix::io::Errno;
 use serde::Serialize;
 
 use super::error::Error;
@@ -55,11 +56,24 @@ pub(crate) fn json(value: &impl Serialize) -> Result<(), Error> {
 
 /// Writes bytes that must not stay in a buffer.
 pub(crate) fn secret(bytes: &[u8]) -> Result<(), Error> {
-    let written = io::stdout().flush().and_then(|()| {
-        let descriptor = io::stdout().as_fd().try_clone_to_owned()?;
-        File::from(descriptor).write_all(bytes)
-    });
-    finished(written)
+    finished(write_unbuffered(bytes))
+}
+
+/// Writes a secret that is nowhere else, on a line of its own. Here a reader that has gone is an error, and so is a file that
+/// does not keep what was written.
+pub(crate) fn secret_to_keep(bytes: &[u8]) -> io::Result<()> {
+    write_unbuffered(bytes)?;
+    write_unbuffered(b"\n")?;
+    match rustix::fs::fsync(io::stdout()) {
+        Err(Errno::INVAL | Errno::ROFS | Errno::NOTSUP) => Ok(()), // a pipe, a terminal: nothing to be kept
+        synced => Ok(synced?),
+    }
+}
+
+fn write_unbuffered(bytes: &[u8]) -> io::Result<()> {
+    io::stdout().flush()?;
+    let descriptor = io::stdout().as_fd().try_clone_to_owned()?;
+    File::from(descriptor).write_all(bytes)
 }
 
 /// Writes `daxcrypt: ` and a line to standard error.

@@ -21,7 +21,7 @@ use super::progress::Progress;
 use super::size::ByteSize;
 use crate::namespace::{Cipher, Credential, DataUnit, Namespace, TransformError};
 use crate::ops::rekey::{self, Wish};
-use crate::ops::{self, Cause, Ended, Key, Operation, Run, Watch};
+use crate::ops::{self, Cause, Ended, Operation, Run, Watch};
 use crate::volume::Volume;
 use crate::xts::Backend;
 
@@ -223,12 +223,11 @@ fn status(args: &RekeyArgs) -> Result<(), Error> {
         outln!("{path}: no re-key is under way")?;
         return Ok(());
     }
-    if args.key.key_file.is_none() && args.key.passphrase_file.is_none() {
+    if !args.key.is_given() {
         outln!("{path}: a re-key is under way; with its key --status says how far it has come")?;
         return Ok(());
     }
-    let credential = args.key.read(Prompt::Once, &path.to_string())?;
-    let namespace = found.unlock(Key::Credential(&credential))?;
+    let namespace = open::unlock(found, &args.key)?;
     if let Some(pending) = namespace.pending_transform() {
         let (done_bytes, total_bytes) = (pending.record().done_bytes, pending.source().size_bytes());
         if args.pace.json {

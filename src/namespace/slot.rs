@@ -15,7 +15,7 @@ use zeroize::Zeroize;
 
 use super::geometry::Placement;
 use super::hex;
-use super::kdf::{self, CostError, Credential, CredentialError, Kdf, Key256, SALT_BYTES, WorkError};
+use super::kdf::{self, CostError, Credential, CredentialError, Kdf, KdfCost, Key256, SALT_BYTES, WorkError};
 use super::metadata::{Cipher, LABEL_BYTES_MAX, MetadataError};
 use crate::secret::{KeyError, SecretBytes, VolumeKey};
 
@@ -107,12 +107,22 @@ impl Slot {
     }
 
     /// The volume key, when the credential is the one that this slot was made with, for this purpose. `None` otherwise:
-    /// a wrong passphrase and a manipulated slot cannot be told apart.
+    /// a wrong passphrase and a manipulated slot cannot be told apart. A slot with the cost of a recovery phrase takes one in
+    /// capitals and without dashes, too.
     pub(super) fn open(
         &self,
         credential: &Credential,
         purpose: &Purpose,
     ) -> Result<Option<SecretBytes>, CredentialError> {
+        let opened = self.open_with(credential, purpose)?;
+        let is_for_phrases = opened.is_none() && self.kdf == Kdf::Argon2id(KdfCost::LEAST);
+        match credential.as_recovery_phrase().filter(|_| is_for_phrases) {
+            Some(phrase) => self.open_with(&phrase, purpose),
+            None => Ok(opened),
+        }
+    }
+
+    fn open_with(&self, credential: &Credential, purpose: &Purpose) -> Result<Option<SecretBytes>, CredentialError> {
         let wrapping_key = kdf::derive_wrapping_key(credential, &self.kdf, &self.salt)?;
         let (ciphertext, tag) = self.wrapped.split_at(self.wrapped.len().saturating_sub(TAG_BYTES));
         let Some(tag) = tag.try_into().ok().map(|tag: [u8; TAG_BYTES]| Tag::from(tag)) else {

@@ -2,7 +2,7 @@
 //! copy of the header.
 
 use super::error::Cause;
-use crate::namespace::{Credential, KdfCost, Namespace};
+use crate::namespace::{Credential, Kdf, KdfCost, Namespace};
 use crate::secret::VolumeKey;
 
 /// Adds a key slot, in the lowest free place when `slot` is `None`, and gives its number.
@@ -47,6 +47,18 @@ pub fn change(
     let slot = slot.or_else(|| namespace.slot_id()).ok_or(Cause::SlotNeeded)?;
     namespace.change_slot(slot, credential, cost)?;
     Ok(slot)
+}
+
+/// What the key derivation of a slot costs that is to be changed (`None` is the one that unlocked), for the passphrase that
+/// it gets: what it costs today. A slot of a recovery phrase or a key file, which needs no expensive one, gets the default.
+#[must_use]
+pub fn present_cost(namespace: &Namespace, slot: Option<u32>) -> KdfCost {
+    let id = slot.or_else(|| namespace.slot_id());
+    let slots = namespace.header().slots;
+    match slots.iter().find(|slot| Some(slot.id) == id).map(|slot| slot.kdf) {
+        Some(Kdf::Argon2id(cost)) if cost != KdfCost::LEAST => cost,
+        _ => KdfCost::default(),
+    }
 }
 
 /// The volume key, to be kept in escrow: it decrypts everything until the next re-key, whatever becomes of the slots.

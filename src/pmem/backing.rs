@@ -50,6 +50,8 @@ pub struct Backing {
     access: Access,
     reason: GranularityReason,
     disk_offset: u64,
+    /// Another node of the same device, which is locked alike.
+    node: Option<std::fs::File>,
     /// Holds the lock on the disk of a partition.
     _disk: Option<std::fs::File>,
     sector_bytes: Option<u64>,
@@ -107,7 +109,7 @@ impl Backing {
     ) -> Result<Self, OpenError> {
         let (mapping, finding) = map(&opened, access)?;
         let reason = GranularityReason::new(finding, forced);
-        let OpenedFile { file, disk, kind, len_bytes, disk_offset, sector_bytes, physical_address } = opened;
+        let OpenedFile { file, node, disk, kind, len_bytes, disk_offset, sector_bytes, physical_address } = opened;
         let medium = KernelMedium::new(file, kind, reason.granularity(), mapping.len_bytes() as u64);
         Ok(Self {
             path: path.to_path_buf(),
@@ -115,6 +117,7 @@ impl Backing {
             access,
             reason,
             disk_offset,
+            node,
             _disk: disk,
             sector_bytes,
             physical_address,
@@ -151,6 +154,7 @@ impl Backing {
             access: Access::ReadWrite,
             reason: GranularityReason::new(finding, None),
             disk_offset: 0,
+            node: None,
             _disk: None,
             sector_bytes: None,
             physical_address: None,
@@ -538,10 +542,17 @@ impl Backing {
     pub fn lock_range(&self, range: Range<u64>) -> Result<(), OpenError> {
         self.check_owner().map_err(|error| OpenError::Io(std::io::Error::other(error)))?;
         let Medium::Kernel(medium) = &self.medium else { return Ok(()) };
-        if !lock::try_lock(medium.file(), self.access, &LockRange::Bytes(range.clone())).map_err(OpenError::Io)? {
-            return Err(OpenError::Busy);
+        // The node where all meet first: what it grants, the other one has nobody to refuse to.
+        let nodes = || self.node.iter().chain([medium.file()]);
+        for node in nodes() {
+            if !lock::try_lock(node, self.access, &LockRange::Bytes(range.clone())).map_err(OpenError::Io)? {
+                return Err(OpenError::Busy);
+            }
         }
-        lock::unlock_outside(medium.file(), &range).map_err(OpenError::Io)
+        for node in nodes() {
+            lock::unlock_outside(node, &range).map_err(OpenError::Io)?;
+        }
+        Ok(())
     }
 
     /// The process that opened it: only there may it be used, because the keys of what is on it stayed there.

@@ -25,6 +25,8 @@ const GROWTH_ROOM_BYTES: u64 = 64 << 30;
 #[derive(Debug)]
 pub(super) struct OpenedFile {
     pub(super) file: File,
+    /// The kernel's own node of the device, locked as `file` is, when `file` is another one.
+    pub(super) node: Option<File>,
     /// The disk of a partition, locked where the partition lies on it.
     pub(super) disk: Option<File>,
     pub(super) kind: BackingKind,
@@ -52,6 +54,12 @@ pub(super) fn open_locked(path: &Path, access: Access, range: &LockRange) -> Res
     }
     take_lock(&file, access, range)?;
     let device = metadata.rdev();
+    let node = match kind {
+        BackingKind::File => None,
+        BackingKind::BlockDevice => sysfs.block_node(device),
+        BackingKind::DevDax => sysfs.char_node(device),
+    };
+    let node = node.map(|path| lock_on_node(&path, &metadata, access, range)).transpose()?.flatten();
     let (len_bytes, physical_address) = match kind {
         BackingKind::File => (metadata.len(), None),
         BackingKind::BlockDevice => {
@@ -73,7 +81,7 @@ pub(super) fn open_locked(path: &Path, access: Access, range: &LockRange) -> Res
     };
     let disk = sysfs.disk_node(device).filter(|_| disk_offset > 0);
     let disk = disk.map(|path| lock_on_disk(&path, access, disk_offset, len_bytes, range)).transpose()?.flatten();
-    Ok(OpenedFile { file, disk, kind, len_bytes, disk_offset, sector_bytes, physical_address })
+    Ok(OpenedFile { file, node, disk, kind, len_bytes, disk_offset, sector_bytes, physical_address })
 }
 
 /// Creates, locks and sizes a new file. On failure no file is left.
@@ -94,6 +102,7 @@ pub(super) fn create_locked(path: &Path, len_bytes: u64, allocation: Allocation)
     }
     Ok(OpenedFile {
         file,
+        node: None,
         disk: None,
         kind: BackingKind::File,
         len_bytes,
@@ -173,6 +182,30 @@ fn file_finding(file: &File) -> Finding {
     } else {
         Finding::DaxUnknown
     }
+}
+
+/// Locks the node at `path` too, where it is not the one that was opened: locks are those of a node, and a device may have
+/// several (mknod(1), containers). Whoever sees this one meets there. `None` when it is the same, is missing or another
+/// device's, or may not be opened.
+fn lock_on_node(
+    path: &Path,
+    opened: &fs::Metadata,
+    access: Access,
+    range: &LockRange,
+) -> Result<Option<File>, OpenError> {
+    let Ok(found) = fs::metadata(path) else { return Ok(None) };
+    let is_same_device = found.file_type() == opened.file_type() && found.rdev() == opened.rdev();
+    let is_same_node = (found.dev(), found.ino()) == (opened.dev(), opened.ino());
+    if !is_same_device || is_same_node {
+        return Ok(None);
+    }
+    let node = fs::OpenOptions::new().read(true).write(access == Access::ReadWrite).open(path);
+    let node = match node.map_err(OpenError::from_io) {
+        Err(OpenError::NotFound | OpenError::PermissionDenied(_)) => return Ok(None),
+        node => node?,
+    };
+    take_lock(&node, access, range)?;
+    Ok(Some(node))
 }
 
 /// Locks what a partition (or `range` of it) is on its disk: the namespaces of a region are opened by way of the disk, and

@@ -43,6 +43,22 @@ impl Sysfs {
         Some(Path::new("/dev").join(name))
     }
 
+    /// The node that the kernel gives a block device, wherever other nodes of it are.
+    pub(super) fn block_node(&self, device: Dev) -> Option<PathBuf> {
+        Self::node(&self.root.join(format!("dev/block/{}:{}", major(device), minor(device))))
+    }
+
+    /// The node that the kernel gives a character device.
+    pub(super) fn char_node(&self, device: Dev) -> Option<PathBuf> {
+        Self::node(&self.char_dir(device))
+    }
+
+    fn node(dir: &Path) -> Option<PathBuf> {
+        let events = fs::read_to_string(dir.join("uevent")).ok()?;
+        let name = events.lines().find_map(|line| line.strip_prefix("DEVNAME="))?;
+        Some(Path::new("/dev").join(name))
+    }
+
     /// Bytes of the sectors that a block device is addressed by.
     pub(super) fn block_sector_bytes(&self, device: Dev) -> Option<u64> {
         self.disk(device).and_then(|(disk, _)| read_number(&disk.join("queue/logical_block_size")))
@@ -124,6 +140,8 @@ mod tests {
         put("devices/ndbus0/pmem0/device/resource", "0x140000000\n");
         put("devices/ndbus0/pmem0/pmem0p1/partition", "1\n");
         put("devices/ndbus0/pmem0/pmem0p1/start", "4096\n");
+        put("devices/ndbus0/pmem0/pmem0p1/uevent", "MAJOR=259\nMINOR=1\nDEVNAME=pmem0p1\nDEVTYPE=partition\n");
+        put("devices/dax0.0/uevent", "DEVNAME=dax0.0\n");
         put("devices/sda/queue/dax", "0\n");
         put("devices/sda/queue/logical_block_size", "4096\n");
         put("devices/dax0.0/size", "1073741824\n");
@@ -157,6 +175,9 @@ mod tests {
         assert_eq!(sysfs.block_physical_address(makedev(259, 0)), Some(0x1_4000_0000));
         assert_eq!(sysfs.block_physical_address(makedev(259, 1)), Some(0x1_4000_0000 + 4096 * 512));
         assert_eq!([0, 1].map(|minor| sysfs.block_start_bytes(makedev(259, minor))), [Some(0), Some(4096 * 512)]);
+        assert_eq!(sysfs.block_node(makedev(259, 1)), Some("/dev/pmem0p1".into()));
+        assert_eq!(sysfs.block_node(makedev(8, 0)), None);
+        assert_eq!(sysfs.char_node(makedev(252, 5)), Some("/dev/dax0.0".into()));
         assert_eq!([0, 1].map(|minor| sysfs.disk_node(makedev(259, minor))), [0, 1].map(|_| Some("/dev/pmem0".into())));
         assert_eq!(sysfs.block_start_bytes(makedev(7, 7)), None);
         assert_eq!(sysfs.block_physical_address(makedev(8, 0)), None);
