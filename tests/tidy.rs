@@ -36,6 +36,7 @@ const UNSAFE: &[&str] = &[
     "src/peer_groups.rs",
     "src/secret.rs",
     "src/pmem/bitmap.rs",
+    "src/pmem/identity.rs",
     "src/pmem/lock.rs",
     "src/pmem/mapping.rs",
     "src/pmem/persist.rs",

@@ -14,6 +14,7 @@ use super::output::outln;
 use super::pace::{PaceArgs, catch_signals, policy};
 use super::place;
 use super::progress::Progress;
+use super::rekey::VOID;
 use super::secrets;
 use super::size::ByteSize;
 use crate::namespace::Credential;
@@ -55,13 +56,14 @@ pub(crate) fn run(args: &CompactArgs) -> Result<(), Error> {
     let names = compaction.names(only)?;
     let keys = Keys::read(args, path, &names)?;
     let (report, stop) = (Report { args, path }, catch_signals()?);
-    let (mut opened, mut no_key, mut first_refusal) = (0, None, None);
+    let (mut opened, mut moved, mut no_key, mut first_refusal) = (0, 0, None, None);
     for name in &names {
         let mut progress = Progress::new(args.pace.json);
         let mut run = Run::new(&mut progress, &stop, args.pace.bytes_per_second());
         match compaction.one(name, keys.of(name), &mut run).map_err(Error::from) {
             Ok(outcome) => {
                 opened += 1;
+                moved += u32::from(matches!(outcome, Outcome::Moved { .. }));
                 report.done(name, &outcome)?;
             }
             Err(error) if only.is_none() && stays(&error) => {
@@ -77,6 +79,7 @@ pub(crate) fn run(args: &CompactArgs) -> Result<(), Error> {
             Err(error) => return Err(error),
         }
     }
+    report.void(moved)?;
     report.free(&compaction.free()?)?;
     match first_refusal.or_else(|| no_key.filter(|_| opened == 0)) {
         Some(error) => Err(error),
@@ -160,6 +163,10 @@ impl Report<'_> {
             return outln!("{}", serde_json::json!({ "event": "left", "name": name, "reason": reason }));
         }
         outln!("{}#{name}: left where it is: {reason}", self.path.display())
+    }
+
+    fn void(&self, moved: u32) -> Result<(), Error> {
+        if moved == 0 || self.args.pace.json { Ok(()) } else { outln!("of what was moved, {VOID}") }
     }
 
     fn free(&self, free: &[Range<u64>]) -> Result<(), Error> {

@@ -1,24 +1,27 @@
-//! What `daxcrypt rekey --control` and `daxcrypt resize --control` say to a running server, and what that answers: both ends of
-//! the conversation.
+//! What `rekey`, `resize` and `key` say to a running server with `--control`, and what that answers: both ends of the
+//! conversation.
 //!
-//! A request is one line of JSON and, behind it, the bytes of a credential where one is needed; the answer is one line of
-//! JSON. The socket has mode 0600: whoever may connect is the server's user or root.
+//! A request is one line of JSON and, behind it, the bytes of the credentials whose kinds and lengths the line tells; the
+//! answer is one line of JSON. The socket has mode 0600: whoever may connect is the server's user or root.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
-use crate::namespace::{Cipher, Credential, DataUnit, SlotInfo};
-use crate::ops::SlotPolicy;
-use crate::ops::rekey::Wish;
+use super::error::Error;
+use super::from_ops::slot_lines;
+use crate::namespace::{Cipher, Credential, DataUnit, KdfCost, SlotInfo, TransformError, UpdateError};
+use crate::ops::rekey::{Estimate, Wish};
 use crate::ops::resize::{Resized, Wanted};
+use crate::ops::{self, Location, Operation, SlotPolicy, Whereabouts};
 use crate::secret::SecretBytes;
+use crate::volume::TransformProgress;
 
 /// How long an answer may take: Argon2id for every slot comes before it.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -27,114 +30,219 @@ const TRIES: u32 = 5;
 /// The longest answer that is read, in bytes.
 const ANSWER_BYTES_MAX: u64 = 1 << 20;
 
-/// What a server is to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum Action {
-    Begin,
-    Resume,
-    Pause,
-    Status,
+/// The line of a request.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Request {
+    pub(crate) namespace: Who,
+    pub(crate) command: Command,
+    /// The credentials behind the line.
+    credentials: Vec<Shape>,
 }
 
-/// What came in on the control socket.
-#[derive(Debug)]
+/// The namespace that is meant: a copy of it has the same uuid, and lies elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Who {
+    pub(crate) uuid: Uuid,
+    pub(crate) at: Whereabouts,
+}
+
+/// What a server is to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub(crate) enum Command {
-    Rekey(RekeyRequest, Credential),
-    Resize(ResizeRequest),
+    /// Tell how a re-key stands.
+    RekeyStatus,
+    /// Tell what a re-key would cost.
+    RekeyPreview(Change),
+    /// Begin a re-key, with the credential of a slot.
+    RekeyBegin { change: Change, max_rate: Option<u64> },
+    /// Go on with one that rests.
+    RekeyResume { max_rate: Option<u64> },
+    /// Let it rest, also for later servers.
+    RekeyPause,
+    /// Let it rest until this server or a later one is asked, or a later one starts.
+    RekeyStop,
+    /// Give the volume another size.
+    Resize(Wanted),
+    /// Add a slot: the credential of a present one comes first, then that of the new one.
+    KeyAdd { slot: Option<u32>, label: String, cost: KdfCost },
+    /// Remove a slot, with the credential of one.
+    KeyRemove { slot: u32, force: bool },
+    /// Give a slot another credential, the present one comes first; what is not named of the cost stays as it is.
+    KeyChange { slot: Option<u32>, memory_kib: Option<u32>, time: Option<u32> },
 }
 
 impl Command {
-    /// The line, and the credential behind it where one belongs there.
-    pub(crate) fn parse(received: &[u8]) -> Option<Self> {
-        let end = received.iter().position(|&byte| byte == b'\n')?;
-        let line = &received[..end];
-        if let Ok(request) = serde_json::from_slice(line) {
-            return Some(Self::Resize(request));
-        }
-        let request: RekeyRequest = serde_json::from_slice(line).ok()?;
-        let bytes = SecretBytes::copy_of(&received[end + 1..]);
-        let credential = if request.passphrase { Credential::Passphrase(bytes) } else { Credential::KeyFile(bytes) };
-        Some(Self::Rekey(request, credential))
-    }
-
-    pub(crate) const fn uuid(&self) -> Uuid {
+    /// What the gate knows it as.
+    pub(crate) const fn operation(&self) -> Operation {
         match self {
-            Self::Rekey(request, _) => request.uuid,
-            Self::Resize(request) => request.uuid,
+            Self::RekeyStatus => Operation::RekeyStatus,
+            Self::RekeyPreview(_) => Operation::RekeyPreview,
+            Self::RekeyBegin { .. } => Operation::RekeyBegin,
+            Self::RekeyResume { .. } => Operation::RekeyResume,
+            Self::RekeyPause | Self::RekeyStop => Operation::RekeyPause,
+            Self::Resize(_) => Operation::Resize,
+            Self::KeyAdd { .. } => Operation::KeyAdd,
+            Self::KeyRemove { .. } => Operation::KeyRemove,
+            Self::KeyChange { .. } => Operation::KeyChange,
         }
     }
 }
 
-/// The line of a request for another size.
-#[derive(Debug, Serialize, Deserialize)]
+/// What a re-key is to change.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct ResizeRequest {
-    pub(crate) resize: Wanted,
-    /// The namespace.
-    pub(crate) uuid: Uuid,
-}
-
-impl ResizeRequest {
-    /// Asks the server at `socket`.
-    pub(crate) fn ask(&self, socket: &Path) -> io::Result<Answer> {
-        ask(socket, self, &[])
-    }
-}
-
-/// The line of a request about a re-key.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct RekeyRequest {
-    pub(crate) rekey: Action,
-    /// The namespace.
-    pub(crate) uuid: Uuid,
+pub(crate) struct Change {
     pub(crate) key_bits: Option<Cipher>,
     pub(crate) unit_bytes: Option<DataUnit>,
     pub(crate) slots: SlotPolicy,
-    pub(crate) max_rate: Option<u64>,
-    /// Whether the credential behind the line is a passphrase or the bytes of a key file.
-    pub(crate) passphrase: bool,
+}
+
+impl Change {
+    pub(crate) const fn wish(self) -> Wish {
+        Wish { cipher: self.key_bits, unit: self.unit_bytes, slots: self.slots }
+    }
+}
+
+/// A credential behind the line.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Shape {
+    passphrase: bool,
+    len_bytes: usize,
+}
+
+/// How a re-key stands.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct RekeyState {
+    /// How far it has come; nothing when none is under way.
+    pub(crate) progress: Option<TransformProgress>,
+    /// Whether it rests until it is resumed.
+    pub(crate) paused: bool,
+    /// Whether the server is at it.
+    pub(crate) running: bool,
+    /// Why the server could not go on.
+    pub(crate) failed: Option<String>,
+}
+
+/// How the re-key of the namespace at a path stands, in a server's status.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct RekeyLine {
+    pub(crate) path: String,
+    #[serde(flatten)]
+    pub(crate) state: RekeyState,
 }
 
 /// The line of an answer.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Answer {
-    /// How the namespace is now; no bytes when no re-key is under way.
-    State { progress: Option<(u64, u64)>, paused: bool },
-    /// The namespace has another size, in bytes.
+    Rekey(RekeyState),
+    Estimate(Estimate),
     Resized(Resized),
     /// It would become smaller, and was not told that it may.
-    Shrinks { old_bytes: u64, new_bytes: u64 },
+    Shrinks {
+        old_bytes: u64,
+        new_bytes: u64,
+    },
+    /// The number of the slot that was added, removed or changed.
+    Slot(u32),
     /// The other slots, because it was not said what to do with them.
     OtherSlots(Vec<SlotInfo>),
     /// The credential opens no slot.
     WrongCredential,
-    /// Why it was not done.
-    Refused(String),
+    /// It is the slot of the credential.
+    OwnSlot(u32),
+    /// Why it was not done, and what helps.
+    Refused {
+        reason: String,
+        help: Option<String>,
+    },
 }
 
-impl RekeyRequest {
-    pub(crate) const fn wish(&self) -> Wish {
-        Wish { cipher: self.key_bits, unit: self.unit_bytes, slots: self.slots }
+impl Answer {
+    pub(crate) fn refused(reason: impl Into<String>) -> Self {
+        Self::Refused { reason: reason.into(), help: None }
     }
 
-    /// Asks the server at `socket`.
-    pub(crate) fn ask(&self, socket: &Path, credential: Option<&Credential>) -> io::Result<Answer> {
-        let secret: &[u8] = match credential {
-            Some(Credential::Passphrase(bytes) | Credential::KeyFile(bytes)) => bytes,
-            None => &[],
+    /// The error that this answer is about the namespace at `path`, unless it is none: the same as without a server.
+    pub(crate) fn or_error(self, path: &Path) -> Result<Self, Error> {
+        let path = path.to_path_buf();
+        match self {
+            Self::OtherSlots(slots) => Err(Error::OtherSlots { slots: slot_lines(&slots) }),
+            Self::WrongCredential => Err(Error::Rekey { path, source: TransformError::Credential.into() }),
+            Self::OwnSlot(slot) => Err(Error::OwnSlot { slot }),
+            Self::Shrinks { old_bytes, new_bytes } => {
+                Err(Error::Update { path, source: UpdateError::Shrinks { old_bytes, new_bytes } })
+            }
+            Self::Refused { reason, help } => Err(Error::Refused { reason, help }),
+            answer @ (Self::Rekey(_) | Self::Estimate(_) | Self::Resized(_) | Self::Slot(_)) => Ok(answer),
+        }
+    }
+}
+
+/// A server to be asked about a namespace.
+#[derive(Debug)]
+pub(crate) struct Asked<'a> {
+    socket: &'a Path,
+    path: PathBuf,
+    who: Who,
+}
+
+impl<'a> Asked<'a> {
+    /// The server at `socket`, about what lies at `location`: found there without a lock, which the server has.
+    pub(crate) fn new(socket: &'a Path, operation: Operation, location: &Location) -> Result<Self, Error> {
+        let site = location.peek(operation)?;
+        let failed = |cause| ops::Error::new(operation, location.path(), cause);
+        let at = Whereabouts::of_site(&site).map_err(failed)?;
+        let at = at.ok_or_else(|| Error::Usage("memory is not served".into()))?;
+        let locked = location.locked(operation, site)?;
+        Ok(Self { socket, path: location.path().into(), who: Who { uuid: locked.header().uuid, at } })
+    }
+
+    /// What it answers to `command`, and to the credentials that belong to it; a refusal is an error.
+    pub(crate) fn about(&self, command: Command, credentials: &[&Credential]) -> Result<Answer, Error> {
+        let shape = |credential: &&Credential| match credential {
+            Credential::Passphrase(bytes) => Shape { passphrase: true, len_bytes: bytes.len() },
+            Credential::KeyFile(bytes) => Shape { passphrase: false, len_bytes: bytes.len() },
         };
-        ask(socket, self, secret)
+        let shapes = credentials.iter().map(shape).collect();
+        let request = Request { namespace: self.who, command, credentials: shapes };
+        let secrets: Vec<&[u8]> = credentials
+            .iter()
+            .map(|credential| match credential {
+                Credential::Passphrase(bytes) | Credential::KeyFile(bytes) => &**bytes,
+            })
+            .collect();
+        let answer = ask(self.socket, &request, &secrets);
+        answer.map_err(|source| Error::Control { path: self.socket.into(), source })?.or_error(&self.path)
+    }
+}
+
+impl Request {
+    /// The line, and the credentials behind it.
+    pub(crate) fn parse(received: &[u8]) -> Option<(Self, Vec<Credential>)> {
+        let end = received.iter().position(|&byte| byte == b'\n')?;
+        let request: Self = serde_json::from_slice(&received[..end]).ok()?;
+        let mut rest = &received[end + 1..];
+        let mut credentials = Vec::new();
+        for shape in &request.credentials {
+            let (bytes, behind) = rest.split_at_checked(shape.len_bytes)?;
+            let bytes = SecretBytes::copy_of(bytes);
+            credentials.push(if shape.passphrase { Credential::Passphrase(bytes) } else { Credential::KeyFile(bytes) });
+            rest = behind;
+        }
+        rest.is_empty().then_some((request, credentials))
     }
 }
 
 /// Sends a line and what belongs behind it, and waits for the answer.
-fn ask(socket: &Path, line: &impl Serialize, secret: &[u8]) -> io::Result<Answer> {
+fn ask(socket: &Path, line: &impl Serialize, secrets: &[&[u8]]) -> io::Result<Answer> {
     let mut tries = 1;
     loop {
-        match ask_once(socket, line, secret) {
+        match ask_once(socket, line, secrets) {
             Err(error) if tries < TRIES && was_not_heard(&error) => tries += 1,
             answered => return answered,
         }
@@ -148,13 +256,14 @@ fn was_not_heard(error: &io::Error) -> bool {
     matches!(error.kind(), BrokenPipe | ConnectionReset | InvalidData | NotConnected)
 }
 
-fn ask_once(socket: &Path, line: &impl Serialize, secret: &[u8]) -> io::Result<Answer> {
+fn ask_once(socket: &Path, line: &impl Serialize, secrets: &[&[u8]]) -> io::Result<Answer> {
     let line = serde_json::to_vec(line)?;
     // One write, so that the server finds the whole line as soon as it finds something.
-    let mut request = Zeroizing::new(Vec::with_capacity(line.len() + 1 + secret.len()));
+    let secret_bytes: usize = secrets.iter().map(|secret| secret.len()).sum();
+    let mut request = Zeroizing::new(Vec::with_capacity(line.len() + 1 + secret_bytes));
     request.extend_from_slice(&line);
     request.push(b'\n');
-    request.extend_from_slice(secret);
+    secrets.iter().for_each(|secret| request.extend_from_slice(secret));
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(&request)?;
@@ -192,7 +301,7 @@ mod tests {
             }
             heard
         });
-        let answer = ask(&socket, &serde_json::json!({"it": 1}), b"secret");
+        let answer = ask(&socket, &serde_json::json!({"it": 1}), &[b"sec", b"ret"]);
         (answer, server.join().unwrap())
     }
 
@@ -204,5 +313,27 @@ mod tests {
             assert!(matches!(answer, Ok(Answer::Resized(Resized { old_bytes: 1, new_bytes: 2 }))), "{answer:?}");
             assert_eq!(heard, 1);
         }
+    }
+
+    #[test]
+    fn a_request_arrives_as_it_was_sent_and_nothing_else_is_one() {
+        let shapes = vec![Shape { passphrase: true, len_bytes: 3 }, Shape { passphrase: false, len_bytes: 5 }];
+        let at = Whereabouts { backing: crate::pmem::BackingId::Device { device: 259 }, start: 1 << 20 };
+        let namespace = Who { uuid: Uuid::from_u128(7), at };
+        let cost = KdfCost::LEAST;
+        let command = Command::KeyAdd { slot: None, label: "desk".into(), cost };
+        let line = serde_json::to_vec(&Request { namespace, command, credentials: shapes }).unwrap();
+        let sent = |behind: &[u8]| [&line, &b"\n"[..], behind].concat();
+        let (request, credentials) = Request::parse(&sent(b"abcdefgh")).unwrap();
+        assert_eq!(request.namespace, namespace);
+        assert!(matches!(request.command, Command::KeyAdd { slot: None, cost: found, .. } if found == cost));
+        let [Credential::Passphrase(first), Credential::KeyFile(second)] = &credentials[..] else { panic!() };
+        assert_eq!((&**first, &**second), (&b"abc"[..], &b"defgh"[..]));
+        for behind in [&b""[..], b"abc", b"abcdefg", b"abcdefghi"] {
+            assert!(Request::parse(&sent(behind)).is_none(), "{behind:?}");
+        }
+        let huge = String::from_utf8(sent(b"abcdefgh")).unwrap();
+        let huge = huge.replace("\"len_bytes\":3", "\"len_bytes\":18446744073709551615");
+        assert!(Request::parse(huge.as_bytes()).is_none() && Request::parse(&line).is_none());
     }
 }

@@ -109,6 +109,12 @@ impl KdfArgs {
         self.cost_from(KdfCost::default())
     }
 
+    /// Memory in KiB and passes, where they are named.
+    pub(crate) fn named(&self) -> Result<(Option<u32>, Option<u32>), Error> {
+        let cost = self.cost_from(KdfCost::default())?;
+        Ok((self.kdf_memory.map(|_| cost.memory_kib), self.kdf_time))
+    }
+
     /// The cost of a slot that has `cost` so far: what the options do not name stays.
     pub(crate) fn cost_from(&self, mut cost: KdfCost) -> Result<KdfCost, Error> {
         if let Some(ByteSize(bytes)) = self.kdf_memory {

@@ -101,8 +101,14 @@ pub(crate) enum Error {
         #[source]
         refusal: Refusal,
     },
+    #[error("{path} holds data, which would be overwritten", path = path.display())]
+    HoldsData { path: PathBuf },
+    #[error("{path} is formatted, but only {done} of its {total} are filled with noise", path = path.display())]
+    WipeStopped { path: PathBuf, done: ByteSize, total: ByteSize },
     #[error("the server refuses: {reason}")]
-    Refused { reason: String },
+    Refused { reason: String, help: Option<String> },
+    #[error("{path}: the server could not go on with its re-key: {reason}", path = path.display())]
+    RekeyDied { path: PathBuf, reason: String },
     #[error("the namespace has other key slots: {slots}")]
     OtherSlots { slots: String },
     #[error("cannot erase {path}: key material may be left", path = path.display())]
@@ -111,8 +117,6 @@ pub(crate) enum Error {
     EscrowFile { path: PathBuf, source: VolumeKeyError },
     #[error("cannot use the key specification {path}", path = path.display())]
     KeySpec { path: PathBuf, source: KeySpecError },
-    #[error("{path} is formatted, but its data area is not filled with noise", path = path.display())]
-    Fill { path: PathBuf, source: VolumeError },
     #[error("cannot write the {what} {path}", path = path.display())]
     WriteFile { what: &'static str, path: PathBuf, source: io::Error },
     #[error("cannot read the {what} {path}", path = path.display())]
@@ -160,7 +164,7 @@ pub(crate) enum Error {
 impl Error {
     /// A server has answered another question.
     pub(crate) fn unexpected_answer() -> Self {
-        Self::Refused { reason: "its answer is to another question: is it of another version?".into() }
+        Self::Refused { reason: "its answer is to another question: is it of another version?".into(), help: None }
     }
 
     /// A failure of the volume at `path`; one of its header as what `key` and `resize` give without a server.
@@ -219,7 +223,8 @@ impl Error {
             Self::Luks2Export { .. } => Exit::Usage,
             Self::Format { source: FormatError::Write(_), .. } => Exit::Io,
             Self::Format { .. } => Exit::Usage,
-            Self::RekeyStopped { .. } | Self::TransferStopped { .. } => Exit::Stopped,
+            Self::RekeyStopped { .. } | Self::TransferStopped { .. } | Self::WipeStopped { .. } => Exit::Stopped,
+            Self::HoldsData { .. } => Exit::Usage,
             Self::Adopt { source, .. } => adopt_exit(source),
             Self::OtherSlots { .. } | Self::Refused { .. } | Self::Gate { .. } => Exit::Usage,
             Self::Slide { .. } | Self::NoKeyGiven { .. } => Exit::Usage,
@@ -268,7 +273,8 @@ impl Error {
     fn place_hint(&self) -> Option<String> {
         match self {
             Self::Open { source: OpenError::Busy, .. } => Some(
-                "stop the process that serves it first (`fuser -v` as root shows which), or open it with --read-only there"
+                "stop the process that serves it first (`fuser -v` as root shows which), or open it with --read-only there; \
+                 `rekey`, `resize` and `key add|remove|change` ask a running server with --control SOCKET"
                     .into(),
             ),
             Self::Control { .. } => {
@@ -302,9 +308,18 @@ impl Error {
             Self::Update { source: UpdateError::SlotInUse { .. } | UpdateError::SlotEmpty { .. }, .. } => {
                 Some("`daxcrypt key list` shows which slots are in use".into())
             }
-            Self::OtherSlots { .. } => Some(
-                "--drop-slots goes on without them; `rekey --keep-slots` wraps the new volume key for them too".into(),
-            ),
+            Self::OtherSlots { .. } => {
+                Some("--drop-slots goes on without them, --keep-slots lets them open the new volume key too".into())
+            }
+            Self::Refused { help, .. } => help.clone(),
+            Self::HoldsData { .. } => Some("--force overwrites it, and what it holds is then lost".into()),
+            Self::WipeStopped { path, .. } => Some(format!(
+                "`daxcrypt format {} --wipe --force` begins again; until then media shows what is in use",
+                path.display()
+            )),
+            Self::RekeyDied { path, .. } => Some(format!(
+                "start the server again: a re-key goes on when its namespace {} is opened", path.display()
+            )),
             Self::RekeyStopped { path, .. } => {
                 Some(format!("`daxcrypt rekey --resume {0}` goes on, and so does `daxcrypt serve {0}`", path.display()))
             }

@@ -9,6 +9,7 @@ use super::error::Error;
 use super::info::cipher_name;
 use super::open;
 use super::output::{outln, warning};
+use super::pace::catch_signals;
 use super::place::PlaceArgs;
 use super::progress::{Progress, ProgressArgs};
 use super::recovery;
@@ -16,10 +17,8 @@ use super::secrets;
 use super::serve::stem;
 use super::size::ByteSize;
 use crate::namespace::{self, Cipher, DataUnit, FormatOptions, Namespace};
-use crate::ops::{self, Ended, Location, NewPlace, Operation, Prepared, Watch};
+use crate::ops::{self, Location, NewPlace, Operation, Prepared, Run, wipe};
 use crate::pmem::Allocation;
-use crate::secret::VolumeKey;
-use crate::volume::Volume;
 use crate::xts::Backend;
 
 #[derive(Args, Debug)]
@@ -118,8 +117,7 @@ pub(crate) fn run(args: &FormatArgs) -> Result<(), Error> {
         warning!("{warning}");
     }
     if args.wipe {
-        fill_with_noise(&namespace, backend, args.progress)
-            .map_err(|source| Error::Fill { path: path.clone(), source })?;
+        fill_with_noise(args, &location, &mut namespace, backend)?;
     }
     outln!(
         "{path}: {kind} {uuid}, {size}, {cipher}, {unit}-byte units",
@@ -136,26 +134,17 @@ pub(crate) fn run(args: &FormatArgs) -> Result<(), Error> {
     Ok(())
 }
 
-/// Writes what looks like the ciphertext of random data, which is the ciphertext of anything under a key that is thrown
-/// away: XTS gives every block of every unit a permutation of its own.
+/// The header tells of the wipe until it has ended.
 fn fill_with_noise(
-    namespace: &Namespace,
+    args: &FormatArgs,
+    location: &Location,
+    namespace: &mut Namespace,
     backend: Backend,
-    progress: ProgressArgs,
-) -> Result<(), crate::volume::VolumeError> {
-    const CHUNK_BYTES: u64 = 4 << 20;
-    let thrown_away = VolumeKey::generate(namespace.cipher().key_bytes()).expect("the length is a cipher's");
-    let volume = Volume::under_another_key(namespace, &thrown_away, backend);
-    let mut progress = Progress::new(progress.json);
-    progress.begin(0, volume.size());
-    for start in (0..volume.size()).step_by(4 << 20) {
-        let len_bytes = CHUNK_BYTES.min(volume.size() - start);
-        volume.write_zeroes(start, len_bytes)?;
-        volume.persist(start..start + len_bytes)?;
-        progress.reach(start + len_bytes);
-    }
-    progress.end(Ended::Done, volume.size());
-    volume.flush()
+) -> Result<(), Error> {
+    namespace.set_wiping(true).map_err(|source| Error::Update { path: args.place.path.clone(), source })?;
+    let (mut progress, stop) = (Progress::new(args.progress.json), catch_signals()?);
+    let mut run = Run::new(&mut progress, &stop, None);
+    Ok(wipe::fill_with_noise(namespace, location, backend, &mut run)?)
 }
 
 impl FormatArgs {

@@ -63,6 +63,7 @@ fn stopped(operation: Operation, path: &Path, done_bytes: u64, total_bytes: u64)
         Operation::Import | Operation::Export | Operation::RelocateSource | Operation::CopySource => {
             Error::TransferStopped { path, done, total }
         }
+        Operation::FormatOver => Error::WipeStopped { path, done, total },
         _ => Error::RekeyStopped { path, done, total },
     }
 }

@@ -157,6 +157,10 @@ pub(crate) fn header_lines(header: &Header) -> Vec<(String, String)> {
     );
     line("header", if header.detached { "detached" } else { "in front of the data" }.into());
     line("discards", if header.discards { "allowed: media shows which units are unused" } else { "off" }.into());
+    if header.wiping {
+        let what = "unfinished: media shows what of the data area is in use; `daxcrypt format --wipe` begins again";
+        line("wipe", what.into());
+    }
     line("closed", if header.unclean { "not in order, or in use now" } else { "in order" }.into());
     if header.rekeying {
         line("re-key", "under way; `daxcrypt rekey --status` with its key says how far it has come".into());

@@ -2,10 +2,11 @@
 //!
 //! The volume key itself never changes here: a slot that was removed opens again from an old copy of the header.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
+use super::control::{Answer, Asked, Command};
 use super::credentials::{KdfArgs, KeyArgs, NewKeyArgs, Prompt};
 use super::dump;
 use super::error::Error;
@@ -57,6 +58,14 @@ struct SlotArgs {
     key: KeyArgs,
 }
 
+/// Who does it.
+#[derive(Args, Debug)]
+struct ServerArgs {
+    /// Ask the server that has the namespace, at its --control socket, to do it while it serves
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
+}
+
 /// What a slot is to open with.
 #[derive(Args, Debug)]
 struct WithArgs {
@@ -73,7 +82,7 @@ struct AddArgs {
     #[command(flatten)]
     with: WithArgs,
     /// Make up a recovery phrase instead of asking for a key, and print it once
-    #[arg(long, conflicts_with_all = ["NewKeyArgs", "kdf_memory", "kdf_time"])]
+    #[arg(long, conflicts_with_all = ["NewKeyArgs", "kdf_memory", "kdf_time", "control"])]
     recovery_key: bool,
     /// Number of the new slot, 0 to 31 (the lowest free one when not given)
     #[arg(long, value_name = "NUMBER")]
@@ -81,6 +90,8 @@ struct AddArgs {
     /// Name of the slot, such as whose it is
     #[arg(long, default_value = "")]
     label: String,
+    #[command(flatten)]
+    server: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -93,6 +104,8 @@ struct RemoveArgs {
     /// Remove it even if it is the last one, or the one that the key given here opens
     #[arg(long)]
     force: bool,
+    #[command(flatten)]
+    server: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -104,6 +117,8 @@ struct ChangeArgs {
     /// Number of the slot to change (the one that the present key opens when not given)
     #[arg(long, value_name = "NUMBER")]
     slot: Option<u32>,
+    #[command(flatten)]
+    server: ServerArgs,
 }
 
 #[derive(Args, Debug)]
@@ -145,29 +160,47 @@ fn list(args: &ListArgs) -> Result<(), Error> {
 }
 
 fn add(args: &AddArgs) -> Result<(), Error> {
-    if args.recovery_key {
+    let id = if let Some(socket) = &args.server.control {
+        let cost = args.with.kdf.cost()?;
+        let (present, new) = args.with.for_server(&args.common)?;
+        let (slot, label) = (args.slot, args.label.clone());
+        args.common.ask(socket, Command::KeyAdd { slot, label, cost }, &[&present, &new])?
+    } else if args.recovery_key {
         let mut namespace = args.common.unlocked(Operation::KeyAdd)?;
         return recovery::add_slot(&mut namespace, args.slot, &args.label, |source| args.common.update_failed(source));
-    }
-    let cost = args.with.kdf.cost()?;
-    let (mut namespace, credential) = args.with.unlocked(Operation::KeyAdd, &args.common)?;
-    let added = keys::add(&mut namespace, args.slot, &args.label, &credential, cost);
-    let id = added.map_err(|cause| args.common.failed(Operation::KeyAdd, cause))?;
+    } else {
+        let cost = args.with.kdf.cost()?;
+        let (mut namespace, credential) = args.with.unlocked(Operation::KeyAdd, &args.common)?;
+        let added = keys::add(&mut namespace, args.slot, &args.label, &credential, cost);
+        added.map_err(|cause| args.common.failed(Operation::KeyAdd, cause))?
+    };
     outln!("added key slot {id}")
 }
 
 fn remove(args: &RemoveArgs) -> Result<(), Error> {
-    let mut namespace = args.common.unlocked(Operation::KeyRemove)?;
-    let removed = keys::remove(&mut namespace, args.slot, args.force);
-    removed.map_err(|cause| args.common.failed(Operation::KeyRemove, cause))?;
-    outln!("removed key slot {}; a backup of the header that was made before still holds it", args.slot)
+    let &RemoveArgs { slot, force, .. } = args;
+    if let Some(socket) = &args.server.control {
+        let present = args.common.present()?;
+        args.common.ask(socket, Command::KeyRemove { slot, force }, &[&present])?;
+    } else {
+        let mut namespace = args.common.unlocked(Operation::KeyRemove)?;
+        let removed = keys::remove(&mut namespace, slot, force);
+        removed.map_err(|cause| args.common.failed(Operation::KeyRemove, cause))?;
+    }
+    outln!("removed key slot {slot}; a backup of the header that was made before still holds it")
 }
 
 fn change(args: &ChangeArgs) -> Result<(), Error> {
-    let (mut namespace, credential) = args.with.unlocked(Operation::KeyChange, &args.common)?;
-    let cost = args.with.kdf.cost_from(keys::present_cost(&namespace, args.slot))?;
-    let changed = keys::change(&mut namespace, args.slot, &credential, cost);
-    let slot = changed.map_err(|cause| args.common.failed(Operation::KeyChange, cause))?;
+    let slot = if let Some(socket) = &args.server.control {
+        let (present, new) = args.with.for_server(&args.common)?;
+        let (memory_kib, time) = args.with.kdf.named()?;
+        args.common.ask(socket, Command::KeyChange { slot: args.slot, memory_kib, time }, &[&present, &new])?
+    } else {
+        let (mut namespace, credential) = args.with.unlocked(Operation::KeyChange, &args.common)?;
+        let cost = args.with.kdf.cost_from(keys::present_cost(&namespace, args.slot))?;
+        let changed = keys::change(&mut namespace, args.slot, &credential, cost);
+        changed.map_err(|cause| args.common.failed(Operation::KeyChange, cause))?
+    };
     outln!("changed key slot {slot}; a backup of the header that was made before still opens with the old key")
 }
 
@@ -204,6 +237,20 @@ impl SlotArgs {
         open::namespace(&self.place, operation, &self.key)
     }
 
+    /// The key of a present slot, for a server that proves it.
+    fn present(&self) -> Result<Credential, Error> {
+        self.key.read(Prompt::Once, &self.place.path.display().to_string())
+    }
+
+    /// Has the server do it; the number of the slot.
+    fn ask(&self, socket: &Path, command: Command, credentials: &[&Credential]) -> Result<u32, Error> {
+        let asked = Asked::new(socket, command.operation(), &self.place.location())?;
+        match asked.about(command, credentials)? {
+            Answer::Slot(slot) => Ok(slot),
+            _ => Err(Error::unexpected_answer()),
+        }
+    }
+
     fn failed(&self, operation: Operation, cause: ops::Cause) -> Error {
         ops::Error::new(operation, &self.place.path, cause).into()
     }
@@ -214,6 +261,12 @@ impl SlotArgs {
 }
 
 impl WithArgs {
+    /// The present key, and what a slot is to open with, for a server that has the namespace.
+    fn for_server(&self, common: &SlotArgs) -> Result<(Credential, Credential), Error> {
+        self.new.check_stdin(&common.key)?;
+        Ok((common.present()?, self.new.read(&common.place.path)?))
+    }
+
     /// The namespace, and what a slot of it is to open with: the present key is asked for first.
     fn unlocked(&self, operation: Operation, common: &SlotArgs) -> Result<(Namespace, Credential), Error> {
         self.new.check_stdin(&common.key)?;

@@ -1,11 +1,12 @@
 //! `daxcrypt import` and `export`: plaintext from a disk image into a namespace, and back out.
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use super::credentials::KeyArgs;
+use super::erase;
 use super::error::Error;
 use super::open;
 use super::output::outln;
@@ -26,6 +27,9 @@ pub(crate) struct ImportArgs {
     place: PlaceArgs,
     #[command(flatten)]
     key: KeyArgs,
+    /// Overwrite the data that is in the namespace, without asking
+    #[arg(long)]
+    force: bool,
     #[command(flatten)]
     pace: PaceArgs,
 }
@@ -51,6 +55,9 @@ pub(crate) fn import(args: &ImportArgs) -> Result<(), Error> {
     let mut image = image.map_err(|source| Error::Plain { path: args.plain.clone(), source })?;
     let namespace = open::namespace(&args.place, Operation::Import, &args.key)?;
     let volume = Volume::new(namespace, Backend::from_env()?);
+    if !args.force {
+        agree_to_loss(args, &volume)?;
+    }
     let (mut progress, stop) = (Progress::new(args.pace.json), catch_signals()?);
     let mut run = Run::new(&mut progress, &stop, args.pace.bytes_per_second());
     let imported = transfer::import(&mut image, &volume, &args.place.location(), &mut run);
@@ -61,6 +68,19 @@ pub(crate) fn import(args: &ImportArgs) -> Result<(), Error> {
         outln!("{}: {bytes} imported ({rate}/s) and verified{rest}", args.place.path.display())?;
     }
     Ok(())
+}
+
+/// Asks, where there is somebody to be asked, before data is overwritten.
+fn agree_to_loss(args: &ImportArgs, volume: &Volume) -> Result<(), Error> {
+    let path = &args.place.path;
+    let holds_data = transfer::holds_data(volume);
+    if !holds_data.map_err(|cause| ops::Error::new(Operation::Import, path, cause))? {
+        return Ok(());
+    }
+    if args.plain != Path::new("-") && io::stdin().is_terminal() {
+        return erase::confirm(&args.place, Some(volume.header()));
+    }
+    Err(Error::HoldsData { path: path.clone() })
 }
 
 pub(crate) fn export(args: &ExportArgs) -> Result<(), Error> {

@@ -2,31 +2,31 @@
 //!
 //! What is interrupted is done by `--resume`, or by `serve` while it serves.
 
-use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
-use std::time::Duration;
+mod online;
+
+use std::path::PathBuf;
 
 use clap::Args;
 
-use super::control::{Action, Answer, RekeyRequest};
-use super::credentials::{KeyArgs, Prompt};
+use super::credentials::KeyArgs;
 use super::error::Error;
 use super::format::CipherArg;
-use super::from_ops::{numbered_line, slot_lines};
+use super::from_ops::numbered_line;
 use super::open;
-use super::output::{complain, outln};
+use super::output::outln;
 use super::pace::{PaceArgs, catch_signals, policy};
 use super::place::PlaceArgs;
 use super::progress::Progress;
 use super::size::ByteSize;
-use crate::namespace::{Cipher, Credential, DataUnit, Namespace, TransformError};
-use crate::ops::rekey::{self, Wish};
-use crate::ops::{self, Cause, Ended, Operation, Run, Watch};
+use crate::namespace::{Cipher, Credential, DataUnit, Namespace};
+use crate::ops::rekey::{self, Estimate, Wish};
+use crate::ops::{self, Cause, Operation, Run};
 use crate::volume::Volume;
 use crate::xts::Backend;
 
-/// How often a server is asked how far it is.
-const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
+/// What is said after a volume key has been replaced.
+pub(crate) const VOID: &str =
+    "header backups, escrow files and LUKS2 headers that were made before are void now: make new ones";
 
 #[derive(Args, Debug)]
 pub(crate) struct RekeyArgs {
@@ -50,7 +50,7 @@ pub(crate) struct RekeyArgs {
     #[command(flatten)]
     pace: PaceArgs,
     /// Ask the server that has the namespace, at its --control socket, to do it while it serves
-    #[arg(long, value_name = "SOCKET", conflicts_with = "dry_run")]
+    #[arg(long, value_name = "SOCKET")]
     control: Option<PathBuf>,
     /// Only say how many bytes there are, which key slots would go, and how long it takes at least
     #[arg(long)]
@@ -64,11 +64,15 @@ pub(crate) struct RekeyArgs {
     /// Let an interrupted re-key rest: `serve` does not go on with it until --resume
     #[arg(long, conflicts_with_all = ["cipher", "unit", "keep_slots", "drop_slots", "dry_run"])]
     pause: bool,
+    /// Let the server's re-key rest; it, or a later server, goes on with it when asked or started again
+    #[arg(long, requires = "control", conflicts_with_all = ["cipher", "unit", "keep_slots", "drop_slots", "dry_run",
+        "status", "resume", "pause"])]
+    stop: bool,
 }
 
 pub(crate) fn run(args: &RekeyArgs) -> Result<(), Error> {
     if let Some(socket) = &args.control {
-        return online(args, socket);
+        return online::run(args, socket);
     }
     if args.status {
         return status(args);
@@ -93,97 +97,7 @@ pub(crate) fn run(args: &RekeyArgs) -> Result<(), Error> {
     let mut progress = Progress::new(args.pace.json);
     let mut run = Run::new(&mut progress, &stop, args.pace.bytes_per_second());
     let moved = run.end_transform(&volume).map_err(|cause| args.failed(cause))?;
-    if !args.pace.json {
-        let rate = ByteSize(moved.bytes_per_second);
-        outln!("{}: every byte is under the new volume key ({rate}/s)", args.place.path.display())?;
-    }
-    Ok(())
-}
-
-/// Asks the server to do it, and follows the progress of what it began.
-fn online(args: &RekeyArgs, socket: &Path) -> Result<(), Error> {
-    let failed = |source| Error::Control { path: socket.into(), source };
-    let location = args.place.location();
-    let locked = location.locked(Operation::RekeyStatus, location.peek(Operation::RekeyStatus)?)?;
-    let rekey = match (args.status, args.pause, args.resume) {
-        (true, ..) => Action::Status,
-        (_, true, _) => Action::Pause,
-        (.., true) => Action::Resume,
-        _ => Action::Begin,
-    };
-    let credential = match rekey {
-        Action::Begin => Some(args.key.read(Prompt::Once, &args.place.path.display().to_string())?),
-        _ => None,
-    };
-    let mut request = RekeyRequest {
-        rekey,
-        uuid: locked.header().uuid,
-        key_bits: args.cipher.map(Cipher::from),
-        unit_bytes: args.unit(),
-        slots: policy(args.keep_slots, args.drop_slots),
-        max_rate: args.pace.max_rate.map(|rate| rate.0),
-        passphrase: matches!(credential, Some(Credential::Passphrase(_))),
-    };
-    drop(locked);
-    let state = request.ask(socket, credential.as_ref()).map_err(failed)?.state(args)?;
-    drop(credential);
-    match (rekey, state) {
-        (Action::Begin | Action::Resume, Some((done_bytes, total_bytes))) => {
-            request.rekey = Action::Status;
-            follow(args, socket, &request, done_bytes, total_bytes)
-        }
-        (_, None) => {
-            outln!("{}: no re-key is under way", args.place.path.display())?;
-            Ok(())
-        }
-        (_, Some((done_bytes, total_bytes))) => {
-            outln!("{}: {} of {} done", args.place.path.display(), ByteSize(done_bytes), ByteSize(total_bytes))?;
-            Ok(())
-        }
-    }
-}
-
-/// Shows what the server does until it has done it, or until a signal: then the server goes on alone.
-fn follow(
-    args: &RekeyArgs,
-    socket: &Path,
-    request: &RekeyRequest,
-    mut done_bytes: u64,
-    total_bytes: u64,
-) -> Result<(), Error> {
-    let stop = catch_signals()?;
-    let mut progress = Progress::new(args.pace.json);
-    progress.begin(done_bytes, total_bytes);
-    while !stop.load(Ordering::Relaxed) {
-        let answer = request.ask(socket, None);
-        match answer.map_err(|source| Error::Control { path: socket.into(), source })?.state(args)? {
-            Some((reached, _)) => done_bytes = reached,
-            None => {
-                progress.end(Ended::Done, total_bytes);
-                if !args.pace.json {
-                    outln!("{}: every byte is under the new volume key", args.place.path.display())?;
-                }
-                return Ok(());
-            }
-        }
-        progress.reach(done_bytes);
-        std::thread::sleep(FOLLOW_INTERVAL);
-    }
-    progress.end_as("left", done_bytes);
-    complain(format_args!("{}: the server goes on with it", args.place.path.display()));
-    Ok(())
-}
-
-impl Answer {
-    fn state(self, args: &RekeyArgs) -> Result<Option<(u64, u64)>, Error> {
-        match self {
-            Self::State { progress, .. } => Ok(progress),
-            Self::OtherSlots(slots) => Err(Error::OtherSlots { slots: slot_lines(&slots) }),
-            Self::WrongCredential => Err(args.failed(TransformError::Credential)),
-            Self::Refused(reason) => Err(Error::Refused { reason }),
-            Self::Resized(_) | Self::Shrinks { .. } => Err(Error::unexpected_answer()),
-        }
-    }
+    if args.pace.json { Ok(()) } else { say_done(args, Some(moved.bytes_per_second)) }
 }
 
 fn begin(args: &RekeyArgs, namespace: &mut Namespace, credential: &Credential) -> Result<(), Error> {
@@ -203,10 +117,22 @@ fn begin(args: &RekeyArgs, namespace: &mut Namespace, credential: &Credential) -
 fn dry_run(args: &RekeyArgs, namespace: Namespace) -> Result<(), Error> {
     let volume = Volume::new(namespace, Backend::from_env()?);
     let estimate = rekey::estimate(&volume, args.wish()).map_err(|cause| args.failed(cause))?;
+    say_estimate(args, &estimate)
+}
+
+fn say_estimate(args: &RekeyArgs, estimate: &Estimate) -> Result<(), Error> {
     let (path, size_bytes) = (args.place.path.display(), estimate.size_bytes);
     outln!("{path}: {} ({size_bytes} bytes) to re-key", ByteSize(size_bytes))?;
     for slot in &estimate.others {
         outln!("besides the key given here, these slots open it: {}", numbered_line(slot))?;
+    }
+    if estimate.blocks_bytes > 0 {
+        let free = match estimate.free_bytes {
+            Some(bytes) if bytes < estimate.blocks_bytes => format!("; only {} are free", ByteSize(bytes)),
+            Some(bytes) => format!("; {} are free", ByteSize(bytes)),
+            None => String::new(),
+        };
+        outln!("it is sparse: up to {} of blocks will be needed besides{free}", ByteSize(estimate.blocks_bytes))?;
     }
     let (rate, limit) = (estimate.decrypted_bytes_per_second, args.pace.bytes_per_second().unwrap_or(u64::MAX).max(1));
     let seconds = size_bytes.div_ceil(rate.min(limit).max(1));
@@ -214,6 +140,13 @@ fn dry_run(args: &RekeyArgs, namespace: Namespace) -> Result<(), Error> {
         "at least {seconds} s: it reads and decrypts {}/s here; encryption, and writing everything twice, come on top",
         ByteSize(rate)
     )
+}
+
+/// What is said when every byte has arrived.
+fn say_done(args: &RekeyArgs, rate: Option<u64>) -> Result<(), Error> {
+    let rate = rate.map_or_else(String::new, |rate| format!(" ({}/s)", ByteSize(rate)));
+    outln!("{}: every byte is under the new volume key{rate}", args.place.path.display())?;
+    outln!("{VOID}")
 }
 
 fn status(args: &RekeyArgs) -> Result<(), Error> {

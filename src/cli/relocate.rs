@@ -11,6 +11,7 @@ use super::output::outln;
 use super::pace::{PaceArgs, catch_signals, policy};
 use super::place::{self, PlaceArgs};
 use super::progress::Progress;
+use super::rekey::VOID;
 use super::size::ByteSize;
 use crate::ops::relocate::{self, Adoption, Fate, Options};
 use crate::ops::{Location, Run};
@@ -37,6 +38,9 @@ pub(crate) struct RelocateArgs {
     /// Copy: do not erase the key slots and the header of the source at the end
     #[arg(long, conflicts_with = "in_place")]
     keep_source: bool,
+    /// Keep the other key slots: they open the namespace at its new place as they opened it at the old one
+    #[arg(long, conflicts_with = "drop_slots")]
+    keep_slots: bool,
     /// Do without the other key slots: only the key given here opens the namespace at its new place
     #[arg(long)]
     drop_slots: bool,
@@ -66,7 +70,7 @@ fn relocate(args: &RelocateArgs, from: &PlaceArgs, to: &PlaceArgs) -> Result<(),
         let path = from.path.display();
         return Err(Error::Usage(format!("{path} is there already: `daxcrypt rekey` gives it a new volume key")));
     }
-    let slots = policy(false, args.drop_slots);
+    let slots = policy(args.keep_slots, args.drop_slots);
     let options = Options { keep_source: args.keep_source, slots, sparse: args.sparse, force: args.force };
     let backend = Backend::from_env()?;
     let (source, credential) = open::namespace_and_credential(from, options.operation(), &args.key)?;
@@ -78,6 +82,11 @@ fn relocate(args: &RelocateArgs, from: &PlaceArgs, to: &PlaceArgs) -> Result<(),
         let (from, rate) = (from.path().display(), ByteSize(done.moved.bytes_per_second));
         let (bytes, fate) = (ByteSize(done.moved.bytes), fate(done.fate));
         outln!("{}: {bytes} moved from {from} ({rate}/s) and verified; {fate}", to.path().display())?;
+        match done.fate {
+            Fate::Erased => outln!("Nothing is left in {from} that a key opens: a file may be deleted. {VOID}")?,
+            Fate::Removed => outln!("{VOID}")?,
+            Fate::Kept => {}
+        }
     }
     Ok(())
 }
@@ -94,7 +103,7 @@ const fn fate(fate: Fate) -> &'static str {
 fn adopt(args: &RelocateArgs, location: &Location) -> Result<(), Error> {
     let adoption = Adoption::find(location)?;
     place::warn(location, adoption.site());
-    let slots = policy(false, args.drop_slots);
+    let slots = policy(args.keep_slots, args.drop_slots);
     adoption.check(slots)?;
     let path = location.path().display();
     let credential = args.key.read(Prompt::Once, &path.to_string())?;
@@ -104,6 +113,7 @@ fn adopt(args: &RelocateArgs, location: &Location) -> Result<(), Error> {
     if !args.pace.json {
         let (old_base, base, rate) = (adopted.old_base, adopted.base, ByteSize(adopted.moved.bytes_per_second));
         outln!("{path}: written for byte {old_base}, now at home at byte {base} under a new volume key ({rate}/s)")?;
+        outln!("{VOID}")?;
     }
     Ok(())
 }

@@ -5,14 +5,13 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::control::{Answer, ResizeRequest};
+use super::control::{Answer, Asked, Command};
 use super::credentials::KeyArgs;
 use super::error::Error;
 use super::open;
 use super::output::outln;
 use super::place::PlaceArgs;
 use super::size::ByteSize;
-use crate::namespace::UpdateError;
 use crate::ops::Operation;
 use crate::ops::resize::{self, Resized, Wanted};
 use crate::volume::Volume;
@@ -54,16 +53,8 @@ pub(crate) fn run(args: &ResizeArgs) -> Result<(), Error> {
 
 /// Asks the server to do it.
 fn online(place: &PlaceArgs, socket: &Path, wanted: Wanted) -> Result<Resized, Error> {
-    let location = place.location();
-    let locked = location.locked(Operation::Resize, location.peek(Operation::Resize)?)?;
-    let request = ResizeRequest { resize: wanted, uuid: locked.header().uuid };
-    drop(locked);
-    match request.ask(socket).map_err(|source| Error::Control { path: socket.into(), source })? {
+    match Asked::new(socket, Operation::Resize, &place.location())?.about(Command::Resize(wanted), &[])? {
         Answer::Resized(resized) => Ok(resized),
-        Answer::Shrinks { old_bytes, new_bytes } => {
-            Err(Error::Update { path: place.path.clone(), source: UpdateError::Shrinks { old_bytes, new_bytes } })
-        }
-        Answer::Refused(reason) => Err(Error::Refused { reason }),
         _ => Err(Error::unexpected_answer()),
     }
 }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use clap::Args;
 use serde::Deserialize;
 
+use super::control::{RekeyLine, RekeyState};
 use super::error::Error;
 use super::output::{out, outln};
 use super::size::ByteSize;
@@ -38,6 +39,8 @@ struct Status {
     buffer_bytes: u64,
     exports: Vec<Export>,
     clients: Vec<Client>,
+    #[serde(default)]
+    rekeys: Vec<RekeyLine>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -108,6 +111,9 @@ fn table(status: &Status) -> String {
         rows.push(row([printable(&export.name), size, access.into(), plaintext], &export.stats));
     }
     align(&mut text, &rows);
+    for line in &status.rekeys {
+        let _ = writeln!(text, "\nre-key of {}: {}", printable(&line.path), rekey_text(&line.state));
+    }
     if !status.clients.is_empty() {
         text.push('\n');
         rows = vec![head(&["CLIENT", "EXPORT", "UID"])];
@@ -118,6 +124,18 @@ fn table(status: &Status) -> String {
         align(&mut text, &rows);
     }
     text
+}
+
+fn rekey_text(state: &RekeyState) -> String {
+    let done = state.progress.map_or_else(String::new, |progress| {
+        format!("{} of {} done", ByteSize(progress.done_bytes), ByteSize(progress.total_bytes))
+    });
+    match &state.failed {
+        Some(reason) => format!("{done}; it FAILED: {}", printable(reason)),
+        None if state.paused => format!("{done}; paused"),
+        None if state.running => done,
+        None => format!("{done}; it rests"),
+    }
 }
 
 fn head(first: &[&str]) -> Vec<String> {

@@ -229,6 +229,7 @@ fn empty_metadata(geometry: &Geometry, cipher: Cipher, label: String, allow_disc
         unclean: false,
         discards: allow_discards,
         slots: Vec::new(),
+        wiping: false,
         transform: None,
     }
 }

@@ -38,6 +38,8 @@ pub struct Header {
     pub unclean: bool,
     /// Whether discards punch holes, which read as zeroes.
     pub discards: bool,
+    /// Whether the data area was to be filled with noise, and is not full of it yet.
+    pub wiping: bool,
     /// Number of the update that wrote this header.
     pub sequence: u64,
     /// Whether a re-key is under way.
@@ -86,6 +88,7 @@ impl Header {
             unclean: false,
             discards: false,
             rekeying: false,
+            wiping: false,
             sequence,
             slots: Vec::new(),
             copies,
@@ -108,6 +111,7 @@ impl Header {
             ephemeral: metadata.ephemeral,
             unclean: metadata.unclean,
             discards: metadata.discards,
+            wiping: metadata.wiping,
             sequence,
             rekeying: metadata.transform.is_some(),
             slots: slots.map(|slot| SlotInfo { id: slot.id, label: slot.label.clone(), kdf: slot.kdf }).collect(),

@@ -183,6 +183,9 @@ pub(super) struct Metadata {
     /// Whether holes are punched, and read as zeroes: never taken back, because zeroes may be holes by then.
     pub(super) discards: bool,
     pub(super) slots: Vec<Slot>,
+    /// Whether the data area was to be filled with noise, and is not full of it yet.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) wiping: bool,
     /// Where the data came from, while it is being re-keyed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) transform: Option<Transform>,

@@ -7,6 +7,7 @@
 
 mod area;
 mod backup;
+mod carry;
 mod create;
 mod error;
 mod geometry;

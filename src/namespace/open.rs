@@ -176,7 +176,7 @@ impl LockedNamespace {
             return Err(genuine
                 .map_or(UnlockError::OtherVolumeKey, |other| UnlockError::OtherCopy { newer, genuine: other.name }));
         }
-        Ok(self.into_namespace(volume_key, mac_key, None))
+        self.into_namespace_with_transform(volume_key, mac_key, None)
     }
 
     /// The header copy in use, to be kept somewhere else: 65536 bytes. Whoever has it and a credential of one of its slots
@@ -220,7 +220,17 @@ impl LockedNamespace {
         if !self.chosen.copy.is_genuine(&mac_key) {
             return Err(UnlockError::Forged);
         }
-        let mut namespace = self.into_namespace(volume_key, mac_key, Some(slot_id));
+        self.into_namespace_with_transform(volume_key, mac_key, Some(slot_id))
+    }
+
+    /// Whatever has unlocked it, a transform that is under way decides where its data is.
+    fn into_namespace_with_transform(
+        self,
+        volume_key: VolumeKey,
+        mac_key: MacKey,
+        slot_id: Option<u32>,
+    ) -> Result<Namespace, UnlockError> {
+        let mut namespace = self.into_namespace(volume_key, mac_key, slot_id);
         namespace.load_transform()?;
         Ok(namespace)
     }

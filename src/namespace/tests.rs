@@ -46,6 +46,7 @@ fn metadata() -> Metadata {
         unclean: false,
         discards: false,
         slots: Vec::new(),
+        wiping: false,
         transform: None,
     };
     let purpose = metadata.purpose();

@@ -131,6 +131,19 @@ impl Namespace {
         self.update(metadata)
     }
 
+    /// Records whether the data area is still to be filled with noise. An ephemeral namespace has nothing to record.
+    ///
+    /// # Errors
+    ///
+    /// [`UpdateError`] when the header cannot be written.
+    pub fn set_wiping(&mut self, wiping: bool) -> Result<(), UpdateError> {
+        if self.metadata.ephemeral || self.metadata.wiping == wiping {
+            return Ok(());
+        }
+        let metadata = Metadata { wiping, ..self.metadata.clone() };
+        self.update(metadata)
+    }
+
     /// Records that discards punch holes from now on, which read as zeroes. There is no way back: zeroes that were written
     /// may be holes.
     ///

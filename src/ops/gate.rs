@@ -114,6 +114,8 @@ pub enum State {
     Ephemeral,
     /// It is a LUKS2 volume.
     Luks2,
+    /// Its data area was to be filled with noise, and is not full of it.
+    Wiping,
 }
 
 impl Operation {
@@ -169,7 +171,7 @@ impl Operation {
 
 impl State {
     /// Every state, as the columns of the table stand.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Settled,
         Self::CutShort,
         Self::Rekeying,
@@ -180,6 +182,7 @@ impl State {
         Self::Unclean,
         Self::Ephemeral,
         Self::Luks2,
+        Self::Wiping,
     ];
 
     const fn column(self) -> usize {
@@ -194,6 +197,7 @@ impl State {
             Self::Unclean => 7,
             Self::Ephemeral => 8,
             Self::Luks2 => 9,
+            Self::Wiping => 10,
         }
     }
 }
@@ -389,6 +393,9 @@ pub fn states_of(header: &Header, transform: Option<TransformKind>, paused: bool
     if header.unclean {
         states.push(State::Unclean);
     }
+    if header.wiping {
+        states.push(State::Wiping);
+    }
     states
 }
 
@@ -497,38 +504,38 @@ const fn row(operation: Operation) -> [Cell; State::ALL.len()] {
     const NONE: Cell = Cell::No(Reason::Ephemeral, Help::Nothing);
     const LUKS: Cell = Cell::No(Reason::Luks2, Help::Luks2);
     match operation {
-        //                               settled  cut      re-key   slide    adopted  paused   moved    unclean  ephem.   LUKS2
-        Operation::Serve =>             [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      Go,      Go],
-        Operation::ServeReadOnly =>     [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      Go],
-        Operation::Export =>            [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      NONE,    LUKS],
-        Operation::Import =>            [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS],
-        Operation::RekeyPreview =>      [Go,      Go,      BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      NONE,    LUKS],
-        Operation::RekeyBegin =>        [Go,      Header,  BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      NONE,    LUKS],
-        Operation::RekeyResume =>       [IDLE,    Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS],
-        Operation::RekeyPause =>        [IDLE,    Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS],
-        Operation::RekeyStatus =>       [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      LUKS],
-        Operation::RelocateSource =>    [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS],
-        Operation::CopySource =>        [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      NONE,    LUKS],
-        Operation::RelocateDestination => [Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent],
-        Operation::Adopt =>             [HOME,    Go,      BUSY,    BUSY,    BUSY,    BUSY,    Go,      Go,      NONE,    LUKS],
-        Operation::Compact =>           [Go,      Header,  End,     End,     End,     REST,    AWAY,    Go,      NONE,    LUKS],
-        Operation::Resize =>            [Go,      Header,  BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      NONE,    LUKS],
-        Operation::AllowDiscards =>     [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS],
+        //                               settled  cut      re-key   slide    adopted  paused   moved    unclean  ephem.   LUKS2    wipe
+        Operation::Serve =>             [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      Go,      Go,     Go],
+        Operation::ServeReadOnly =>     [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      Go,     Go],
+        Operation::Export =>            [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
+        Operation::Import =>            [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
+        Operation::RekeyPreview =>      [Go,      Go,      BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      NONE,    LUKS,   Go],
+        Operation::RekeyBegin =>        [Go,      Header,  BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      NONE,    LUKS,   Go],
+        Operation::RekeyResume =>       [IDLE,    Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
+        Operation::RekeyPause =>        [IDLE,    Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
+        Operation::RekeyStatus =>       [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      LUKS,   Go],
+        Operation::RelocateSource =>    [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
+        Operation::CopySource =>        [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
+        Operation::RelocateDestination => [Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent],
+        Operation::Adopt =>             [HOME,    Go,      BUSY,    BUSY,    BUSY,    BUSY,    Go,      Go,      NONE,    LUKS,   Go],
+        Operation::Compact =>           [Go,      Header,  End,     End,     End,     REST,    AWAY,    Go,      NONE,    LUKS,   Go],
+        Operation::Resize =>            [Go,      Header,  BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      NONE,    LUKS,   Go],
+        Operation::AllowDiscards =>     [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
         // A backup from within a transform is worth nothing after its end, nor without its journal.
-        Operation::HeaderBackup =>      [Go,      Go,      BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      Go,      LUKS],
-        Operation::HeaderRestore =>     [Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Consent],
-        Operation::ExportLuks2 =>       [Go,      Go,      BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      NONE,    LUKS],
-        Operation::KeyList =>           [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      LUKS],
-        Operation::KeyTest =>           [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      LUKS],
-        Operation::KeyAdd =>            [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS],
-        Operation::KeyRemove =>         [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS],
-        Operation::KeyChange =>         [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS],
-        Operation::KeyDump =>           [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      NONE,    LUKS],
-        Operation::Erase =>             [Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Consent],
-        Operation::Remove =>            [Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go],
-        Operation::DmTable =>           [Go,      Go,      BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      Go,      LUKS],
-        Operation::FormatOver =>        [Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent],
-        Operation::Info =>              [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      Go],
+        Operation::HeaderBackup =>      [Go,      Go,      BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      Go,      LUKS,   Go],
+        Operation::HeaderRestore =>     [Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Consent, Go],
+        Operation::ExportLuks2 =>       [Go,      Go,      BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      NONE,    LUKS,   Go],
+        Operation::KeyList =>           [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      LUKS,   Go],
+        Operation::KeyTest =>           [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      LUKS,   Go],
+        Operation::KeyAdd =>            [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
+        Operation::KeyRemove =>         [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
+        Operation::KeyChange =>         [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
+        Operation::KeyDump =>           [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
+        Operation::Erase =>             [Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Consent, Go],
+        Operation::Remove =>            [Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,     Go],
+        Operation::DmTable =>           [Go,      Go,      BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      Go,      LUKS,   Go],
+        Operation::FormatOver =>        [Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent],
+        Operation::Info =>              [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      Go,     Go],
     }
     // `End` would be wrong for an operation that reads; nothing but `Compact` has it.
 }

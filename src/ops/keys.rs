@@ -4,6 +4,7 @@
 use super::error::Cause;
 use crate::namespace::{Credential, Kdf, KdfCost, Namespace};
 use crate::secret::VolumeKey;
+use crate::volume::Volume;
 
 /// Adds a key slot, in the lowest free place when `slot` is `None`, and gives its number.
 ///
@@ -65,4 +66,51 @@ pub fn present_cost(namespace: &Namespace, slot: Option<u32>) -> KdfCost {
 #[must_use]
 pub const fn dump(namespace: &Namespace) -> &VolumeKey {
     namespace.volume_key()
+}
+
+/// As [`add`], while the volume is in use; `present` is the credential of one of its slots.
+///
+/// # Errors
+///
+/// [`Cause::Transform`] when `present` opens none, and as [`add`].
+pub fn add_in_use(
+    volume: &Volume,
+    present: &Credential,
+    slot: Option<u32>,
+    label: &str,
+    credential: &Credential,
+    cost: KdfCost,
+) -> Result<u32, Cause> {
+    volume.use_slot_of(present)?;
+    volume.with_namespace(|namespace| add(namespace, slot, label, credential, cost))
+}
+
+/// As [`remove`], while the volume is in use; `present` is the credential of one of its slots.
+///
+/// # Errors
+///
+/// [`Cause::Transform`] when `present` opens none, and as [`remove`].
+pub fn remove_in_use(volume: &Volume, present: &Credential, slot: u32, force: bool) -> Result<(), Cause> {
+    volume.use_slot_of(present)?;
+    volume.with_namespace(|namespace| remove(namespace, slot, force))
+}
+
+/// As [`change`], while the volume is in use; `present` is the credential of one of its slots, and `cost` makes what the
+/// slot costs of what it [costs today](present_cost).
+///
+/// # Errors
+///
+/// [`Cause::Transform`] when `present` opens none, and as [`change`].
+pub fn change_in_use(
+    volume: &Volume,
+    present: &Credential,
+    slot: Option<u32>,
+    credential: &Credential,
+    cost: impl FnOnce(KdfCost) -> KdfCost,
+) -> Result<u32, Cause> {
+    volume.use_slot_of(present)?;
+    volume.with_namespace(|namespace| {
+        let cost = cost(present_cost(namespace, slot));
+        change(namespace, slot, credential, cost)
+    })
 }

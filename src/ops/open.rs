@@ -1,11 +1,12 @@
 //! From a place to an unlocked namespace, through the gate: before the key is asked for, and after.
 
-use super::error::Error;
+use super::error::{Cause, Error};
 use super::gate::{self, Caller, KeyWay, Operation, Step, Way};
 use super::location::Location;
 use crate::namespace::{Credential, Header, LockedNamespace, Namespace, Site};
 use crate::pmem::Access;
 use crate::secret::VolumeKey;
+use crate::volume::Volume;
 
 /// What unlocks a namespace.
 #[derive(Debug)]
@@ -86,7 +87,7 @@ impl Found {
     /// [`Error`].
     pub fn unlock(self, key: Key<'_>) -> Result<Namespace, Error> {
         let Self { location, operation, site, locked } = self;
-        let failed = |cause: super::Cause| Error::new(operation, location.path(), cause);
+        let failed = |cause: Cause| Error::new(operation, location.path(), cause);
         let key_way = match key {
             Key::Credential(_) | Key::Slot(..) => KeyWay::Slot,
             Key::VolumeKey(_) => KeyWay::VolumeKey,
@@ -114,11 +115,25 @@ impl Found {
 ///
 /// # Errors
 ///
-/// [`Cause::Refused`](super::Cause::Refused).
+/// [`Cause::Refused`].
 pub fn also(operation: Operation, location: &Location, namespace: &Namespace) -> Result<(), Error> {
     let key = if namespace.slot_id().is_some() { KeyWay::Slot } else { KeyWay::VolumeKey };
+    let passed = pass(operation, namespace, key, Caller::Opener);
+    passed.map_err(|cause| Error::new(operation, location.path(), cause))
+}
+
+/// Whether `operation` may be done with a volume that a server has in use, with the key of a slot. Every update of its
+/// header writes both copies, so that none needs to be completed first.
+///
+/// # Errors
+///
+/// [`Cause::Refused`], [`Cause::Volume`] for one without a header of ours, [`Cause::Transform`].
+pub fn also_in_use(operation: Operation, volume: &Volume) -> Result<(), Cause> {
+    volume.with_namespace(|namespace| pass(operation, namespace, KeyWay::Slot, Caller::Control))
+}
+
+fn pass(operation: Operation, namespace: &Namespace, key: KeyWay, caller: Caller) -> Result<(), Cause> {
     let (read_only, detached) = (namespace.backing().access() == Access::ReadOnly, namespace.site().is_detached());
-    let way = Way { key, read_only, detached, caller: Caller::Opener, force: false };
-    let step = gate::check(operation, &gate::states_of_unlocked(namespace), way);
-    step.map(drop).map_err(|refusal| Error::new(operation, location.path(), refusal))
+    let way = Way { key, read_only, detached, caller, force: false };
+    Ok(gate::check(operation, &gate::states_of_unlocked(namespace), way).map(drop)?)
 }

@@ -210,23 +210,43 @@ impl<'a> Run<'a> {
         total_bytes: u64,
         mut step: impl FnMut(u64, &mut [u8]) -> Result<usize, E>,
     ) -> Result<Moved, E> {
-        let part = self.begin(0, total_bytes);
         let mut buffer = Zeroizing::new(vec![0; PIECE_BYTES]);
         let mut checksum = crc32fast::Hasher::new();
+        let moved = self.chunks::<E>(ended, total_bytes, PIECE_BYTES, |offset, len| {
+            let len = step(offset, &mut buffer[..len])?;
+            checksum.update(&buffer[..len]);
+            Ok(len)
+        })?;
+        Ok(Moved { checksum: checksum.finalize(), ..moved })
+    }
+
+    /// Runs `step` on chunks of `0..total_bytes`, of `chunk_bytes` or what is left. `step` may do fewer bytes than it was
+    /// offered, of which 0 ends the part.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::pieces`].
+    pub fn chunks<E: From<Cause>>(
+        &mut self,
+        ended: Ended,
+        total_bytes: u64,
+        chunk_bytes: usize,
+        mut step: impl FnMut(u64, usize) -> Result<usize, E>,
+    ) -> Result<Moved, E> {
+        let part = self.begin(0, total_bytes);
         let mut done_bytes = 0;
         while done_bytes < total_bytes {
             self.pace(&part, done_bytes)?;
-            let len = usize::try_from(total_bytes - done_bytes).unwrap_or(usize::MAX).min(PIECE_BYTES);
-            let len = step(done_bytes, &mut buffer[..len])?;
+            let len = usize::try_from(total_bytes - done_bytes).unwrap_or(usize::MAX).min(chunk_bytes);
+            let len = step(done_bytes, len)?;
             if len == 0 {
                 break;
             }
-            checksum.update(&buffer[..len]);
             done_bytes += len as u64;
             self.reach(done_bytes, len as u64);
         }
         self.watch.end(ended, done_bytes);
-        Ok(part.moved(done_bytes, checksum.finalize()))
+        Ok(part.moved(done_bytes, 0))
     }
 
     /// Reads the first `moved.bytes` bytes of `volume` again and compares their checksum.

@@ -10,6 +10,7 @@ use super::slots::SlotPolicy;
 use crate::namespace::{
     Cipher, Credential, DataUnit, Geometry, Namespace, Placement, RekeyOptions, SlotInfo, TransformError,
 };
+use crate::pmem::MediaError;
 use crate::volume::{Volume, VolumeError};
 
 /// How much is decrypted to see how fast that is, at most.
@@ -76,6 +77,10 @@ pub struct Estimate {
     pub decrypted_bytes_per_second: u64,
     /// The slots besides the one that unlocked.
     pub others: Vec<SlotInfo>,
+    /// Bytes of the data that have no blocks yet, and will need them.
+    pub blocks_bytes: u64,
+    /// Bytes that the file system under a file can still give; nothing for a device.
+    pub free_bytes: Option<u64>,
 }
 
 /// What a re-key of `volume` as `wish` says would cost; nothing is written.
@@ -91,7 +96,30 @@ pub fn estimate(volume: &Volume, wish: Wish) -> Result<Estimate, Cause> {
         size_bytes: volume.size(),
         decrypted_bytes_per_second: decryption_rate(volume)?,
         others: volume.other_slots(),
+        blocks_bytes: missing_blocks(volume)?,
+        free_bytes: volume.backing().free_bytes(),
     })
+}
+
+/// Bytes of the data without blocks. Where discards are allowed a hole reads as zeroes and stays one.
+fn missing_blocks(volume: &Volume) -> Result<u64, MediaError> {
+    if volume.discards() {
+        return Ok(0);
+    }
+    let start = volume.geometry().data_start();
+    let (mut at, end, mut missing) = (start, start + volume.size(), 0);
+    while at < end {
+        let extents = match volume.backing().extents(at..end) {
+            Err(MediaError::Unsupported) => return Ok(0),
+            extents => extents?,
+        };
+        let last = extents.last().map(|extent| extent.range.end);
+        let Some(last) = last.filter(|&last| last > at) else { break };
+        let holes = extents.iter().filter(|extent| !extent.allocated);
+        missing += holes.map(|extent| extent.range.end - extent.range.start).sum::<u64>();
+        at = last;
+    }
+    Ok(missing)
 }
 
 /// Bytes a second, from the beginning of the volume.

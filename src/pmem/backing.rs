@@ -53,7 +53,7 @@ pub struct Backing {
     /// Another node of the same device, which is locked alike.
     node: Option<std::fs::File>,
     /// Holds the lock on the disk of a partition.
-    _disk: Option<std::fs::File>,
+    disk: Option<std::fs::File>,
     sector_bytes: Option<u64>,
     physical_address: Option<u64>,
     len_bytes: AtomicU64,
@@ -118,7 +118,7 @@ impl Backing {
             reason,
             disk_offset,
             node,
-            _disk: disk,
+            disk,
             sector_bytes,
             physical_address,
             len_bytes: AtomicU64::new(len_bytes),
@@ -155,7 +155,7 @@ impl Backing {
             reason: GranularityReason::new(finding, None),
             disk_offset: 0,
             node: None,
-            _disk: None,
+            disk: None,
             sector_bytes: None,
             physical_address: None,
             len_bytes: AtomicU64::new(len_bytes),
@@ -165,6 +165,27 @@ impl Backing {
             mapping,
             medium,
         }
+    }
+
+    /// How many bytes the file system under a file can still give to this user; `None` for what is not a file.
+    #[must_use]
+    pub fn free_bytes(&self) -> Option<u64> {
+        let file = self.file().filter(|_| self.kind == BackingKind::File)?;
+        let status = rustix::fs::fstatvfs(file).ok()?;
+        Some(status.f_bavail.saturating_mul(status.f_frsize))
+    }
+
+    /// The open file, which memory has none of.
+    pub(super) fn file(&self) -> Option<&std::fs::File> {
+        match &self.medium {
+            Medium::Kernel(medium) => Some(medium.file()),
+            Medium::Simulated(_) | Medium::Volatile => None,
+        }
+    }
+
+    /// The disk of a partition, when this user may open that.
+    pub(super) const fn disk_file(&self) -> Option<&std::fs::File> {
+        self.disk.as_ref()
     }
 
     /// The path that it was opened by.

@@ -9,7 +9,7 @@
 use std::sync::{PoisonError, RwLockReadGuard};
 
 use super::{Volume, VolumeError};
-use crate::namespace::UpdateError;
+use crate::namespace::{Namespace, UpdateError};
 
 impl Volume {
     /// Records in the header that the namespace is in use: until [`Self::mark_closed`], `daxcrypt info` says "not in order,
@@ -78,6 +78,22 @@ impl Volume {
             return Err(VolumeError::WasMapped);
         }
         Ok(engine.resize(&self.area, size_bytes, even_smaller)?)
+    }
+
+    /// Runs `change` on the namespace, whose header it may look at and give other key slots. What moves the data or gives it
+    /// another size has a method of its own, since the data area must follow.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError::Locked`], [`VolumeError::NoHeader`]; what `change` says.
+    pub(crate) fn with_namespace<T, E: From<VolumeError>>(
+        &self,
+        change: impl FnOnce(&mut Namespace) -> Result<T, E>,
+    ) -> Result<T, E> {
+        match self.engine().as_mut() {
+            Some(engine) => change(engine.namespace_mut()),
+            None => Err(self.check_unlocked().err().unwrap_or(VolumeError::NoHeader).into()),
+        }
     }
 
     /// Whether [`Self::resize`] could give it that size, if its place has room.

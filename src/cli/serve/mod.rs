@@ -198,9 +198,10 @@ fn listen(plan: &Plan, server: Server, names: &[(String, u64)], volumes: &Arc<Vo
         server = server.listen(listener);
     }
     if let Some(path) = &plan.control {
-        let volumes = Arc::clone(volumes);
-        server =
-            server.control(Listener::unix(path)?).commands(Commands::new(move |received| volumes.answer(received)));
+        let (asked, told) = (Arc::clone(volumes), Arc::clone(volumes));
+        let commands = Commands::new(move |received| asked.answer(received));
+        let commands = commands.besides("rekeys", move || told.rekeys());
+        server = server.control(Listener::unix(path)?).commands(commands);
     }
     for address in plan.metrics.iter().map(|text| listeners::resolve(text)).collect::<Result<Vec<_>, _>>()?.concat() {
         server = server.metrics(Listener::tcp(address)?);

@@ -1,20 +1,21 @@
 //! Re-keys while their namespaces are served: those that were interrupted go on, and the control socket begins others.
 //!
 //! Each has a thread. It stops between two windows when it is paused or the server stops; a later serve goes on from there.
+//! One that cannot go on leaves its reason, for whoever asks how it stands.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 
 use rustix::process::nice;
 
 use super::volumes::Served;
-use crate::cli::control::{Answer, RekeyRequest};
+use crate::cli::control::{Answer, RekeyState, Request};
 use crate::cli::error::chain;
 use crate::cli::output::complain;
 use crate::cli::size::ByteSize;
-use crate::namespace::{Credential, TransformError, UpdateError};
-use crate::ops::{self, Cause, Ended, Operation, Run, Watch, rekey};
+use crate::namespace::{TransformError, UpdateError};
+use crate::ops::{Cause, Ended, Run, Watch};
 
 /// How much nicer than the threads that serve a re-key's thread is, as nice(2) counts: at 5 it has a third of their weight.
 /// Where all processors are busy the clients then keep most of them; an idle one it uses whole. It is not the nicest there
@@ -26,48 +27,67 @@ const NICER_BY: i32 = 5;
 pub(super) struct Running {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<()>,
+    /// Why it ended before its end.
+    failed: Arc<OnceLock<String>>,
 }
 
 impl Served {
     /// Goes on with a re-key that was interrupted, or says that it rests.
-    pub(super) fn go_on_or_rest(&mut self, max_rate: Option<ByteSize>) {
+    pub(super) fn go_on_or_rest(&mut self) {
         let Some(progress) = self.volume.transform() else { return };
         if self.volume.read_only() || self.volume.transform_paused() {
             let (done, total) = (ByteSize(progress.done_bytes), ByteSize(progress.total_bytes));
             complain(format_args!("{}: a re-key rests at {done} of {total}", self.location.path().display()));
         } else {
-            self.go_on(max_rate);
+            self.go_on(None);
         }
     }
 
-    pub(super) fn begin(&mut self, request: &RekeyRequest, credential: &Credential) -> Result<(), Answer> {
-        rekey::begin_in_use(&self.volume, credential, request.wish()).map_err(|cause| self.refused(cause))
+    /// How its re-key stands.
+    pub(super) fn rekey_state(&self) -> RekeyState {
+        let running = self.running.as_ref();
+        RekeyState {
+            progress: self.volume.transform(),
+            paused: self.volume.transform_paused(),
+            running: running.is_some_and(|running| !running.thread.is_finished()),
+            failed: running.and_then(|running| running.failed.get().cloned()),
+        }
     }
 
-    pub(super) fn refused(&self, cause: impl Into<Cause>) -> Answer {
-        Answer::of(ops::Error::new(Operation::RekeyBegin, self.location.path(), cause))
+    /// What is answered to `request`, which failed for this cause.
+    pub(super) fn answer_of(&self, request: &Request, cause: Cause) -> Answer {
+        match cause {
+            Cause::OtherSlots(slots) => Answer::OtherSlots(slots),
+            Cause::OwnSlot { slot } => Answer::OwnSlot(slot),
+            Cause::Update(UpdateError::Shrinks { old_bytes, new_bytes }) => Answer::Shrinks { old_bytes, new_bytes },
+            Cause::Transform(error) if matches!(*error, TransformError::Credential) => Answer::WrongCredential,
+            Cause::Refused(refusal) => {
+                let reason = format!("cannot {} it: {refusal}", request.command.operation());
+                Answer::Refused { reason, help: refusal.help.command(self.location.path()) }
+            }
+            cause => Answer::refused(chain(&cause)),
+        }
     }
 
-    pub(super) fn pause(&mut self) -> Result<(), Answer> {
+    /// Starts a thread that moves the data, in the place of one that may run. Without a rate that of the server holds.
+    pub(super) fn go_on(&mut self, max_rate: Option<u64>) {
         self.stop();
-        self.volume.set_transform_paused(true).map_err(|error| self.refused(error))
-    }
-
-    /// Starts a thread that moves the data.
-    pub(super) fn go_on(&mut self, max_rate: Option<ByteSize>) {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (volume, path, stopped) = (Arc::clone(&self.volume), self.location.path().to_path_buf(), Arc::clone(&stop));
+        let (stop, failed) = (Arc::new(AtomicBool::new(false)), Arc::new(OnceLock::new()));
+        let (volume, path) = (Arc::clone(&self.volume), self.location.path().to_path_buf());
+        let (stopped, reason) = (Arc::clone(&stop), Arc::clone(&failed));
+        let max_rate = max_rate.or(self.rekey_rate);
         let thread = thread::spawn(move || {
             // Of the calling thread alone on Linux. Where it may not be changed, it stays.
             let _ = nice(NICER_BY);
-            match Run::new(&mut Log, &stopped, max_rate.map(|rate| rate.0)).end_transform(&volume) {
+            match Run::new(&mut Log, &stopped, max_rate).end_transform(&volume) {
                 Ok(_) | Err(Cause::Stopped { .. }) => {}
                 Err(error) => {
                     tracing::error!(path = %path.display(), %error, "the re-key failed: reopen the namespace");
+                    let _ = reason.set(chain(&error)); // nobody else sets it
                 }
             }
         });
-        self.running = Some(Running { stop, thread });
+        self.running = Some(Running { stop, thread, failed });
     }
 
     /// Ends the thread between two windows.
@@ -75,18 +95,6 @@ impl Served {
         if let Some(running) = self.running.take() {
             running.stop.store(true, Ordering::Relaxed);
             let _ = running.thread.join(); // a panic has been printed
-        }
-    }
-}
-
-impl Answer {
-    /// What is said about a failure.
-    pub(super) fn of(error: ops::Error) -> Self {
-        match *error.cause {
-            Cause::OtherSlots(slots) => Self::OtherSlots(slots),
-            Cause::Update(UpdateError::Shrinks { old_bytes, new_bytes }) => Self::Shrinks { old_bytes, new_bytes },
-            Cause::Transform(error) if matches!(*error, TransformError::Credential) => Self::WrongCredential,
-            cause => Self::Refused(chain(&cause)),
         }
     }
 }

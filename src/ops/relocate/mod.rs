@@ -19,7 +19,7 @@ use super::gate::{self, Operation, State, Way};
 use super::location::{self, Location};
 use super::pace::{Moved, Run};
 use super::slots::SlotPolicy;
-use crate::namespace::{Credential, MovedNamespace, Namespace, RekeyOptions, Site, SlotInfo};
+use crate::namespace::{Credential, MovedNamespace, Namespace, OtherSlots, RekeyOptions, Site, SlotInfo};
 use crate::volume::Volume;
 use crate::xts::Backend;
 
@@ -79,11 +79,13 @@ pub fn relocate(
     run: &mut Run<'_>,
 ) -> Result<Relocated, Error> {
     let operation = options.operation();
-    if !options.keep_source {
-        let decided = options.slots.decide(&source.other_slots());
-        decided.map_err(|cause| Error::new(operation, from.path(), cause))?;
+    let others = options.slots.decide(&source.other_slots());
+    let others = others.map_err(|cause| Error::new(operation, from.path(), cause))?;
+    let Target { mut namespace, made } = Target::make(to, &source, credential, options.force)?;
+    if others == OtherSlots::Keep {
+        let carried = namespace.carry_slots(&source, credential);
+        carried.map_err(|source| made.taken_back(Error::new(operation, to.path(), source)))?;
     }
-    let Target { namespace, made } = Target::make(to, &source, credential, options.force)?;
     let copy = Copy { operation, from: from.path(), to: to.path(), sparse: options.sparse };
     let (source, moved) = copy.run(source, namespace, backend, run).map_err(|error| made.taken_back(error))?;
     let fate = if options.keep_source { Fate::Kept } else { forget(from, source)? };
@@ -175,7 +177,7 @@ impl Adoption {
         let Self { location, moved, .. } = self;
         let failed = |cause: Cause| Error::new(Operation::Adopt, location.path(), cause);
         let old_base = moved.header().base;
-        let other_slots = slots.decide(&[]).map_err(failed)?;
+        let other_slots = if slots == SlotPolicy::Keep { OtherSlots::Keep } else { OtherSlots::Drop };
         let options = RekeyOptions { other_slots, ..RekeyOptions::default() };
         let namespace = moved.adopt(credential, &options).map_err(|error| failed(error.into()))?;
         let base = namespace.geometry().base();

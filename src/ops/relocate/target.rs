@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::super::error::{Error, Leftover, line};
+use super::super::error::{Cause, Error, Leftover, line};
 use super::super::gate::Operation;
+use super::super::identity;
 use super::super::location::{self, Location};
 use super::super::new_place::{self, NewPlace, Prepared};
-use crate::namespace::{self, Credential, FormatOptions, Kdf, KdfCost, Namespace};
+use crate::namespace::{self, Credential, FormatOptions, Kdf, KdfCost, Namespace, Site};
 use crate::pmem::{Allocation, Backing};
 
 const OPERATION: Operation = Operation::RelocateDestination;
@@ -38,7 +39,9 @@ impl Target {
         let size_bytes = Some(source.geometry().size_bytes());
         let allocation = Allocation::Sparse;
         let new_place = NewPlace { operation: OPERATION, location: place, size_bytes, allocation, force };
-        Self::make_in(new_place.prepare()?, place, source, credential)
+        let prepared = new_place.prepare()?;
+        refuse_own_place(place, source, &prepared).inspect_err(|_| new_place::remove_made(&prepared.made))?;
+        Self::make_in(prepared, place, source, credential)
     }
 
     /// Empties the header area, and only then enters a new partition into its region: nothing that was there opens.
@@ -61,6 +64,20 @@ impl Target {
         }
         Ok(Self { namespace, made })
     }
+}
+
+/// Locks do not tell that a loop device and the file behind it are one, nor another node of the same disk.
+fn refuse_own_place(place: &Location, source: &Namespace, prepared: &Prepared) -> Result<(), Error> {
+    let failed = |cause: Cause| Error::new(OPERATION, place.path(), cause);
+    let Prepared { data, range, header, .. } = prepared;
+    let site = Site::part(Arc::clone(data), range.start, range.end - range.start).with_header(header.clone());
+    let own = identity::extents_of(source.site()).map_err(failed)?;
+    let wanted = identity::extents_of(&site).map_err(failed)?;
+    if own.iter().any(|own| wanted.iter().any(|wanted| own.overlaps(wanted))) {
+        let (place, path) = (place.path().display(), source.backing().path().display());
+        return Err(failed(Cause::SamePlace(format!("{place} is what {path} lies in, by another name"))));
+    }
+    Ok(())
 }
 
 impl Made {

@@ -10,15 +10,62 @@ use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
+use zeroize::Zeroizing;
+
 pub use self::image::Image;
 use super::error::{Cause, Error};
 use super::gate::Operation;
+use super::holes::Holes;
 use super::location::Location;
 use super::pace::{Ended, Moved, Run};
 use crate::volume::Volume;
 
 /// Zero bytes that are left out of an exported file: the blocks of common file systems.
 const HOLE_BYTES: usize = 4096;
+
+/// How much is looked at to see whether there is data: every file system and partition table has something there.
+const LOOK_BYTES: u64 = 64 << 20;
+/// How far from even the bytes of a block of noise are at most, by the chi-square test over 256 values: mean 255, standard
+/// deviation 22.6, so that it is exceeded once in far more blocks than there are.
+const NOISE_CHI_SQUARE_MAX: u64 = 600;
+
+/// Whether `volume` has something in its first 64 MiB that is not noise. What was never written under its key is noise, or a
+/// hole; data that was compressed or encrypted by somebody else is, too, and cannot be told from that.
+///
+/// # Errors
+///
+/// [`Cause::Volume`].
+pub fn holds_data(volume: &Volume) -> Result<bool, Cause> {
+    let mut holes = Holes::default();
+    let mut block = Zeroizing::new([0; HOLE_BYTES]);
+    let (mut offset, end) = (0, volume.size().min(LOOK_BYTES));
+    while offset < end {
+        let len = usize::try_from(end - offset).unwrap_or(usize::MAX).min(HOLE_BYTES);
+        let (len, hole) = holes.at(volume, offset, len)?;
+        if !hole {
+            volume.read_at(&mut block[..len], offset)?;
+            // Where discards are allowed zeroes may be a hole, and are as good as one.
+            let may_be_hole = volume.discards() && block[..len].iter().all(|&byte| byte == 0);
+            if !may_be_hole && !is_noise(&block[..len]) {
+                return Ok(true);
+            }
+        }
+        offset += len as u64;
+    }
+    Ok(false)
+}
+
+/// A part of a block that is too short to tell is noise only if it is not all one byte.
+fn is_noise(block: &[u8]) -> bool {
+    if block.len() < HOLE_BYTES {
+        return block.len() < 16 || block.iter().any(|&byte| byte != block[0]);
+    }
+    let mut counts = [0_u64; 256];
+    block.iter().for_each(|&byte| counts[usize::from(byte)] += 1);
+    let expected = HOLE_BYTES as u64 / 256;
+    let squares: u64 = counts.iter().map(|&count| count.abs_diff(expected).pow(2)).sum();
+    squares / expected <= NOISE_CHI_SQUARE_MAX
+}
 
 /// Writes all of the image over `volume`, which lies at `place`: durable and compared when this returns.
 ///

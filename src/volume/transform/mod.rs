@@ -31,7 +31,7 @@ const WINDOW_STEP_BYTES: u64 = 4096;
 pub const WINDOW_BYTES: u64 = 512 << 10;
 
 /// How far a re-key has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct TransformProgress {
     /// Bytes that are under the new key.
     pub done_bytes: u64,
