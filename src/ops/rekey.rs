@@ -13,6 +13,9 @@ use crate::namespace::{
 use crate::pmem::MediaError;
 use crate::volume::{Volume, VolumeError};
 
+/// Extents that are asked for at a time.
+const EXTENTS_MAX: usize = 1024;
+
 /// How much is decrypted to see how fast that is, at most.
 const TRIAL_BYTES: u64 = 64 << 20;
 /// How long that may take.
@@ -109,7 +112,7 @@ fn missing_blocks(volume: &Volume) -> Result<u64, MediaError> {
     let start = volume.geometry().data_start();
     let (mut at, end, mut missing) = (start, start + volume.size(), 0);
     while at < end {
-        let extents = match volume.backing().extents(at..end) {
+        let extents = match volume.backing().extents(at..end, EXTENTS_MAX) {
             Err(MediaError::Unsupported) => return Ok(0),
             extents => extents?,
         };
