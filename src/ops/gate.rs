@@ -523,7 +523,7 @@ const fn row(operation: Operation) -> [Cell; State::ALL.len()] {
         Operation::AllowDiscards =>     [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
         // A backup from within a transform is worth nothing after its end, nor without its journal.
         Operation::HeaderBackup =>      [Go,      Go,      BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      Go,      LUKS,   Go],
-        Operation::HeaderRestore =>     [Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Consent, Go],
+        Operation::HeaderRestore =>     [Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      NONE,    Consent, Go],
         Operation::ExportLuks2 =>       [Go,      Go,      BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      NONE,    LUKS,   Go],
         Operation::KeyList =>           [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      LUKS,   Go],
         Operation::KeyTest =>           [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      LUKS,   Go],
