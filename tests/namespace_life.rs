@@ -158,14 +158,17 @@ fn a_new_size_keeps_every_slot() {
 }
 
 #[test]
-fn one_damaged_copy_is_survived_and_repaired_by_the_next_update() {
+fn one_damaged_copy_is_survived_and_repaired_by_the_next_opening_for_writing() {
     for (damaged, name) in [(200, 0), (COPY_B + 200, 1)] {
         let place = place();
         drop(made(&place.path, &key_file(1)));
         edit(&place.path, |bytes| bytes[damaged] ^= 1);
-        let mut namespace = opened(&place.path).unwrap().unlock_key(&key_file(1)).unwrap();
-        let json = serde_json::to_value(namespace.header()).unwrap();
+        let locked = opened(&place.path).unwrap();
+        let json = serde_json::to_value(locked.header()).unwrap();
         assert!(json["copies"][name]["bad"]["reason"].as_str().unwrap().contains("CRC-32"), "{json}");
+        let mut namespace = locked.unlock_key(&key_file(1)).unwrap();
+        let json = serde_json::to_value(namespace.header()).unwrap();
+        assert_eq!([&json["copies"][0]["good"]["sequence"], &json["copies"][1]["good"]["sequence"]], [1, 1]);
         namespace.set_unclean(true).unwrap();
         drop(namespace);
         let locked = opened(&place.path).unwrap();
@@ -213,7 +216,9 @@ fn an_update_torn_at_any_byte_of_its_header_opens_as_old_or_new() {
             if let Some(last) = torn.checked_sub(1) {
                 file.write_all_at(&new[first + last..=first + last], (first + last) as u64).unwrap();
             }
-            let locked = opened(&place.path).unwrap();
+            // For reading only: whoever opens for writing finishes the update.
+            let backing = Arc::new(Backing::open(&place.path, Access::ReadOnly).unwrap());
+            let locked = LockedNamespace::open(backing).unwrap();
             let slots = locked.header().slots.len();
             locked.unlock_key(&key_file(u8::try_from(slots).unwrap())).unwrap();
             seen[slots - 1] += 1;

@@ -2,6 +2,9 @@
 //!
 //! A copy is overwritten only while the other one is good and durable, so a crash at any store of an update leaves the
 //! old header or the new one. Every write is persisted and read back before the next.
+//!
+//! Nobody writes over what he has not read: both copies are compared with what was last read or written here before one of
+//! them is written. Locks keep others out; where one has failed (a device under two names), this ends the older user.
 
 use std::fmt;
 use std::ops::Range;
@@ -9,7 +12,7 @@ use std::sync::Arc;
 
 use super::error::{Chain, OpenError};
 use super::geometry::HEADER_AREA_BYTES;
-use super::header::{COPY_BYTES, CopyFault, HeaderCopy};
+use super::header::{COPY_BYTES, CopyFault, HeaderCopy, MAGIC};
 use super::metadata::MetadataError;
 use crate::pmem::{Backing, MediaError};
 
@@ -57,18 +60,25 @@ impl CopyName {
     }
 }
 
-/// A header area somewhere in a backing, which it is known to fit into.
+/// What tells one content of a copy from any other: its prefix, in which sequence number and MAC are, and a checksum over
+/// all of it. `None` for a copy that was not read, or cannot be.
+type Seen = Option<([u8; SEEN_BYTES], u32)>;
+
+const SEEN_BYTES: usize = 64;
+
+/// A header area somewhere in a backing, which it is known to fit into, and what is known of its copies.
 #[derive(Clone, Debug)]
 pub(super) struct HeaderArea {
     backing: Arc<Backing>,
     base: u64,
+    seen: [Seen; 2],
 }
 
 impl HeaderArea {
     /// The header area at `base`, unless it would reach past the backing.
     pub(super) fn new(backing: Arc<Backing>, base: u64) -> Option<Self> {
         let end = base.checked_add(HEADER_AREA_BYTES)?;
-        (end <= backing.len_bytes()).then_some(Self { backing, base })
+        (end <= backing.len_bytes()).then_some(Self { backing, base, seen: [None; 2] })
     }
 
     pub(super) const fn base(&self) -> u64 {
@@ -79,10 +89,31 @@ impl HeaderArea {
         &self.backing
     }
 
-    /// Reads and parses one copy.
+    /// Reads and parses one copy, to look at it.
     pub(super) fn read_copy(&self, name: CopyName) -> Result<HeaderCopy, CopyFault> {
         let image = self.read_image(name).map_err(CopyFault::Unreadable)?;
         HeaderCopy::decode(&image)
+    }
+
+    /// Reads and parses both copies. What they are now is what may be written over.
+    pub(super) fn read_copies(&mut self) -> [Result<HeaderCopy, CopyFault>; 2] {
+        CopyName::BOTH.map(|name| {
+            let image = self.read_image(name);
+            self.seen[name as usize] = image.as_ref().ok().map(|image| seen(image));
+            image.map_err(CopyFault::Unreadable).and_then(|image| HeaderCopy::decode(&image))
+        })
+    }
+
+    /// Whether one of the copies may be a header: to look at many places without reading them all.
+    pub(super) fn has_magic(&self) -> Result<bool, MediaError> {
+        for name in CopyName::BOTH {
+            let (mut magic, start) = ([0; MAGIC.len()], self.base + name.offset());
+            self.backing.read(start..start + magic.len() as u64, |source| source.copy_to(&mut magic))?;
+            if magic == MAGIC {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// The bytes of one copy.
@@ -93,11 +124,29 @@ impl HeaderArea {
         Ok(image.into_boxed_slice().try_into().expect("the length is COPY_BYTES"))
     }
 
+    /// Whether both copies are what was read or written here last.
+    pub(super) fn is_unchanged(&self) -> bool {
+        CopyName::BOTH.into_iter().all(|name| {
+            let present = self.read_image(name).ok().map(|image| seen(&image));
+            present == self.seen[name as usize]
+        })
+    }
+
     /// Overwrites one copy: durable and compared with what the media gives back when this returns.
-    pub(super) fn write_copy(&self, name: CopyName, image: &[u8; COPY_BYTES]) -> Result<(), WriteError> {
+    ///
+    /// Nothing is stored when somebody else has changed a copy, and when nothing can be made durable any more: a store would
+    /// be seen, and perhaps be on media, all the same.
+    pub(super) fn write_copy(&mut self, name: CopyName, image: &[u8; COPY_BYTES]) -> Result<(), WriteError> {
+        self.backing.check_flushes()?;
+        if !self.is_unchanged() {
+            return Err(WriteError::Changed);
+        }
         let start = self.base + name.offset();
         let range = start..start + COPY_BYTES as u64;
-        self.backing.write(range.clone(), |mut target| target.copy_from(image))?;
+        let stored = self.backing.write(range.clone(), |mut target| target.copy_from(image));
+        // What a failed write leaves is ours as well.
+        self.seen[name as usize] = self.read_image(name).ok().map(|image| seen(&image));
+        stored?;
         self.backing.persist(range)?;
         let stored = self.read_image(name)?;
         match stored.iter().zip(image).position(|(stored, written)| stored != written) {
@@ -106,16 +155,31 @@ impl HeaderArea {
         }
     }
 
-    /// Overwrites the whole area with zeros, durably, and reads it back.
-    pub(super) fn clear(&self) -> Result<(), WriteError> {
+    /// Writes a copy again as it is. Where an earlier write of it failed it is seen, but not on media, and no flush would
+    /// bring it there: what is not stored again counts as clean. A copy that cannot be read is nothing to rely on.
+    pub(super) fn rewrite_copy(&mut self, name: CopyName) -> Result<(), WriteError> {
+        match self.read_image(name) {
+            Ok(image) => self.write_copy(name, &image),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Overwrites the whole area with zeros, durably, and reads it back. Whatever it was, it is lost.
+    pub(super) fn clear(&mut self) -> Result<(), WriteError> {
         let range = self.base..self.base + HEADER_AREA_BYTES;
         self.backing.write(range.clone(), |mut target| target.fill(0))?;
         self.backing.persist(range.clone())?;
+        self.seen = CopyName::BOTH.map(|name| self.read_image(name).ok().map(|image| seen(&image)));
         match first_nonzero(&self.backing, range)? {
             Some(offset) => Err(WriteError::ReadBack { offset }),
             None => Ok(()),
         }
     }
+}
+
+fn seen(image: &[u8; COPY_BYTES]) -> ([u8; SEEN_BYTES], u32) {
+    let prefix = image.first_chunk().expect("a copy is longer");
+    (*prefix, crc32fast::hash(image))
 }
 
 /// Offset of the first byte in `range` of the backing that is not zero.
@@ -145,6 +209,9 @@ pub enum WriteError {
         /// Offset in the backing.
         offset: u64,
     },
+    /// The header is not the one that was read: nothing was written.
+    #[error("somebody else changed the header after it was read here: open the namespace again")]
+    Changed,
 }
 
 /// The header that counts.
@@ -152,6 +219,8 @@ pub enum WriteError {
 pub(super) struct Chosen {
     pub(super) copy: HeaderCopy,
     pub(super) name: CopyName,
+    /// The other one, if it is well-formed.
+    pub(super) other: Option<HeaderCopy>,
     /// Of copies A and B: the sequence number, or why it cannot be used, as text for people.
     pub(super) states: [CopyState; 2],
 }
@@ -188,9 +257,9 @@ pub(super) fn choose(a: Result<HeaderCopy, CopyFault>, b: Result<HeaderCopy, Cop
     let states = [CopyState::of(&a), CopyState::of(&b)];
     match (a, b) {
         (Err(fault), _) | (_, Err(fault)) if fault.is_from_the_future() => Err(future(fault)),
-        (Ok(a), Ok(b)) if b.sequence > a.sequence => Ok(Chosen { copy: b, name: CopyName::B, states }),
-        (Ok(a), _) => Ok(Chosen { copy: a, name: CopyName::A, states }),
-        (Err(_), Ok(b)) => Ok(Chosen { copy: b, name: CopyName::B, states }),
+        (Ok(a), Ok(b)) if b.sequence > a.sequence => Ok(Chosen { copy: b, name: CopyName::B, other: Some(a), states }),
+        (Ok(a), b) => Ok(Chosen { copy: a, name: CopyName::A, other: b.ok(), states }),
+        (Err(_), Ok(b)) => Ok(Chosen { copy: b, name: CopyName::B, other: None, states }),
         (Err(CopyFault::Magic), Err(CopyFault::Magic)) => Err(OpenError::NotANamespace { found: None }),
         (Err(a), Err(b)) => Err(OpenError::BothCopiesDamaged { a, b }),
     }

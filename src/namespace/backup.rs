@@ -75,8 +75,8 @@ pub const BACKUP_BYTES: usize = COPY_BYTES;
 /// [`RestoreError`].
 pub fn open_backup(site: Site, backup: &[u8], even_other: bool) -> Result<LockedNamespace, RestoreError> {
     let mut copy = HeaderCopy::decode(image(backup)?).map_err(RestoreError::Backup)?;
-    let area = site.area().ok_or_else(|| too_small(&site))?;
-    let [a, b] = CopyName::BOTH.map(|name| area.read_copy(name));
+    let mut area = site.area().ok_or_else(|| too_small(&site))?;
+    let [a, b] = area.read_copies();
     let sequences = [&a, &b].map(|copy| copy.as_ref().map_or(0, |copy| copy.sequence));
     let newest = match choose(a, b) {
         Ok(present) => {
@@ -90,7 +90,7 @@ pub fn open_backup(site: Site, backup: &[u8], even_other: bool) -> Result<Locked
     // The next update writes a number above this one.
     copy.sequence = copy.sequence.max(sequences[0]).max(sequences[1]);
     let states = [const { CopyState::Good { sequence: 0 } }; 2];
-    Ok(LockedNamespace::check(site, area, Chosen { copy, name: newest, states })?)
+    Ok(LockedNamespace::check(site, area, Chosen { copy, name: newest, other: None, states })?.not_on_media())
 }
 
 /// What a backup would lose although nobody has asked for it.
@@ -128,7 +128,7 @@ pub fn check_place(site: &Site, backup: &[u8]) -> Result<(), RestoreError> {
     let copy = HeaderCopy::decode(image(backup)?).map_err(RestoreError::Backup)?;
     let area = site.area().ok_or_else(|| too_small(site))?;
     let states = [const { CopyState::Good { sequence: 0 } }; 2];
-    LockedNamespace::check(site.clone(), area, Chosen { copy, name: CopyName::A, states })?;
+    LockedNamespace::check(site.clone(), area, Chosen { copy, name: CopyName::A, other: None, states })?;
     Ok(())
 }
 
@@ -143,9 +143,11 @@ pub fn check_place(site: &Site, backup: &[u8]) -> Result<(), RestoreError> {
 pub fn restore_unchecked(site: &Site, backup: &[u8]) -> Result<(), RestoreError> {
     let image = image(backup)?;
     check_place(site, backup)?;
-    let area = site.area().ok_or_else(|| too_small(site))?;
-    let [a, b] = CopyName::BOTH.map(|name| area.read_copy(name));
+    let mut area = site.area().ok_or_else(|| too_small(site))?;
+    let [a, b] = area.read_copies();
     let newest = choose(a, b).map_or(CopyName::A, |present| present.name);
+    // What is there is what a power cut is to leave until the backup is durable.
+    area.rewrite_copy(newest)?;
     for name in [newest.other(), newest] {
         area.write_copy(name, image)?;
     }
@@ -170,8 +172,7 @@ pub fn inspect_backup(backup: &[u8]) -> Result<Header, RestoreError> {
 ///
 /// [`OpenError::TooSmall`].
 pub fn inspect(site: &Site) -> Result<[Result<Header, CopyFault>; 2], OpenError> {
-    let area = site.area().ok_or_else(|| too_small(site))?;
-    let copies = CopyName::BOTH.map(|name| area.read_copy(name));
+    let copies = site.area().ok_or_else(|| too_small(site))?.read_copies();
     let states = [CopyState::of(&copies[0]), CopyState::of(&copies[1])];
     Ok(copies.map(|copy| copy.map(|copy| Header::of(&copy.metadata, copy.sequence, &states))))
 }
@@ -230,12 +231,13 @@ pub enum RepairKey<'a> {
 ///
 /// [`RestoreError::Copy`] and [`RestoreError::Place`].
 pub fn open_copy(site: Site, name: CopyName) -> Result<LockedNamespace, RestoreError> {
-    let area = site.area().ok_or_else(|| too_small(&site))?;
-    let other = area.read_copy(name.other()).map_or(0, |copy| copy.sequence);
-    let mut copy = area.read_copy(name).map_err(RestoreError::Copy)?;
-    copy.sequence = copy.sequence.max(other);
+    let mut area = site.area().ok_or_else(|| too_small(&site))?;
+    let [a, b] = area.read_copies();
+    let (copy, other) = if name == CopyName::A { (a, b) } else { (b, a) };
+    let mut copy = copy.map_err(RestoreError::Copy)?;
+    copy.sequence = copy.sequence.max(other.map_or(0, |other| other.sequence));
     let states = [const { CopyState::Good { sequence: 0 } }; 2];
-    Ok(LockedNamespace::check(site, area, Chosen { copy, name, states })?)
+    Ok(LockedNamespace::check(site, area, Chosen { copy, name, other: None, states })?.not_on_media())
 }
 
 fn image(backup: &[u8]) -> Result<&[u8; COPY_BYTES], RestoreError> {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::area::{CopyName, CopyState, WriteError};
+use super::destroy::emptied;
 use super::error::FormatError;
 use super::geometry::{
     DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, Placement, data_offset_for, detached_data_offset_for,
@@ -129,7 +130,7 @@ fn create(
     let site = site.with_header(options.header.clone());
     let geometry = place(&site, &options)?;
     let available_bytes = site.header_available_bytes();
-    let area = site.area().ok_or(GeometryError::NoRoom { available_bytes, header_bytes: HEADER_AREA_BYTES })?;
+    site.area().ok_or(GeometryError::NoRoom { available_bytes, header_bytes: HEADER_AREA_BYTES })?;
     let mut metadata = empty_metadata(&geometry, options.cipher, options.label, options.allow_discards);
     let volume_key = volume_key(options.cipher, options.volume_key)?;
     metadata.ephemeral = credential.is_none();
@@ -142,7 +143,8 @@ fn create(
     let mac_key = MacKey::new(&volume_key, metadata.uuid);
     // Before anything is overwritten: what does not fit into a copy is found here.
     header::encode(FIRST_SEQUENCE, &metadata, &mac_key)?;
-    area.clear()?;
+    // A namespace that was here is destroyed with all that it has elsewhere.
+    let area = emptied(&site)?;
     if site.is_detached() {
         clear_foreign_header(&site)?;
     }
@@ -178,11 +180,7 @@ impl Namespace {
     /// Writes both copies of the first header.
     fn write_new(&mut self) -> Result<(), FormatError> {
         let image = header::encode(self.sequence, &self.metadata, &self.mac_key)?;
-        for name in CopyName::BOTH {
-            self.area.write_copy(name, &image)?;
-            self.copies[name as usize] = CopyState::Good { sequence: self.sequence };
-        }
-        Ok(())
+        CopyName::BOTH.into_iter().try_for_each(|name| Ok(self.write_copy(name, self.sequence, &image)?))
     }
 }
 

@@ -188,6 +188,11 @@ pub enum UnlockError {
         /// The copy that the key opens and has written.
         genuine: CopyName,
     },
+    /// What an earlier user left in the header area could not be made durable, so nothing may be changed on top of it.
+    #[error(
+        "what the header area shows could not be made durable: until the media take writes, open it for reading only"
+    )]
+    Settle(#[source] TransformError),
     /// The namespace was being re-keyed, and where that stands cannot be read.
     #[error("the namespace was being re-keyed, and cannot be read")]
     Transform(#[from] TransformError),
@@ -203,7 +208,10 @@ pub enum UnlockError {
 pub enum UpdateError {
     /// The header could not be made durable. The old header or the new one is on media.
     #[error("the header could not be written")]
-    Write(#[from] WriteError),
+    Write(#[source] WriteError),
+    /// The header on media is not the one that was read, so it was not written over.
+    #[error("somebody else changed the header after it was read here: nothing was written, open the namespace again")]
+    Changed,
     /// The header outgrows its copy.
     #[error(transparent)]
     TooLong(#[from] TooLong),
@@ -278,6 +286,15 @@ pub enum UpdateError {
         /// Size asked for.
         new_bytes: u64,
     },
+}
+
+impl From<WriteError> for UpdateError {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::Changed => Self::Changed,
+            other => Self::Write(other),
+        }
+    }
 }
 
 /// Shows an error and its sources in one line.

@@ -25,7 +25,7 @@ use super::metadata::{Metadata, MetadataError};
 use crate::pmem::MediaError;
 use crate::secret::VolumeKey;
 
-const MAGIC: [u8; 8] = *b"DAXCRYPT";
+pub(super) const MAGIC: [u8; 8] = *b"DAXCRYPT";
 const MAGIC_OFFSET: usize = 0;
 const VERSION_OFFSET: usize = MAGIC_OFFSET + size_of_val(&MAGIC);
 const PREFIX_LEN_OFFSET: usize = VERSION_OFFSET + size_of::<u32>();

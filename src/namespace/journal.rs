@@ -18,7 +18,9 @@
 //! ```
 //!
 //! A record is overwritten only when the other one is newer and durable, so a crash at any store leaves the old state or
-//! the new one. The MAC key is derived from the new volume key: nothing that its holder did not write is acted on. This
+//! the new one. A record without a window goes to both places, one after the other, before anybody relies on it: were the
+//! older one to be the record of the window, the loss of one sector would move that window once more, over what was written
+//! to it since. The MAC key is derived from the new volume key: nothing that its holder did not write is acted on. This
 //! layer orders nothing: the sequence of save, record and move is the engine's (`volume`).
 
 use std::sync::Arc;
@@ -28,6 +30,7 @@ use sha2::Sha256;
 use uuid::Uuid;
 
 use super::area::HeaderArea;
+use super::error::UpdateError;
 use super::kdf::{self, Key256};
 use super::transform::{ID_BYTES, TransformError};
 use crate::memory::Source;
@@ -76,6 +79,24 @@ impl Record {
         Self { step: self.step + 1, done_bytes: self.done_bytes, window_bytes, saved_crc: crc32fast::hash(saved) }
     }
 
+    /// The state when the next `bytes` bytes had no data to move.
+    #[must_use]
+    pub(super) const fn skipped(&self, bytes: u64) -> Self {
+        Self { step: self.step + 1, done_bytes: self.done_bytes + bytes, ..*self }
+    }
+
+    /// The same state, for the place of the other record.
+    #[must_use]
+    const fn again(&self) -> Self {
+        Self { step: self.step.saturating_add(1), ..*self }
+    }
+
+    /// Whether no window has begun to move.
+    #[must_use]
+    pub const fn is_untouched(&self) -> bool {
+        self.done_bytes == 0 && self.window_bytes == 0
+    }
+
     /// The state when the window has arrived.
     #[must_use]
     pub const fn moved(&self) -> Self {
@@ -113,13 +134,60 @@ impl Journal {
         Ok(self.decode(&bytes).filter(|record| record.step % 2 == slot))
     }
 
+    /// The first state, in both places: nothing has moved.
+    pub(super) fn begin(&self) -> Result<Record, MediaError> {
+        self.write_twice(&Record::default())
+    }
+
     /// Makes `record` the state: durable when this returns.
     ///
     /// # Errors
     ///
     /// What the medium says; which of the two states a crash would leave is then unknown.
-    pub fn write(&self, record: &Record) -> Result<(), MediaError> {
+    pub(super) fn write(&self, record: &Record) -> Result<(), MediaError> {
         self.store(self.record_start(record.step % 2), &self.encode(record))
+    }
+
+    /// Makes `record`, which has no window, the state in both places, and gives the newer of the two.
+    pub(super) fn write_twice(&self, record: &Record) -> Result<Record, MediaError> {
+        self.write(record)?;
+        let again = record.again();
+        self.write(&again)?;
+        Ok(again)
+    }
+
+    /// Refuses when the state on media is another one than `record`, which was read or written here last.
+    pub(super) fn check(&self, record: &Record, size_bytes: u64) -> Result<(), TransformError> {
+        if self.read(size_bytes)? == *record { Ok(()) } else { Err(UpdateError::Changed.into()) }
+    }
+
+    /// Makes durable what [`Self::read`] has found, and gives the state from then on. Everything is stored again, since a
+    /// store whose flush failed is seen without being on media.
+    pub(super) fn confirm(&self, record: &Record) -> Result<Record, TransformError> {
+        if record.window_bytes == 0 {
+            return Ok(self.confirm_between_windows(record)?);
+        }
+        match self.saved(record) {
+            Ok(saved) => self.save(&saved)?,
+            // The window is lost; who opens the volume says so, and reads the rest.
+            Err(TransformError::SavedWindow { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        self.write(record)?;
+        Ok(*record)
+    }
+
+    /// Writes both records again, or the second one for the first time.
+    fn confirm_between_windows(&self, record: &Record) -> Result<Record, MediaError> {
+        let other = self.read_record((record.step + 1) % 2)?;
+        match other.filter(|other| other.again() == *record) {
+            Some(other) => {
+                self.write(record)?;
+                self.write(&other)?;
+                Ok(*record)
+            }
+            None => self.write_twice(record),
+        }
     }
 
     /// Saves the ciphertext of a window: durable when this returns, and of no account before a record tells of it.
@@ -155,12 +223,11 @@ impl Journal {
 
     /// Overwrites the journal room with zeros, durably.
     pub(super) fn clear(&self) -> Result<(), MediaError> {
-        let range = self.start..self.start + ROOM_BYTES;
-        self.backing.write(range.clone(), |mut target| target.fill(0))?;
-        self.backing.persist(range)
+        clear_room(&self.backing, self.start)
     }
 
     fn store(&self, start: u64, bytes: &[u8]) -> Result<(), MediaError> {
+        self.backing.check_flushes()?;
         let range = start..start + bytes.len() as u64;
         self.backing.write(range.clone(), |mut target| target.copy_from(bytes))?;
         self.backing.persist(range)
@@ -206,6 +273,21 @@ impl Journal {
     fn mac(&self, covered: &[u8]) -> Hmac<Sha256> {
         Hmac::<Sha256>::new_from_slice(&self.mac_key[..]).expect("HMAC takes keys of any length").chain_update(covered)
     }
+}
+
+/// Overwrites the journal room of a header area without a transform with zeros, durably: nothing of an earlier one is left,
+/// also where its end was cut or failed. Holes stay holes.
+pub(super) fn clear_unused(area: &HeaderArea) -> Result<(), MediaError> {
+    let (backing, start) = (area.backing(), area.base() + ROOM_OFFSET);
+    backing.check_flushes()?;
+    let extents = backing.extents(start..start + ROOM_BYTES, 2)?;
+    if extents.iter().any(|extent| extent.allocated) { clear_room(backing, start) } else { Ok(()) }
+}
+
+fn clear_room(backing: &Backing, start: u64) -> Result<(), MediaError> {
+    let range = start..start + ROOM_BYTES;
+    backing.write(range.clone(), |mut target| target.fill(0))?;
+    backing.persist(range)
 }
 
 /// Only a bug of the writer could make a genuine record impossible; arithmetic does not rely on that.

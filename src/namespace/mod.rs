@@ -9,6 +9,7 @@ mod area;
 mod backup;
 mod carry;
 mod create;
+mod destroy;
 mod error;
 mod geometry;
 mod header;
@@ -22,6 +23,7 @@ mod moved;
 mod open;
 mod recovery;
 mod region;
+mod settle;
 mod signature;
 mod site;
 mod slide;
@@ -39,6 +41,7 @@ pub use backup::{
     present_header, prove, restore_unchecked,
 };
 pub use create::{FormatOptions, format, format_ephemeral, format_withheld};
+pub use destroy::destroy;
 pub use error::{Chain, FormatError, OpenError, UnlockError, UpdateError};
 pub use geometry::{
     DATA_ALIGNMENT_BYTES, DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, Layout, OutOfRange, Placement,
@@ -54,7 +57,7 @@ pub use kdf::{
 pub use key_spec::{KEY_SPEC_BYTES_MAX, KeySpecError, volume_key_from_spec};
 pub use metadata::{Cipher, LABEL_BYTES_MAX, MetadataError, SLOT_COUNT_MAX};
 pub use moved::{AdoptError, MovedNamespace};
-pub use open::{LockedNamespace, erase};
+pub use open::LockedNamespace;
 pub use recovery::recovery_phrase;
 pub use region::{REGION_ALIGNMENT_BYTES, REGION_PARTITION_TYPE, Region, RegionError, RegionPartition, TableFault};
 pub use signature::{Signature, signature_found};

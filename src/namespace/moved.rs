@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::area::{CopyName, choose};
+use super::area::choose;
 use super::error::{OpenError, UnlockError};
 use super::geometry::{
     DATA_ALIGNMENT_BYTES, Geometry, GeometryError, HEADER_AREA_BYTES, Layout, Placement, data_offset_for,
@@ -77,8 +77,8 @@ impl MovedNamespace {
     ///
     /// [`AdoptError`]; nothing on media changes.
     pub fn open_in(site: Site) -> Result<Self, AdoptError> {
-        let area = site.area().ok_or_else(|| too_small(&site))?;
-        let [a, b] = CopyName::BOTH.map(|name| area.read_copy(name));
+        let mut area = site.area().ok_or_else(|| too_small(&site))?;
+        let [a, b] = area.read_copies();
         let chosen = choose(a, b)?;
         let metadata = &chosen.copy.metadata;
         match (metadata.detached, site.is_detached()) {
@@ -128,6 +128,8 @@ impl MovedNamespace {
         let mut namespace = self.locked.unlock_key(credential)?;
         let unit = options.unit.unwrap_or(self.placement.unit);
         let placement = Placement { unit, ..self.placement };
+        // Not at the opening: until now nothing is written to what may be moved back.
+        namespace.settle().map_err(UnlockError::Settle)?;
         namespace.begin_transform(self.source, &placement, credential, options)?;
         Ok(namespace)
     }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::area::{Chosen, CopyName, HeaderArea, WriteError, choose};
+use super::destroy::destroy;
 use super::error::{OpenError, UnlockError};
 use super::geometry::{Geometry, HEADER_AREA_BYTES};
 use super::header::{HeaderCopy, MacKey};
@@ -12,6 +13,7 @@ use super::metadata::Metadata;
 use super::signature::{Signature, foreign_beginning, known_format};
 use super::site::Site;
 use super::slot::Slot;
+use super::transform::TransformError;
 use super::unlocked::Namespace;
 use crate::pmem::{Backing, MediaError};
 use crate::secret::{self, SecretBytes, VolumeKey};
@@ -24,6 +26,8 @@ pub struct LockedNamespace {
     geometry: Geometry,
     chosen: Chosen,
     header: Header,
+    /// Whether the header is that of the place on media: not a backup of it, and not that of another place.
+    is_on_media: bool,
 }
 
 impl LockedNamespace {
@@ -51,8 +55,8 @@ impl LockedNamespace {
     ///
     /// [`OpenError`]; nothing on media changes.
     pub fn open_in(site: Site) -> Result<Self, OpenError> {
-        let area = site.area().ok_or_else(|| too_small(&site))?;
-        let [a, b] = CopyName::BOTH.map(|name| area.read_copy(name));
+        let mut area = site.area().ok_or_else(|| too_small(&site))?;
+        let [a, b] = area.read_copies();
         let chosen = match choose(a, b) {
             Err(OpenError::NotANamespace { .. }) => {
                 let found = known_format(area.backing(), area.base())?.map(Signature::Known);
@@ -82,13 +86,18 @@ impl LockedNamespace {
             return Err(OpenError::DataIsOther { found });
         }
         let header = Header::of(metadata, chosen.copy.sequence, &chosen.states);
-        Ok(Self { site, area, geometry, chosen, header })
+        Ok(Self { site, area, geometry, chosen, header, is_on_media: true })
+    }
+
+    /// The same for a header that is not on media yet: opening it writes nothing.
+    pub(super) fn not_on_media(self) -> Self {
+        Self { is_on_media: false, ..self }
     }
 
     /// A namespace that is not where its header says, for [`MovedNamespace`](super::moved::MovedNamespace) alone.
     pub(super) fn unchecked(site: Site, area: HeaderArea, geometry: Geometry, chosen: Chosen) -> Self {
         let header = Header::of(&chosen.copy.metadata, chosen.copy.sequence, &chosen.states);
-        Self { site, area, geometry, chosen, header }
+        Self { site, area, geometry, chosen, header, is_on_media: false }
     }
 
     /// What the header says.
@@ -109,15 +118,24 @@ impl LockedNamespace {
 
     /// Unlocks with any slot of the credential's kind, the lowest first, and authenticates the header.
     ///
+    /// Where the backing is open for writing this makes the header durable, and finishes an update of it that was cut:
+    /// nobody acts on what a power cut could take back.
+    ///
     /// # Errors
     ///
-    /// [`UnlockError::WrongCredential`] when no slot opens, [`UnlockError::Forged`] when the header is not genuine.
+    /// [`UnlockError::WrongCredential`] when no slot opens, [`UnlockError::Forged`] when the header is not genuine,
+    /// [`UnlockError::Settle`] when the media refuse writes.
     pub fn unlock_key(self, credential: &Credential) -> Result<Namespace, UnlockError> {
-        let (chosen, other) = (self.chosen.clone(), self.other_copy());
+        let (chosen, other, before) = (self.chosen.clone(), self.other_copy(), self.before_transform());
         let unlocked = self
             .suitable_slots(credential)
             .and_then(|slots| secret::with_wiped_stack(|| self.unlock_with(credential, &slots)));
-        unlocked.map_err(|error| other.and_then(|other| other.instead_of(&chosen, credential, &error)).unwrap_or(error))
+        match (unlocked, before) {
+            (Err(UnlockError::Transform(TransformError::JournalLost)), Some(before)) => before.unlock_key(credential),
+            (unlocked, _) => unlocked.map_err(|error| {
+                other.and_then(|other| other.instead_of(&chosen, credential, &error)).unwrap_or(error)
+            }),
+        }
     }
 
     /// The other copy, where it is a header and not the same one.
@@ -176,7 +194,7 @@ impl LockedNamespace {
             return Err(genuine
                 .map_or(UnlockError::OtherVolumeKey, |other| UnlockError::OtherCopy { newer, genuine: other.name }));
         }
-        self.into_namespace_with_transform(volume_key, mac_key, None)
+        self.complete(volume_key, mac_key, None)
     }
 
     /// The header copy in use, to be kept somewhere else: 65536 bytes. Whoever has it and a credential of one of its slots
@@ -196,7 +214,19 @@ impl LockedNamespace {
     ///
     /// [`WriteError`]; key material may then be left.
     pub fn erase(self) -> Result<(), WriteError> {
-        self.area.clear()
+        destroy(&self.site)
+    }
+
+    /// The namespace as the other copy has it, when that is from before the transform that the newer one tells of. Data moves
+    /// only when both copies tell of it, so nothing has moved.
+    fn before_transform(&self) -> Option<Self> {
+        self.chosen.copy.metadata.transform.as_ref()?;
+        let copy = self.chosen.other.clone()?;
+        if !self.is_on_media || copy.metadata.transform.is_some() || copy.metadata.uuid != self.header.uuid {
+            return None;
+        }
+        let (name, states) = (self.chosen.name.other(), self.chosen.states.clone());
+        Self::check(self.site.clone(), self.area.clone(), Chosen { copy, name, other: None, states }).ok()
     }
 
     fn suitable_slots(&self, credential: &Credential) -> Result<Vec<Slot>, UnlockError> {
@@ -220,18 +250,17 @@ impl LockedNamespace {
         if !self.chosen.copy.is_genuine(&mac_key) {
             return Err(UnlockError::Forged);
         }
-        self.into_namespace_with_transform(volume_key, mac_key, Some(slot_id))
+        self.complete(volume_key, mac_key, Some(slot_id))
     }
 
-    /// Whatever has unlocked it, a transform that is under way decides where its data is.
-    fn into_namespace_with_transform(
-        self,
-        volume_key: VolumeKey,
-        mac_key: MacKey,
-        slot_id: Option<u32>,
-    ) -> Result<Namespace, UnlockError> {
+    /// The namespace that an authentic header tells of, with its transform. Every way in ends here.
+    fn complete(self, volume_key: VolumeKey, mac_key: MacKey, slot_id: Option<u32>) -> Result<Namespace, UnlockError> {
+        let is_on_media = self.is_on_media;
         let mut namespace = self.into_namespace(volume_key, mac_key, slot_id);
         namespace.load_transform()?;
+        if is_on_media {
+            namespace.settle().map_err(UnlockError::Settle)?;
+        }
         Ok(namespace)
     }
 
@@ -291,19 +320,6 @@ pub(super) fn volume_key_of(copy: &HeaderCopy, credential: &Credential) -> Optio
     let purpose = copy.metadata.purpose();
     let key = slots.iter().find_map(|slot| Some((slot.id, slot.open(credential, &purpose).ok()??)));
     key.and_then(|(id, key)| Some((id, VolumeKey::new(key).ok()?)))
-}
-
-/// Overwrites the header area at `site` with zeros: durable and read back. Nothing needs to be readable there; whatever
-/// it was, it is lost.
-///
-/// # Errors
-///
-/// [`WriteError`], [`MediaError::OutOfRange`] in it when the site is smaller than a header area; key material may then
-/// be left.
-pub fn erase(site: &Site) -> Result<(), WriteError> {
-    let (backing, start) = site.header_place();
-    let (end, len_bytes) = (start.saturating_add(HEADER_AREA_BYTES), backing.len_bytes());
-    site.area().ok_or(MediaError::OutOfRange { start, end, len_bytes })?.clear()
 }
 
 /// There is no room for a header at the site.

@@ -94,7 +94,7 @@ pub fn begin_slide(
         region.begin_earlier(name, start)?;
         Ok(moving)
     });
-    if let (Err(_), Some(area)) = (&result, area)
+    if let (Err(_), Some(mut area)) = (&result, area)
         && is_still_at(region, name, present)
     {
         // The header there opens the volume key that stays in force.

@@ -8,15 +8,13 @@
 //! always has a record; both header copies are durable before the first window moves, so no copy that is left knows the
 //! old slots; and both are durable without the old key before the journal is wiped. Moving data is not done here.
 
-use std::sync::Arc;
-
 use aes_gcm_siv::aead::AeadInOut;
 use aes_gcm_siv::{Nonce, Tag};
 use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
-use super::area::{CopyState, HeaderArea};
+use super::area::CopyState;
 use super::error::UpdateError;
 use super::geometry::{DataUnit, Geometry, GeometryError, HEADER_AREA_BYTES, Layout, Placement, data_offset_for};
 use super::header::MacKey;
@@ -56,7 +54,7 @@ pub(super) struct Transform {
     paused: bool,
     /// Where the header area was that knew the old key, when the header has moved too; wiped before any data moves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    former_base: Option<u64>,
+    pub(super) former_base: Option<u64>,
     /// The old volume key under a key derived from the new one, then the tag.
     #[serde(with = "hex")]
     wrapped: Vec<u8>,
@@ -251,14 +249,45 @@ impl Pending {
         &self.journal
     }
 
-    /// Makes `record` the state, durably.
+    /// Records that the next window is being moved, durably: `ciphertext` is saved in the journal.
     ///
     /// # Errors
     ///
-    /// What the medium says; which of the two states a crash would leave is then unknown.
-    pub fn advance(&mut self, record: Record) -> Result<(), MediaError> {
+    /// [`UpdateError::Changed`] when somebody else has moved data meanwhile. [`TransformError::Media`]; which of the two
+    /// states a crash would leave is then unknown.
+    pub fn advance(&mut self, ciphertext: &[u8]) -> Result<(), TransformError> {
+        self.journal.check(&self.record, self.source.size_bytes())?;
+        let record = self.record.moving(ciphertext);
         self.journal.write(&record)?;
         self.record = record;
+        Ok(())
+    }
+
+    /// Records that the window has arrived, durably and in both places of the journal.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::advance`].
+    pub fn arrive(&mut self) -> Result<(), TransformError> {
+        self.journal.check(&self.record, self.source.size_bytes())?;
+        self.record = self.journal.write_twice(&self.record.moved())?;
+        Ok(())
+    }
+
+    /// Records that the next `bytes` bytes had no data, and are without data where they are to be.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::advance`].
+    pub fn skip(&mut self, bytes: u64) -> Result<(), TransformError> {
+        self.journal.check(&self.record, self.source.size_bytes())?;
+        self.record = self.journal.write_twice(&self.record.skipped(bytes))?;
+        Ok(())
+    }
+
+    /// Makes durable what was read from the journal.
+    pub(super) fn confirm(&mut self) -> Result<(), TransformError> {
+        self.record = self.journal.confirm(&self.record)?;
         Ok(())
     }
 }
@@ -345,16 +374,18 @@ impl Namespace {
     ) -> Result<(), TransformError> {
         let plan = self.plan(source, placement, &self.site, None, credential, options)?;
         let Plan { geometry, metadata, new_key, id } = plan;
+        // A copy that a failed update left may be the header of another transform, whose record is overwritten now.
+        self.even_out()?;
         let journal = Journal::new(&self.area, &new_key, self.metadata.uuid, id);
-        let record = Record::default();
-        journal.write(&record)?;
+        let record = journal.begin()?;
         let new_mac_key = MacKey::new(&new_key, self.metadata.uuid);
         let old_mac_key = std::mem::replace(&mut self.mac_key, new_mac_key);
         let updated = self.update(metadata);
         if self.metadata.transform.is_none() {
             // No copy is known to be durable: the old header stays in force here, and a crash may still leave the new one,
-            // under which nothing has moved.
+            // under which nothing has moved. It is taken back where that is possible; where not, its record stays.
             self.mac_key = old_mac_key;
+            let _ = self.even_out(); // the first error is the one to report
             return Ok(updated?);
         }
         let source_key = std::mem::replace(&mut self.volume_key, new_key);
@@ -375,13 +406,12 @@ impl Namespace {
         let (base, unit) = (site.base(), options.unit.unwrap_or_else(|| self.geometry.unit()));
         let placement = Placement { base, data_offset: data_offset_for(base)?, unit, ..self.geometry.placement() };
         let (available_bytes, header_bytes) = (site.available_bytes(), HEADER_AREA_BYTES);
-        let area = site.area().ok_or(GeometryError::NoRoom { available_bytes, header_bytes })?;
+        let mut area = site.area().ok_or(GeometryError::NoRoom { available_bytes, header_bytes })?;
         let plan = self.plan(source, &placement, &site, Some(self.site.base()), credential, options)?;
         let Plan { geometry, metadata, new_key, id } = plan;
         area.clear().map_err(UpdateError::Write)?;
         let journal = Journal::new(&area, &new_key, metadata.uuid, id);
-        let record = Record::default();
-        journal.write(&record)?;
+        let record = journal.begin()?;
         let mut moving = Self {
             site,
             area,
@@ -475,33 +505,6 @@ impl Namespace {
             self.update(metadata)?;
         }
         Ok(())
-    }
-
-    /// Writes both header copies again unless they agree, and wipes the header that was left behind elsewhere, so that
-    /// none is left from before the transform. Comes before the first window of every run.
-    ///
-    /// # Errors
-    ///
-    /// [`TransformError::Update`].
-    pub fn settle_header(&mut self) -> Result<(), TransformError> {
-        let sequence = self.sequence;
-        if self.copies.iter().any(|copy| *copy != CopyState::Good { sequence }) {
-            let metadata = self.metadata.clone();
-            self.update(metadata)?;
-        }
-        let former_base = self.metadata.transform.as_ref().and_then(|transform| transform.former_base);
-        // When a window has moved it is wiped, and there may be data in its place.
-        let nothing_moved = self.pending.as_ref().is_some_and(|pending| pending.record == Record::default());
-        let Some(base) = former_base.filter(|_| nothing_moved) else { return Ok(()) };
-        // It lies behind the new header and within what belongs to this namespace; anything else is not ours to wipe.
-        let (site, header_bytes) = (&self.site, HEADER_AREA_BYTES);
-        let own = site.start().saturating_add(header_bytes)..site.start().saturating_add(site.available_bytes());
-        let start = base.checked_sub(site.origin());
-        let start = start.filter(|start| own.start <= *start && start.saturating_add(header_bytes) <= own.end);
-        let former = start.and_then(|start| HeaderArea::new(Arc::clone(site.data()), start));
-        let available_bytes = site.available_bytes();
-        let former = former.ok_or(GeometryError::NoRoom { available_bytes, header_bytes })?;
-        Ok(former.clear().map_err(UpdateError::Write)?)
     }
 
     /// Ends the transform, all of whose bytes have arrived: both header copies forget the old volume key, it is wiped from

@@ -5,9 +5,10 @@
 use std::sync::Arc;
 
 use super::area::{CopyName, CopyState, HeaderArea, WriteError};
-use super::error::UpdateError;
+use super::destroy::destroy;
+use super::error::{Chain, UpdateError};
 use super::geometry::{Geometry, Placement};
-use super::header::{self, MacKey};
+use super::header::{self, COPY_BYTES, MacKey};
 use super::info::Header;
 use super::kdf::{Credential, Kdf, KdfCost, KdfWork};
 use super::metadata::{Cipher, Metadata, SLOT_COUNT_MAX, check_label};
@@ -104,6 +105,8 @@ impl Namespace {
         }
         // What was punched since is holes for ever, whatever an older header says.
         let discards = self.metadata.discards || genuine.iter().any(|copy| copy.metadata.discards);
+        // The header that is there is what a power cut is to leave until the backup is durable.
+        self.area.rewrite_copy(self.newest)?;
         self.update(Metadata { discards, ..self.metadata.clone() })
     }
 
@@ -247,6 +250,8 @@ impl Namespace {
             let rewrapped = slot.rewrapped(&self.volume_key, &old, &self.volume_key, &new)?;
             *slot = rewrapped.ok_or(UpdateError::RewrapFailed { id })?;
         }
+        // What holds it is that long, but perhaps not durably: whoever made it longer may have died.
+        self.site.data().sync_blocks().map_err(WriteError::from)?;
         let updated = self.update(metadata);
         if self.metadata.size_bytes == size_bytes {
             self.geometry = geometry; // it is in force with the first copy that is durable
@@ -270,7 +275,7 @@ impl Namespace {
     ///
     /// [`WriteError`]; key material may then be left.
     pub fn erase(self) -> Result<(), WriteError> {
-        self.area.clear()
+        destroy(&self.site)
     }
 
     fn make_slot(&self, id: u32, label: &str, credential: &Credential, cost: KdfCost) -> Result<Slot, UpdateError> {
@@ -309,11 +314,23 @@ impl Namespace {
         let sequence = self.sequence.checked_add(1).ok_or(UpdateError::SequenceExhausted)?;
         let image = header::encode(sequence, &metadata, &self.mac_key)?;
         let older = self.newest.other();
-        self.area.write_copy(older, &image)?;
+        self.write_copy(older, sequence, &image)?;
         (self.sequence, self.metadata, self.newest) = (sequence, metadata, older);
-        self.copies[older as usize] = CopyState::Good { sequence };
-        self.area.write_copy(older.other(), &image)?;
-        self.copies[older.other() as usize] = CopyState::Good { sequence };
-        Ok(())
+        Ok(self.write_copy(older.other(), sequence, &image)?)
+    }
+
+    /// Writes one copy, and remembers what became of it.
+    pub(super) fn write_copy(
+        &mut self,
+        name: CopyName,
+        sequence: u64,
+        image: &[u8; COPY_BYTES],
+    ) -> Result<(), WriteError> {
+        let written = self.area.write_copy(name, image);
+        self.copies[name as usize] = match &written {
+            Ok(()) => CopyState::Good { sequence },
+            Err(error) => CopyState::Bad { reason: Chain(error).to_string() },
+        };
+        written
     }
 }

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::error::Error;
+use super::error::{Cause, Error};
 use super::gate::{Operation, Reach};
 use crate::namespace::{LockedNamespace, REGION_ALIGNMENT_BYTES, Region, Site};
 use crate::pmem::{Access, Backing, OpenError, OpenOptions};
@@ -146,7 +146,19 @@ fn open_in_region(operation: Operation, path: &Path, name: &str, access: Access)
     if find(operation, path, &backing, name)? != range {
         return Err(Error::new(operation, path, OpenError::Busy));
     }
+    if access == Access::ReadWrite {
+        confirm_table(operation, path)?;
+    }
     Ok(Site::part(backing, range.start, range.end - range.start))
+}
+
+/// Makes the table durable that says where the namespace is. Somebody who is changing it at the moment does the same.
+fn confirm_table(operation: Operation, path: &Path) -> Result<(), Error> {
+    match open_table(operation, path) {
+        Ok(mut table) => table.confirm().map_err(|source| Error::new(operation, path, source)),
+        Err(error) if matches!(*error.cause, Cause::Open(OpenError::Busy)) => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 fn find(operation: Operation, path: &Path, backing: &Arc<Backing>, name: &str) -> Result<Range<u64>, Error> {

@@ -271,13 +271,29 @@ impl Backing {
         if let Medium::Kernel(medium) = &self.medium {
             medium.prepare_store(&range, self.len_bytes())?;
         }
-        self.check_faults(&span)?;
+        self.store(&span, f)
+    }
+
+    #[inline]
+    fn store<R>(&self, span: &Range<usize>, f: impl FnOnce(Target<'_>) -> R) -> Result<R, MediaError> {
+        self.check_faults(span)?;
         let result = match &self.medium {
-            Medium::Kernel(_) | Medium::Volatile => f(self.mapping.target(&span)),
-            Medium::Simulated(medium) => medium.write(&self.mapping, &span, f)?,
+            Medium::Kernel(_) | Medium::Volatile => f(self.mapping.target(span)),
+            Medium::Simulated(medium) => medium.write(&self.mapping, span, f)?,
         };
-        self.check_faults(&span)?;
+        self.check_faults(span)?;
         Ok(result)
+    }
+
+    /// As [`write`](Self::write), for bytes that have blocks already: none are added, neither here nor around them.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write); a missing block on a full disk is a `Fault`.
+    pub fn write_allocated<R>(&self, range: Range<u64>, f: impl FnOnce(Target<'_>) -> R) -> Result<R, MediaError> {
+        let span = self.span(&range)?;
+        self.check_writable()?;
+        self.store(&span, f)
     }
 
     /// Copies the bytes from `start` on to `bytes`, as [`read`](Self::read) does. For much that is read once: pages of a file
@@ -429,57 +445,17 @@ impl Backing {
         }
     }
 
-    /// Makes sure that `range` has blocks. Durable after [`sync_all`](Self::sync_all). Devices always have them.
+    /// Whether what is stored from now on can be made durable at all. Who writes what others act upon asks first: a store
+    /// that no flush follows is seen all the same.
     ///
     /// # Errors
     ///
-    /// `OutOfRange`, `ReadOnly`, `NoSpace`; `Unsupported` by the file system.
-    pub fn allocate(&self, range: Range<u64>) -> Result<(), MediaError> {
-        self.span(&range)?;
-        self.check_writable()?;
+    /// `Poisoned` when an earlier flush failed.
+    pub fn check_flushes(&self) -> Result<(), MediaError> {
         match &self.medium {
-            Medium::Kernel(medium) => medium.allocate(&range),
-            Medium::Simulated(medium) => medium.allocate(),
+            Medium::Kernel(medium) => medium.check_flushes(),
+            Medium::Simulated(medium) => medium.check(),
             Medium::Volatile => Ok(()),
-        }
-    }
-
-    /// Gives the blocks of `range` back: it reads as zero bytes. Durable after [`sync_all`](Self::sync_all). On a block
-    /// device the range must be aligned to its sectors.
-    ///
-    /// # Errors
-    ///
-    /// `OutOfRange`, `ReadOnly`; `Unsupported` by the file system or device.
-    pub fn punch_hole(&self, range: Range<u64>) -> Result<(), MediaError> {
-        let span = self.span(&range)?;
-        self.check_writable()?;
-        match &self.medium {
-            Medium::Kernel(medium) => medium.punch_hole(&range),
-            Medium::Simulated(medium) => medium.punch_hole(&self.mapping, &span),
-            Medium::Volatile => {
-                self.mapping.target(&span).fill(0);
-                Ok(())
-            }
-        }
-    }
-
-    /// Which bytes of `range` hold data, in ascending order without gaps. At most `count_max` extents, and no more are looked
-    /// for: when there are more, those given cover the beginning of `range`, and the caller asks again from their end.
-    ///
-    /// # Errors
-    ///
-    /// `OutOfRange`, `Io`.
-    pub fn extents(&self, range: Range<u64>, count_max: usize) -> Result<Vec<BackingExtent>, MediaError> {
-        let span = self.span(&range)?;
-        match &self.medium {
-            Medium::Kernel(medium) => medium.extents(&range, count_max),
-            _ if range.is_empty() || count_max == 0 => Ok(Vec::new()),
-            Medium::Simulated(_) => {
-                let mut extents = SimMedium::extents(&self.mapping, &span);
-                extents.truncate(count_max);
-                Ok(extents)
-            }
-            Medium::Volatile => Ok(vec![BackingExtent { range, allocated: true }]),
         }
     }
 
@@ -549,6 +525,7 @@ impl Backing {
     }
 }
 
+mod blocks;
 mod room;
 #[cfg(test)]
 mod tests;

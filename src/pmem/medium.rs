@@ -132,6 +132,20 @@ impl KernelMedium {
         Ok(())
     }
 
+    /// Whether blocks or the length may have changed without being durable.
+    pub(super) fn owes_blocks(&self) -> bool {
+        self.changes.owed().is_some()
+    }
+
+    pub(super) fn is_sparse(&self) -> bool {
+        self.sparse.load(Ordering::Acquire)
+    }
+
+    /// Refuses when an earlier flush failed.
+    pub(super) fn check_flushes(&self) -> Result<(), MediaError> {
+        self.syncs.check()
+    }
+
     pub(super) fn sync_all(&self, len_bytes: u64) -> Result<(), MediaError> {
         self.drain()?;
         let owed = self.changes.owed();

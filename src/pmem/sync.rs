@@ -15,10 +15,19 @@ use super::error::MediaError;
 
 /// How often blocks or the length of a file changed, which only a system call makes durable, and how many of those changes
 /// are.
-#[derive(Debug, Default)]
+///
+/// It begins with one that is not: whoever had the file before may have died with holes that he never made durable, and what
+/// this process reads from them it would acknowledge.
+#[derive(Debug)]
 pub(super) struct Changes {
     made: AtomicU64,
     durable: AtomicU64,
+}
+
+impl Default for Changes {
+    fn default() -> Self {
+        Self { made: AtomicU64::new(1), durable: AtomicU64::new(0) }
+    }
 }
 
 impl Changes {

@@ -19,11 +19,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use zeroize::Zeroizing;
-
 use super::error::VolumeError;
 use super::range_locked::{Held, HeldAlone, RangeLocked};
-use super::side::{Side, zero_holes};
+use super::side::Side;
 use super::sides::{Former, Saved, Sides};
 use crate::memory::{Source, Target};
 use crate::namespace::Geometry;
@@ -39,9 +37,6 @@ const LINE_BYTES: usize = 64;
 
 /// A pattern of zeroes to encrypt from; a multiple of both data units.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
-
-/// How much of a window is plaintext at a time while it moves: a multiple of both data units that stays in the cache.
-const MOVING_PIECE_BYTES: usize = 64 << 10;
 
 /// Ciphertext on one backing.
 #[derive(Debug)]
@@ -464,61 +459,23 @@ impl DataArea {
     pub(super) fn hold(&self, window: Range<u64>) -> MovingWindow<'_> {
         MovingWindow { area: self, held: self.sides.exclusive(window.clone()), window }
     }
-
-    fn store_pieces(&self, former: &Side, current: &Side, start: u64, ciphertext: &[u8]) -> Result<(), MediaError> {
-        let in_place = former.data_start() == current.data_start();
-        let mut plaintext = Zeroizing::new(vec![0; MOVING_PIECE_BYTES.min(ciphertext.len())]);
-        for (index, piece) in ciphertext.chunks(MOVING_PIECE_BYTES).enumerate() {
-            if self.holes && in_place && piece.iter().all(|&byte| byte == 0) {
-                continue; // a hole stays as it is, without blocks
-            }
-            let offset = start + (index * MOVING_PIECE_BYTES) as u64;
-            let plaintext = &mut plaintext[..piece.len()];
-            former.decrypt(offset, Source::from_slice(piece), Target::from_slice(plaintext));
-            if self.holes {
-                current.encrypt_in_place(offset, Target::from_slice(plaintext));
-                zero_holes(piece, Target::from_slice(plaintext));
-                let range = current.physical(offset..offset + piece.len() as u64);
-                self.backing.write(range, |mut target| target.copy_from(plaintext))?;
-            } else {
-                current.store(&self.backing, offset, Source::from_slice(plaintext))?;
-            }
-        }
-        Ok(())
-    }
 }
 
-/// Each function is called during a transform.
+/// What is done to it stands in `transform::moving`.
 impl MovingWindow<'_> {
-    fn sides(&self) -> (&Former, &Side) {
+    pub(super) const fn area(&self) -> &DataArea {
+        self.area
+    }
+
+    /// Its logical range.
+    pub(super) fn range(&self) -> Range<u64> {
+        self.window.clone()
+    }
+
+    /// The side that it leaves, and the one that it goes to. Called during a transform.
+    pub(super) fn sides(&self) -> (&Former, &Side) {
         let sides = self.held.as_ref().and_then(|sides| Some((sides.former.as_ref()?, &sides.current)));
         sides.expect("the engine moves windows only while there is a former side")
-    }
-
-    /// The window's ciphertext on the former side.
-    pub(super) fn read_former(&self, ciphertext: &mut [u8]) -> Result<(), MediaError> {
-        let (former, _) = self.sides();
-        self.area.backing.read(former.side.physical(self.window.clone()), |source| source.copy_to(ciphertext))
-    }
-
-    /// Fails every access to the window once it is not held any more, unless it has [arrived](Self::arrive).
-    pub(super) fn block(&self) {
-        self.sides().0.block(self.window.clone(), None);
-    }
-
-    /// Encrypts the window for the new side from its ciphertext on the former one, and makes it durable. The same again
-    /// gives the same.
-    pub(super) fn store(&self, ciphertext: &[u8]) -> Result<(), MediaError> {
-        let (former, current) = self.sides();
-        let result = self.area.store_pieces(&former.side, current, self.window.start, ciphertext);
-        secret::scrub_stack();
-        result?;
-        self.area.backing.persist(current.physical(self.window.clone()))
-    }
-
-    /// Moves the boundary over the window.
-    pub(super) fn arrive(&self, done_bytes: u64) {
-        self.sides().0.advance(done_bytes);
     }
 }
 

@@ -63,6 +63,9 @@ pub enum RegionError {
         /// Bytes of a sector.
         sector_bytes: u64,
     },
+    /// The table on media is not the one that was read, so it was not written over.
+    #[error("somebody else changed the partition table after it was read here: nothing was written, try again")]
+    Changed,
     /// There is no partition table.
     #[error("this is not a region: there is no GPT partition table")]
     NoTable,

@@ -17,10 +17,10 @@ use uuid::{Uuid, uuid};
 
 pub use self::error::{RegionError, TableFault};
 use self::table::Table;
-use super::area::CopyState;
+use super::area::{CopyState, HeaderArea, WriteError};
 use super::error::Chain;
 use super::geometry::DATA_ALIGNMENT_BYTES;
-use crate::pmem::Backing;
+use crate::pmem::{Access, Backing};
 
 /// The partition type of a namespace.
 pub const REGION_PARTITION_TYPE: Uuid = uuid!("9d1f6b0e-5c4a-4f1b-8e57-3a2c64f7d0b1");
@@ -69,7 +69,8 @@ impl Region {
         Ok(Self { backing, table })
     }
 
-    /// Reads and checks the table.
+    /// Reads and checks the table. Where the backing is open for writing it is durable when this returns, unless the write of
+    /// somebody whose flush failed is in it: [`Self::confirm`].
     ///
     /// # Errors
     ///
@@ -78,7 +79,46 @@ impl Region {
         let table = Table::read(&backing)?;
         let region = Self { backing, table };
         region.check()?;
+        if region.backing.access() == Access::ReadWrite {
+            region.table.persist(&region.backing)?;
+        }
         Ok(region)
+    }
+
+    /// Makes the table durable as it was read, and finishes a change of it that was cut. Whoever is to rely on a place in it
+    /// while writing does this first, with the table locked; every change of the table begins with it.
+    ///
+    /// # Errors
+    ///
+    /// [`RegionError::Changed`] when it is another one by now; [`RegionError::Media`].
+    pub fn confirm(&mut self) -> Result<(), RegionError> {
+        let present = Table::read(&self.backing)?;
+        if present.partitions != self.table.partitions || present.disk_guid() != self.table.disk_guid() {
+            return Err(RegionError::Changed);
+        }
+        self.table.confirm(&self.backing)
+    }
+
+    /// Destroys what the namespace `uuid` has left in free places: the header of a slide that was cut before the table knew
+    /// of it, which would open its data. For who destroys the namespace, with the table locked. How many there were.
+    ///
+    /// # Errors
+    ///
+    /// [`WriteError`]; key material may then be left.
+    pub fn sweep(&self, uuid: Uuid) -> Result<usize, WriteError> {
+        let mut swept = 0;
+        for free in self.free() {
+            let step = usize::try_from(REGION_ALIGNMENT_BYTES).unwrap_or(usize::MAX);
+            for start in (free.start..free.end).step_by(step) {
+                let Some(mut area) = HeaderArea::new(Arc::clone(&self.backing), start) else { continue };
+                if area.has_magic()? && area.read_copies().into_iter().flatten().any(|copy| copy.metadata.uuid == uuid)
+                {
+                    area.clear()?;
+                    swept += 1;
+                }
+            }
+        }
+        Ok(swept)
     }
 
     /// The backing that it is on.
@@ -274,6 +314,7 @@ impl Region {
         &mut self,
         change: impl FnOnce(&mut std::collections::BTreeMap<u32, Partition>),
     ) -> Result<(), RegionError> {
+        self.confirm()?;
         let before = self.table.partitions.clone();
         change(&mut self.table.partitions);
         self.table.write(&self.backing).inspect_err(|_| self.table.partitions = before)

@@ -35,6 +35,10 @@ pub(super) struct Table {
     sector: LogicalBlockSize,
     /// The primary header.
     header: Header,
+    /// Where the copies are that can be used: of the primary and of the backup the bytes of the header and of the entries.
+    places: [Option<[Range<u64>; 2]>; 2],
+    /// The backup is whole and says something else: a change was cut.
+    backup_is_older: bool,
     /// By number, from 1; unused entries are left out.
     pub(super) partitions: BTreeMap<u32, Partition>,
     /// What is wrong with the primary and with the backup table.
@@ -65,7 +69,8 @@ impl Table {
         backing.persist(first)?;
         // Nothing of an older table may be left to be relied on.
         let faults = [Some(TableFault::Signature), Some(TableFault::Signature)];
-        let mut table = Self { sector, header, partitions: BTreeMap::new(), faults };
+        let (places, partitions) = ([None, None], BTreeMap::new());
+        let mut table = Self { sector, header, places, backup_is_older: false, partitions, faults };
         table.write(backing)?;
         Ok(table)
     }
@@ -77,14 +82,18 @@ impl Table {
             let last = (backing.len_bytes() / sector.as_u64()).saturating_sub(1);
             let primary = read_copy(backing, sector, PRIMARY_SECTOR);
             let backup = read_copy(backing, sector, last);
+            let places = [&primary, &backup].map(|copy| copy.as_ref().ok().map(|(header, _)| places(header, sector)));
             match (primary, backup) {
                 (Ok((header, partitions)), backup) => {
-                    return Ok(Self { sector, header, partitions, faults: [None, backup.err()] });
+                    let backup_is_older = backup.as_ref().is_ok_and(|(_, older)| *older != partitions);
+                    let faults = [None, backup.err()];
+                    return Ok(Self { sector, header, places, backup_is_older, partitions, faults });
                 }
                 (Err(fault), Ok((header, partitions))) => {
                     let header = HeaderBuilder::from_header(&header).primary(true).build(sector);
                     let header = header.map_err(GptError::from)?;
-                    return Ok(Self { sector, header, partitions, faults: [Some(fault), None] });
+                    let faults = [Some(fault), None];
+                    return Ok(Self { sector, header, places, backup_is_older: false, partitions, faults });
                 }
                 (Err(TableFault::Signature), Err(TableFault::Signature)) => {}
                 (Err(primary), Err(backup)) => first_faults = first_faults.or(Some((primary, backup))),
@@ -96,13 +105,42 @@ impl Table {
         })
     }
 
+    /// Makes durable what was read, with nothing stored: enough when a predecessor was killed, and for who has no lock on
+    /// the table.
+    pub(super) fn persist(&self, backing: &Backing) -> Result<(), RegionError> {
+        for range in self.places.iter().flatten().flatten() {
+            backing.persist(range.clone())?;
+        }
+        Ok(())
+    }
+
+    /// Makes durable what was read, also where an earlier write failed: everything is stored again as it is, first the copy
+    /// that is relied on. A change that was cut between the copies is finished.
+    pub(super) fn confirm(&mut self, backing: &Backing) -> Result<(), RegionError> {
+        backing.check_flushes()?;
+        for range in self.places.iter().flatten().flatten() {
+            let mut bytes = vec![0; usize::try_from(range.end - range.start).unwrap_or(0)];
+            backing.read(range.clone(), |source| source.copy_to(&mut bytes))?;
+            backing.write(range.clone(), |mut target| target.copy_from(&bytes))?;
+            backing.persist(range.clone())?;
+        }
+        if self.backup_is_older {
+            self.write_copy(backing, false)?;
+            self.backup_is_older = false;
+        }
+        Ok(())
+    }
+
     /// Writes both copies: first the one that nobody relies on, then the other.
     pub(super) fn write(&mut self, backing: &Backing) -> Result<(), RegionError> {
+        backing.check_flushes()?;
         let primary_is_relied_on = self.faults[0].is_none();
         for is_primary in [!primary_is_relied_on, primary_is_relied_on] {
             self.write_copy(backing, is_primary)?;
         }
         self.faults = [None, None];
+        self.backup_is_older = false;
+        self.places = Self::read(backing)?.places;
         Ok(())
     }
 
@@ -209,6 +247,12 @@ fn check_header(header: &Header, at: u64, sector_count: u64) -> Result<(), Table
 const fn entries_range(header: &Header, sector: LogicalBlockSize) -> Range<u64> {
     let start = header.part_start * sector.as_u64();
     start..start + header.num_parts as u64 * header.part_size as u64
+}
+
+/// The bytes of a header and of its entries.
+const fn places(header: &Header, sector: LogicalBlockSize) -> [Range<u64>; 2] {
+    let start = header.current_lba * sector.as_u64();
+    [start..start + sector.as_u64(), entries_range(header, sector)]
 }
 
 /// A backing as a stream, for the crate. Media errors become I/O errors.

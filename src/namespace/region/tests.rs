@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{REGION_ALIGNMENT_BYTES, Region, RegionError};
 use crate::namespace::CopyState;
-use crate::pmem::sim::{Bounds, CrashImage, SimOptions};
+use crate::pmem::sim::{Bounds, CrashImage, Fault, PageCache, SimOptions};
 use crate::pmem::{Backing, Granularity};
 
 const MIB: u64 = 1 << 20;
@@ -205,4 +205,79 @@ fn a_table_in_sectors_of_4096_replaces_one_in_sectors_of_512_and_the_reverse() {
     }
     let refused = Region::create(backing, 2048).unwrap_err();
     assert!(matches!(refused, RegionError::SectorSize { sector_bytes: 2048 }), "{refused}");
+}
+
+/// A region of 12 MiB with namespaces `a` (2 MiB) and `b` (4 MiB).
+fn small_region() -> Vec<u8> {
+    let backing = media(vec![0; 12 << 20]);
+    let mut region = Region::create(Arc::clone(&backing), 512).unwrap();
+    region.add("a", 2 * MIB..4 * MIB).unwrap();
+    region.add("b", 4 * MIB..8 * MIB).unwrap();
+    bytes_of(&backing)
+}
+
+#[test]
+fn a_change_that_was_killed_and_another_one_after_it_survive_a_power_cut() {
+    let (backing, handle) = Backing::from_media(small_region(), SimOptions::new(Granularity::Page));
+    let backing = Arc::new(backing);
+    let mut first = Region::open(Arc::clone(&backing)).unwrap();
+    let place = first.place(2 * MIB).unwrap();
+    first.add("c", place).unwrap();
+    let trace = handle.trace();
+    let mut states = 0;
+    for barrier in trace.barriers() {
+        for cache in [PageCache::Kept, PageCache::Evicted] {
+            let (backings, handle) = trace.restart(barrier.position, cache);
+            let mut second = Region::open(Arc::clone(&backings[0])).unwrap();
+            second.resize("b", 2 * MIB).unwrap();
+            let bounds = Bounds { positions: (barrier.position, usize::MAX), samples: 2, ..Bounds::default() };
+            let explored = handle.trace().explore(&bounds, None, |image: CrashImage<'_>| {
+                let found = Region::open(media(image.media.to_vec())).map_err(|error| error.to_string())?;
+                let has_old = ["a", "b"].iter().all(|name| found.find(name).is_ok());
+                if has_old { Ok(()) } else { Err(format!("only {:?} are left", names(&found))) }
+            });
+            states += explored.unwrap_or_else(|failure| panic!("killed at {}, {failure}", barrier.position)).states;
+        }
+    }
+    assert!(states > 50, "{states} states");
+}
+
+#[test]
+fn a_flush_of_the_table_that_failed_is_made_up_for_by_the_next_change() {
+    let media_before = small_region();
+    let open = || {
+        let (backing, handle) = Backing::from_media(&media_before, SimOptions::new(Granularity::Page));
+        (Arc::new(backing), handle)
+    };
+    let (whole, handle) = open();
+    let mut counted = Region::open(Arc::clone(&whole)).unwrap();
+    let first = handle.calls();
+    counted.remove("a").unwrap();
+    for call in first..handle.calls() {
+        let (failing, handle) = open();
+        let mut region = Region::open(Arc::clone(&failing)).unwrap();
+        handle.fail_call(call, Fault::Io);
+        region.remove("a").unwrap_err();
+        let trace = handle.trace();
+        let (backings, handle) = trace.restart(trace.end(), PageCache::Kept);
+        let mut again = Region::open(Arc::clone(&backings[0])).unwrap();
+        let place = again.place(2 * MIB).unwrap();
+        again.add("c", place).unwrap();
+        let bounds = Bounds { positions: (trace.end(), usize::MAX), samples: 2, ..Bounds::default() };
+        let explored = handle.trace().explore(&bounds, None, |image: CrashImage<'_>| {
+            let found = Region::open(media(image.media.to_vec())).map_err(|error| error.to_string())?;
+            if found.find("b").is_ok() { Ok(()) } else { Err("b is lost".to_owned()) }
+        });
+        explored.unwrap_or_else(|failure| panic!("call {call}: {failure}"));
+    }
+}
+
+#[test]
+fn a_table_that_somebody_else_changed_is_not_written_over() {
+    let (backing, mut first) = region();
+    let mut second = Region::open(Arc::clone(&backing)).unwrap();
+    first.remove("a").unwrap();
+    let before = bytes_of(&backing);
+    assert!(matches!(second.resize("b", 4 * MIB), Err(RegionError::Changed)));
+    assert!(bytes_of(&backing) == before, "nothing was written");
 }

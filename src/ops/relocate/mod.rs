@@ -96,10 +96,13 @@ pub fn relocate(
 fn forget(place: &Location, source: Namespace) -> Result<Fate, Error> {
     let operation = Operation::RelocateSource;
     let held = Arc::clone(source.backing()); // locked as long as it is in the table
-    source.erase().map_err(|source| Error::new(operation, place.header_path(), Cause::Erase(source)))?;
+    let uuid = source.header().uuid;
+    let erase_failed = |source| Error::new(operation, place.header_path(), Cause::Erase(source));
+    source.erase().map_err(erase_failed)?;
     let Some((path, name)) = place.region() else { return Ok(Fate::Erased) };
-    let removed = location::open_table(operation, path)?.remove(name);
-    removed.map_err(|source| Error::new(operation, path, source))?;
+    let mut table = location::open_table(operation, path)?;
+    table.sweep(uuid).map_err(erase_failed)?;
+    table.remove(name).map_err(|source| Error::new(operation, path, source))?;
     drop(held);
     Ok(Fate::Removed)
 }

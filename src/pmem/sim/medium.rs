@@ -41,7 +41,11 @@ impl SimMedium {
         first_address(self.index) + range.start..first_address(self.index) + range.end
     }
 
-    fn check(&self) -> Result<(), MediaError> {
+    pub(in crate::pmem) fn owes_blocks(&self) -> bool {
+        self.changes.owed().is_some()
+    }
+
+    pub(in crate::pmem) fn check(&self) -> Result<(), MediaError> {
         if self.poisoned.load(Ordering::Acquire) { Err(MediaError::Poisoned) } else { Ok(()) }
     }
 

@@ -5,11 +5,17 @@
 //! 1. the window's ciphertext is saved in the journal;
 //! 2. a record says that the window is being moved, with a checksum of what was saved;
 //! 3. the window is decrypted and encrypted again, from the saved copy, over its new place;
-//! 4. a record says that it has arrived. Only now may anybody touch it again.
+//! 4. two records, one after the other, say that it has arrived. Only now may anybody touch it again, and the loss of one
+//!    sector of the journal cannot move it once more.
 //!
 //! A crash before 2 leaves the old window, since nothing of the data area was touched; a crash after 2 leaves the saved
-//! copy, from which 3 is done again from the beginning. Nothing is assumed about how stores tear. A window whose step 2 or
-//! later failed is blocked until the namespace is reopened, because nobody knows which of both a crash would leave.
+//! copy, from which 3 is done again from the beginning. Nothing is assumed about how stores tear. Blocks that the new place
+//! needs are allocated before 2. A window whose step 2 or later failed can be read, from what was saved, and not be written
+//! until the namespace is reopened, because nobody knows which of both a crash would leave.
+//!
+//! A hole that stays where it is has nothing to move: step 4 alone passes over it.
+
+mod moving;
 
 use std::fmt;
 use std::ops::Range;
@@ -29,6 +35,9 @@ const WINDOW_STEP_BYTES: u64 = 4096;
 /// The window of [`Volume::transform_step`] when the caller has no other wish: large enough that four rounds of making
 /// things durable do not show, small enough that nobody waits long for it.
 pub const WINDOW_BYTES: u64 = 512 << 10;
+
+/// The longest hole that is passed over at once: whoever accesses a part of it waits for so long.
+const SKIP_BYTES_MAX: u64 = 1 << 30;
 
 /// How far a re-key has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -58,18 +67,15 @@ impl Engine {
         let done_bytes = pending.record().done_bytes;
         area.resume_transform(former, is_backward(area, pending), done_bytes);
         if pending.record().window_bytes > 0 {
-            let mut saved = None;
-            if area.backing().access() == Access::ReadOnly {
-                // Who only reads cannot move it, and reads it from where it was saved.
-                let read = pending.journal().saved(&pending.record());
-                saved = read.inspect_err(|error| tracing::error!(%error, "the window being re-keyed is lost")).ok();
-            }
+            // Who only reads cannot move it, and reads it from where it was saved.
+            let saved = pending.journal().saved(&pending.record());
+            let saved = saved.inspect_err(|error| tracing::error!(%error, "the window being re-keyed is lost")).ok();
             area.block(window(area, pending, pending.record().window_bytes), saved);
         }
         if area.backing().access() == Access::ReadWrite
             && let Err(error) = engine.recover(area)
         {
-            tracing::error!(%error, "the window that was being re-keyed cannot be completed: it is blocked");
+            tracing::error!(%error, "the window that was being re-keyed cannot be completed: it cannot be written");
         }
         engine
     }
@@ -120,7 +126,9 @@ impl Engine {
         self.recover(area)?;
         let Some(progress) = self.progress() else { return Ok(None) };
         if progress.done_bytes < progress.total_bytes {
-            self.move_window(area, window_bytes)?;
+            if !self.skip_hole(area)? {
+                self.move_window(area, window_bytes)?;
+            }
             return Ok(self.progress());
         }
         let finished = self.namespace.finish_transform();
@@ -141,10 +149,28 @@ impl Engine {
         let window = window(area, pending, record.window_bytes);
         let saved = pending.journal().saved(&record)?;
         let moving = area.hold(window);
+        moving.allocate(&saved)?;
         moving.store(&saved)?;
-        pending.advance(record.moved())?;
-        moving.arrive(record.moved().done_bytes);
+        pending.arrive()?;
+        moving.arrive(pending.record().done_bytes);
         Ok(())
+    }
+
+    /// Passes over a hole that begins where the next window does and stays where it is; whether there is one.
+    fn skip_hole(&mut self, area: &DataArea) -> Result<bool, TransformError> {
+        let Some(pending) = self.namespace.pending_transform_mut() else { return Ok(false) };
+        if is_backward(area, pending) {
+            return Ok(false); // it does not stay where it is
+        }
+        let moving = area.hold(window(area, pending, SKIP_BYTES_MAX));
+        let hole_bytes = moving.hole_bytes()?;
+        if hole_bytes == 0 {
+            return Ok(false);
+        }
+        area.backing().sync_blocks()?; // or a power cut would bring back what was there
+        pending.skip(hole_bytes)?;
+        moving.arrive(pending.record().done_bytes);
+        Ok(true)
     }
 
     fn move_window(&mut self, area: &DataArea, window_bytes: u64) -> Result<(), TransformError> {
@@ -155,13 +181,15 @@ impl Engine {
 
         let moving = area.hold(window);
         moving.read_former(saved)?;
+        moving.allocate(saved)?;
         pending.journal().save(saved)?;
-        moving.block();
-        pending.advance(pending.record().moving(saved))?;
-        moving.store(saved)?;
-        pending.advance(pending.record().moved())?;
-        moving.arrive(pending.record().done_bytes);
-        Ok(())
+        moving.block(None);
+        let moved = pending.advance(saved).and_then(|()| Ok(moving.store(saved)?)).and_then(|()| pending.arrive());
+        match moved {
+            Ok(()) => moving.arrive(pending.record().done_bytes),
+            Err(_) => moving.block(Some(saved.clone())),
+        }
+        moved
     }
 }
 
@@ -254,7 +282,7 @@ impl Volume {
     ///
     /// # Errors
     ///
-    /// [`TransformError`]; when the window was already being moved, accesses to it fail until the namespace is reopened.
+    /// [`TransformError`]; when the window was already being moved, writes to it fail until the namespace is reopened.
     pub fn transform_step(&self, window_bytes: u64) -> Result<Option<TransformProgress>, TransformError> {
         self.check_here()?;
         if self.read_only() {
@@ -282,6 +310,8 @@ impl From<TransformError> for VolumeError {
 
 #[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+mod cut_tests;
 #[cfg(test)]
 mod slide_crash_tests;
 #[cfg(test)]

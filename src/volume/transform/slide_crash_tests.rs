@@ -79,7 +79,7 @@ impl Slide {
     /// The new header, the table, and the end of the old header.
     fn begin(&self, media: &mut Vec<u8>) -> Stage {
         self.stage(media, |backing, handle, acknowledged| {
-            let (mut region, _, namespace) = open(backing, 1).unwrap();
+            let (mut region, _, _, namespace) = open(backing, 1).unwrap();
             let options = RekeyOptions::default();
             let mut moving = begin_slide(&mut region, "a", namespace, TO, &key_file(1), &options).unwrap();
             acknowledged.push(handle.position());
@@ -90,7 +90,7 @@ impl Slide {
 
     fn move_data(&self, media: &mut Vec<u8>) -> Stage {
         self.stage(media, |backing, _, _| {
-            let moving = volume(open(backing, 1).unwrap().2);
+            let moving = volume(open(backing, 1).unwrap().3);
             while moving.transform().is_some_and(|progress| progress.done_bytes < progress.total_bytes) {
                 moving.transform_step(self.window).unwrap();
             }
@@ -100,18 +100,18 @@ impl Slide {
     /// The end of the transform, and of what the partition does not need.
     fn end(&self, media: &mut Vec<u8>) -> Stage {
         self.stage(media, |backing, handle, acknowledged| {
-            let (mut region, _, namespace) = open(backing, 1).unwrap();
+            let (mut region, _, _, namespace) = open(backing, 1).unwrap();
+            let opened = handle.position();
             assert!(volume(namespace).transform_step(self.window).unwrap().is_none());
             acknowledged.push(handle.position());
             region.resize("a", self.part()).unwrap();
-            acknowledged.push(handle.position());
+            acknowledged.extend([handle.position(), opened]);
         })
     }
 
     /// Opens it by its name, and finds its content.
     fn opens(&self, backing: &Arc<Backing>) -> Result<(Region, Range<u64>, namespace::Header), String> {
-        let (region, range, namespace) = open(backing, 1)?;
-        let header = namespace.header();
+        let (region, range, header, namespace) = open(backing, 1)?;
         let found = content(&volume(namespace)).map_err(|error| format!("cannot be read: {error}"))?;
         if found == self.base { Ok((region, range, header)) } else { Err("the content is garbled".into()) }
     }
@@ -128,9 +128,22 @@ impl Slide {
         {
             return Err("it has begun, and a copy of header or table does not know".into());
         }
+        if image.position >= stage.acknowledged[0] {
+            self.check_lost_record(image)?;
+        }
         let former = LockedNamespace::open_at(backing, self.from(), self.part());
         if image.position >= stage.acknowledged[1] && !matches!(former, Err(OpenError::NotANamespace { .. })) {
             return Err("the old header is still there".into());
+        }
+        Ok(())
+    }
+
+    /// While no window moves, the loss of one sector of the journal costs nothing.
+    fn check_lost_record(&self, image: CrashImage<'_>) -> Result<(), String> {
+        for start in [TO + MIB, TO + MIB + 4096].map(|start| usize::try_from(start).unwrap()) {
+            let mut media = image.media.to_vec();
+            media[start..start + 512].fill(0);
+            self.opens(&self.backing(&media).0).map_err(|error| format!("without the record at {start}: {error}"))?;
         }
         Ok(())
     }
@@ -147,7 +160,7 @@ impl Slide {
             return Ok(());
         }
         // Opening has done a window again that was being moved, and the next one moves: the power fails again.
-        let again = volume(open(&backing, 1)?.2);
+        let again = volume(open(&backing, 1)?.3);
         again.transform_step(self.window).map_err(|error| format!("does not go on: {error}"))?;
         let bounds = Bounds { exhaustive_max: 2, singles_max: 0, samples: 1, ..Bounds::default() };
         let second = handle.trace().explore(&bounds, None, |image| {
@@ -167,6 +180,9 @@ impl Slide {
         let is_clear = image.media[journal..][..1 << 20].iter().all(|&byte| byte == 0);
         if image.position >= stage.acknowledged[0] && (header.rekeying || !all_good(&header.copies) || !is_clear) {
             return Err("it has ended, and the old key or the journal is still there".into());
+        }
+        if image.position >= stage.acknowledged[2] && header.rekeying {
+            self.check_lost_record(image)?;
         }
         let is_short = range == (TO..TO + self.part()) && all_good(&region.copies());
         if image.position >= stage.acknowledged[1] && !is_short {
@@ -215,12 +231,15 @@ fn all_good(copies: &[CopyState; 2]) -> bool {
     copies.iter().all(|copy| matches!(copy, CopyState::Good { .. }))
 }
 
-fn open(backing: &Arc<Backing>, key: u8) -> Result<(Region, Range<u64>, Namespace), String> {
+/// The region, the partition, the header as it was found, and the namespace.
+fn open(backing: &Arc<Backing>, key: u8) -> Result<(Region, Range<u64>, namespace::Header, Namespace), String> {
     let region = Region::open(Arc::clone(backing)).map_err(|error| format!("no region: {error}"))?;
     let range = region.find("a").map_err(|error| error.to_string())?.range;
     let locked = LockedNamespace::open_at(Arc::clone(backing), range.start, range.end - range.start);
-    let namespace = locked.map_err(|error| format!("does not open: {error}"))?.unlock_key(&key_file(key));
-    Ok((region, range, namespace.map_err(|error| format!("does not unlock: {error}"))?))
+    let locked = locked.map_err(|error| format!("does not open: {error}"))?;
+    let header = locked.header().clone();
+    let namespace = locked.unlock_key(&key_file(key)).map_err(|error| format!("does not unlock: {error}"))?;
+    Ok((region, range, header, namespace))
 }
 
 #[test]

@@ -210,7 +210,7 @@ fn who_only_reads_finds_the_window_that_was_being_moved_in_the_journal() {
         namespace.backing().write(window.start..window.start + 5000, |mut target| target.fill(0xee)).unwrap();
         let pending = namespace.pending_transform_mut().unwrap();
         pending.journal().save(&saved).unwrap();
-        pending.advance(pending.record().moving(&saved)).unwrap();
+        pending.advance(&saved).unwrap();
         drop(namespace);
 
         let reader = volume(open(Access::ReadOnly));
