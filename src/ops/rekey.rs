@@ -10,11 +10,7 @@ use super::slots::SlotPolicy;
 use crate::namespace::{
     Cipher, Credential, DataUnit, Geometry, Namespace, Placement, RekeyOptions, SlotInfo, TransformError,
 };
-use crate::pmem::MediaError;
 use crate::volume::{Volume, VolumeError};
-
-/// Extents that are asked for at a time.
-const EXTENTS_MAX: usize = 1024;
 
 /// How much is decrypted to see how fast that is, at most.
 const TRIAL_BYTES: u64 = 64 << 20;
@@ -99,30 +95,9 @@ pub fn estimate(volume: &Volume, wish: Wish) -> Result<Estimate, Cause> {
         size_bytes: volume.size(),
         decrypted_bytes_per_second: decryption_rate(volume)?,
         others: volume.other_slots(),
-        blocks_bytes: missing_blocks(volume)?,
+        blocks_bytes: volume.blocks_needed(geometry.data_offset())?,
         free_bytes: volume.backing().free_bytes(),
     })
-}
-
-/// Bytes of the data without blocks. Where discards are allowed a hole reads as zeroes and stays one.
-fn missing_blocks(volume: &Volume) -> Result<u64, MediaError> {
-    if volume.discards() {
-        return Ok(0);
-    }
-    let start = volume.geometry().data_start();
-    let (mut at, end, mut missing) = (start, start + volume.size(), 0);
-    while at < end {
-        let extents = match volume.backing().extents(at..end, EXTENTS_MAX) {
-            Err(MediaError::Unsupported) => return Ok(0),
-            extents => extents?,
-        };
-        let last = extents.last().map(|extent| extent.range.end);
-        let Some(last) = last.filter(|&last| last > at) else { break };
-        let holes = extents.iter().filter(|extent| !extent.allocated);
-        missing += holes.map(|extent| extent.range.end - extent.range.start).sum::<u64>();
-        at = last;
-    }
-    Ok(missing)
 }
 
 /// Bytes a second, from the beginning of the volume.

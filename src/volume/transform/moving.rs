@@ -14,6 +14,7 @@ use zeroize::Zeroizing;
 
 use super::super::area::MovingWindow;
 use super::super::side::zero_holes;
+use super::Volume;
 use crate::memory::{Source, Target};
 use crate::pmem::{Backing, MediaError};
 use crate::secret;
@@ -23,6 +24,9 @@ const PIECE_BYTES: usize = 64 << 10;
 
 /// What has blocks or has none: the pages of every file system.
 const PAGE_BYTES: usize = 4096;
+
+/// How many runs are asked for at a time.
+const EXTENTS_MAX: usize = 256;
 
 /// A part of a window: whole pages that all have data, or all have none.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -183,6 +187,61 @@ impl MovingWindow<'_> {
         let start = self.range().start;
         start + part.start as u64..start + part.end as u64
     }
+}
+
+impl Volume {
+    /// Bytes of blocks that its data would need besides those that the backing has, were it moved to `data_offset` from the
+    /// base: what is to be free on the file system before. A re-key in place needs none, since holes stay holes, unless the file
+    /// system writes everything to new blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`MediaError::OutOfRange`] when there is no such place in the backing, and what the medium says.
+    pub fn blocks_needed(&self, data_offset: u64) -> Result<u64, MediaError> {
+        let (backing, geometry) = (self.backing(), self.geometry());
+        let from = geometry.data_start();
+        if data_offset == geometry.data_offset() || !backing.is_sparse() {
+            return Ok(0);
+        }
+        let to = (from - geometry.data_offset()).saturating_add(data_offset);
+        let mut needed = 0;
+        for_extents(backing, from..from + self.size(), |data| {
+            let moved = data.start - from..data.end - from;
+            if data.allocated {
+                for_extents(backing, to.saturating_add(moved.start)..to.saturating_add(moved.end), |place| {
+                    needed += if place.allocated { 0 } else { place.end - place.start };
+                    Ok(())
+                })?;
+            }
+            Ok(())
+        })?;
+        Ok(needed)
+    }
+}
+
+/// A run of bytes of a backing.
+struct Extent {
+    start: u64,
+    end: u64,
+    allocated: bool,
+}
+
+/// Calls `look` with every run of `range`, in order.
+fn for_extents(
+    backing: &Backing,
+    range: Range<u64>,
+    mut look: impl FnMut(&Extent) -> Result<(), MediaError>,
+) -> Result<(), MediaError> {
+    let mut start = range.start;
+    while start < range.end {
+        let extents = backing.extents(start..range.end, EXTENTS_MAX)?;
+        let Some(end) = extents.last().map(|last| last.range.end).filter(|&end| end > start) else { break };
+        for extent in extents {
+            look(&Extent { start: extent.range.start, end: extent.range.end, allocated: extent.allocated })?;
+        }
+        start = end;
+    }
+    Ok(())
 }
 
 fn is_zero_at(backing: &Backing, range: Range<u64>) -> Result<bool, MediaError> {

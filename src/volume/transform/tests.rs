@@ -7,7 +7,7 @@ use super::*;
 use crate::memory::Source;
 use crate::namespace::{self, Cipher, DataUnit, FormatOptions, KdfCost, LockedNamespace, OtherSlots, UnlockError};
 use crate::pmem::sim::SimOptions;
-use crate::pmem::{Backing, Granularity};
+use crate::pmem::{Access, Backing, Granularity};
 use crate::secret::SecretBytes;
 use crate::xts::Backend;
 
@@ -364,4 +364,66 @@ fn reads_and_writes_are_right_while_windows_move() {
     let expected = content(&volume);
     drop(volume);
     assert_eq!(content(&Volume::new(open(&backing, 1).unwrap(), Backend::detect())), expected);
+}
+
+/// Bytes of blocks that a file has.
+fn held_bytes(file: &tempfile::NamedTempFile) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    file.as_file().sync_all().unwrap();
+    file.as_file().metadata().unwrap().blocks() * 512
+}
+
+#[test]
+fn a_sparse_file_stays_sparse() {
+    const LEN: u64 = 64 << 20;
+    for allow_discards in [false, true] {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(LEN).unwrap();
+        let backing = Arc::new(Backing::open(file.path(), Access::ReadWrite).unwrap());
+        let options = FormatOptions { allow_discards, ..FormatOptions::default() };
+        let namespace = namespace::format(Arc::clone(&backing), options, &key_file(1)).unwrap();
+        let volume = volume(namespace);
+        // A step of 1 MiB has blocks wherever something was written; with discards holes between pages come back.
+        let written = [(0, noise(3, 64 << 10)), (10 << 20, noise(4, 4096)), (40 << 20, noise(5, 100 << 10))];
+        for (offset, bytes) in &written {
+            volume.write_at(bytes, *offset).unwrap();
+        }
+        volume.discard(8192, 32 << 10).unwrap();
+        volume.discard((10 << 20) + 4096, (1 << 20) - 4096).unwrap();
+        volume.flush().unwrap();
+        let expected = written.clone().map(|(offset, bytes)| {
+            let mut found = vec![0; bytes.len()];
+            volume.read_at(&mut found, offset).unwrap();
+            found
+        });
+        let before = held_bytes(&file);
+        assert!(before < 8 << 20, "{before} bytes");
+        assert_eq!(volume.blocks_needed(volume.geometry().data_offset()).unwrap(), 0);
+        volume.begin_rekey(&key_file(1), &RekeyOptions::default()).unwrap();
+        let mut steps = 0;
+        while volume.transform_step(WINDOW_BYTES).unwrap().is_some() {
+            steps += 1;
+        }
+        assert!(steps < 20, "holes are passed over at once: {steps} steps");
+        let after = held_bytes(&file);
+        assert!(after <= before + (64 << 10), "discards: {allow_discards}: {before} bytes became {after}");
+        for ((offset, _), expected) in written.iter().zip(&expected) {
+            let mut found = vec![0; expected.len()];
+            volume.read_at(&mut found, *offset).unwrap();
+            assert!(found == *expected, "discards: {allow_discards}: at {offset}");
+        }
+    }
+}
+
+#[test]
+fn a_file_with_all_its_blocks_keeps_every_byte_also_those_that_were_never_written() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), vec![0; 4 << 20]).unwrap();
+    file.as_file().sync_all().unwrap();
+    let backing = Arc::new(Backing::open(file.path(), Access::ReadWrite).unwrap());
+    let volume = volume(namespace::format(Arc::clone(&backing), FormatOptions::default(), &key_file(1)).unwrap());
+    let before = content(&volume);
+    volume.begin_rekey(&key_file(1), &RekeyOptions::default()).unwrap();
+    run_to_the_end(&volume);
+    assert!(content(&volume) == before);
 }
