@@ -452,6 +452,7 @@ impl Backing {
     ///
     /// `Poisoned` when an earlier flush failed.
     pub fn check_flushes(&self) -> Result<(), MediaError> {
+        self.check_owner()?;
         match &self.medium {
             Medium::Kernel(medium) => medium.check_flushes(),
             Medium::Simulated(medium) => medium.check(),
