@@ -286,6 +286,11 @@ fn cut(range: Range<u64>, step: u64) -> impl Iterator<Item = Range<u64>> {
     })
 }
 
+/// Whether all of `range` may be held at once: the short way of most requests.
+const fn is_one_piece(range: &Range<u64>) -> bool {
+    range.end <= (range.start / HELD_BYTES_MAX).saturating_add(1).saturating_mul(HELD_BYTES_MAX)
+}
+
 /// Calls `with` for the partial first block, the whole blocks and the partial last one of `piece`; for all of it when it is
 /// short.
 #[inline]
@@ -310,7 +315,9 @@ fn read_pieces(
 ) -> Result<(), VolumeError> {
     let start = range.start;
     let place = |piece: &Range<u64>| len(&(start..piece.start))..len(&(start..piece.end));
-    let result = if in_a_map(buf) {
+    let result = if is_one_piece(&range) && !in_a_map(buf) {
+        read(range, buf)
+    } else if in_a_map(buf) {
         way(&range).and_then(|mut way| {
             cut(range, WAY_BYTES).try_for_each(|piece| {
                 let bytes = &mut way[..len(&piece)];
@@ -340,6 +347,9 @@ pub(crate) fn write_pieces<E: From<VolumeError>>(
 ) -> Result<(), E> {
     let start = range.start;
     let place = |piece: &Range<u64>| len(&(start..piece.start))..len(&(start..piece.end));
+    if is_one_piece(&range) && !in_a_map(data) {
+        return write(range, data);
+    }
     if !in_a_map(data) {
         return cut(range, HELD_BYTES_MAX).try_for_each(|piece| {
             let place = place(&piece);
