@@ -22,7 +22,9 @@
 //!   cell that is committed takes the hole with it. Whole pages of zero bytes count as holes.
 //!
 //! A process may die while the power stays ([`Trace::restart`]): the next one sees every store, and those that were not
-//! committed are still not durable. What the dead process had marked is not marked any more, because nobody fences it.
+//! committed are still not durable. What the dead process had marked is not marked any more, because nobody fences it. A
+//! sync that makes its system call commits what dead processes have stored: the kernel knows the pages that they made dirty
+//! on a DAX file. Device-DAX has no such call, and a store that is in a cache when its process dies has nobody who cares.
 //!
 //! One call may fail ([`SimHandle::fail_call`]). Before a store or a change of blocks nothing has happened then, or (EIO
 //! in a store) half of it. After a failed flush or sync the pages are *clean*: their stores stay visible, a power cut keeps
@@ -60,6 +62,8 @@ pub(super) use medium::SimMedium;
 pub use explore::{Bounds, CrashImage, Explored, Failure};
 pub use medium::visible_bytes;
 pub use mutants::Mutants;
+#[cfg(test)]
+pub(crate) use proof::assert_proof;
 pub use proof::{Effort, Proof, Story, Told, prove};
 pub use replay::{Barrier, BarrierKind};
 

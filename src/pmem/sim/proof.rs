@@ -25,6 +25,11 @@ pub trait Story {
     /// What a process saw that has brought the operation to its end.
     type Seen;
 
+    /// Whether a note stays true while the operation is brought to its end. One that tells of a moment does not.
+    fn lasts(_note: &Self::Note) -> bool {
+        true
+    }
+
     /// What the media are.
     fn options(&self) -> SimOptions;
 
@@ -263,6 +268,7 @@ impl<S: Story> Prover<'_, S> {
         seed: usize,
     ) -> Result<usize, String> {
         let from = handle.position();
+        let told: Vec<_> = told.iter().filter(|note| S::lasts(note)).cloned().collect();
         let seen = self.story.finish(backings).map_err(|error| format!("it cannot be ended: {error}"))?;
         let trace = handle.trace();
         let end = trace.end();
@@ -276,7 +282,7 @@ impl<S: Story> Prover<'_, S> {
             every: (barriers / 6).max(1),
         };
         let explored = trace.explore(&bounds, None, |image| {
-            self.check(image, told)?;
+            self.check(image, &told)?;
             if image.position == end { self.story.ended(image, strict.then_some(&seen)) } else { Ok(()) }
         });
         match explored {
@@ -294,4 +300,26 @@ fn spread(all: &[usize], count: usize) -> Vec<usize> {
     }
     let last = count.saturating_sub(1).max(1);
     (0..count).map(|index| all[index * (all.len() - 1) / last]).collect()
+}
+
+#[cfg(test)]
+impl Effort {
+    /// As much as `DAXCRYPT_CRASH_SAMPLES` says, which `tools/crash` sets; little without it.
+    pub(crate) fn of_environment() -> Self {
+        Self::new(std::env::var("DAXCRYPT_CRASH_SAMPLES").map_or(2, |samples| samples.parse().unwrap()))
+    }
+}
+
+/// [`prove`], for a test: prints what was tried, and panics with what was wrong.
+#[cfg(test)]
+#[track_caller]
+pub(crate) fn assert_proof<S: Story>(name: &str, story: &S, effort: &Effort) -> Proof {
+    let began = std::time::Instant::now();
+    let proof = prove(story, effort).unwrap_or_else(|error| panic!("{name}: {error}"));
+    println!("crash {name}: {proof}, {:.1} s", began.elapsed().as_secs_f64());
+    assert!(
+        proof.explored.states > 4 && proof.kill_states > proof.kills && proof.fault_states > proof.faults,
+        "{proof}"
+    );
+    proof
 }

@@ -52,6 +52,8 @@ pub(super) struct Cell {
     pieces: Vec<Piece>,
     /// How many of them, from the first, each thread has marked by a flush.
     marks: Vec<(Thread, usize)>,
+    /// How many of them, from the first, are of a process that is dead.
+    orphans: usize,
 }
 
 impl Cell {
@@ -78,6 +80,7 @@ impl Cell {
     /// Takes the first `count` pieces out.
     fn take(&mut self, count: usize) -> Vec<Piece> {
         self.marks.iter_mut().for_each(|(_, marked)| *marked = marked.saturating_sub(count));
+        self.orphans = self.orphans.saturating_sub(count);
         self.pieces.drain(..count).collect()
     }
 
@@ -175,7 +178,7 @@ impl Replay {
             Event::Sync(index, thread) => {
                 let range = first_address(*index)..first_address(index + 1);
                 let committed = if self.has_lines(&range) {
-                    self.mark_holes(&range, *thread) | self.commit_marked(*thread)
+                    self.mark_for_sync(&range, *thread) | self.commit_marked(*thread)
                 } else {
                     self.commit_pages(&range)
                 };
@@ -216,7 +219,10 @@ impl Replay {
 
     /// The process is dead: nobody fences what it has marked. `evicted`: clean pages are read from the media again.
     fn forget(&mut self, evicted: bool) -> bool {
-        self.cells.values_mut().for_each(|cell| cell.marks.clear());
+        for cell in self.cells.values_mut() {
+            cell.marks.clear();
+            cell.orphans = cell.pieces.len();
+        }
         if evicted {
             let clean = std::mem::take(&mut self.clean_pages);
             self.cells.retain(|cell, _| !clean.contains(&(cell - cell % PAGE_BYTES)));
@@ -268,12 +274,13 @@ impl Replay {
         marked
     }
 
-    /// A sync makes holes durable, and what was stored to their cells before.
-    fn mark_holes(&mut self, range: &Range<u64>, thread: Thread) -> bool {
+    /// A sync makes holes durable, and what was stored to their cells before; and what dead processes have stored, because
+    /// the kernel writes back the pages that it knows to be dirty.
+    fn mark_for_sync(&mut self, range: &Range<u64>, thread: Thread) -> bool {
         let mut marked = false;
         for (_, cell) in self.cells.range_mut(range.clone()) {
             let punched = cell.pieces.iter().rposition(|piece| piece.punched).map_or(0, |last| last + 1);
-            marked |= cell.mark(thread, punched);
+            marked |= cell.mark(thread, punched.max(cell.orphans));
         }
         marked
     }
