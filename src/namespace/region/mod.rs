@@ -349,4 +349,6 @@ impl Region {
 }
 
 #[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
 mod tests;

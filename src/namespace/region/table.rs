@@ -124,10 +124,16 @@ impl Table {
             backing.write(range.clone(), |mut target| target.copy_from(&bytes))?;
             backing.persist(range.clone())?;
         }
-        if self.backup_is_older {
-            self.write_copy(backing, false)?;
-            self.backup_is_older = false;
+        // A copy that looks damaged may be whole on media, and older: the stores that cut it may not be durable.
+        let stale = [self.faults[0].is_some(), self.backup_is_older || self.faults[1].is_some()];
+        for (is_primary, stale) in [true, false].into_iter().zip(stale) {
+            if stale {
+                self.write_copy(backing, is_primary)?;
+            }
         }
+        self.faults = [None, None];
+        self.backup_is_older = false;
+        self.places = Self::read(backing)?.places;
         Ok(())
     }
 
