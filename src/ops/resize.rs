@@ -60,6 +60,10 @@ pub fn apply(location: &Location, volume: &Volume, wanted: Wanted) -> Result<Res
     if needed_bytes > available_bytes {
         make_room(location, volume, needed_bytes, wanted.sparse)?;
     }
+    if new_bytes > old_bytes {
+        // The room that is there may be one that a process made which died before it was durable.
+        volume.backing().sync_all().map_err(|source| failed(location, source))?;
+    }
     volume.resize(new_bytes, wanted.even_smaller).map_err(|source| failed(location, source))?;
     if location.region().is_some() && new_bytes < old_bytes {
         resize_partition(location, volume, needed_bytes)?;
@@ -86,7 +90,7 @@ fn make_room(location: &Location, volume: &Volume, needed_bytes: u64, sparse: bo
     match backing.kind() {
         BackingKind::File => {
             let grown = backing.grow(base.saturating_add(needed_bytes), allocation);
-            grown.and_then(|_| backing.sync_all()).map_err(|source| failed(location, source))?;
+            grown.map_err(|source| failed(location, source))?;
         }
         BackingKind::BlockDevice => drop(backing.grow(needed_bytes, allocation)),
         BackingKind::DevDax => {}
@@ -110,3 +114,6 @@ fn resize_partition(location: &Location, volume: &Volume, needed_bytes: u64) -> 
     volume.set_available_bytes(len_bytes);
     Ok(())
 }
+
+#[cfg(test)]
+mod crash_tests;
