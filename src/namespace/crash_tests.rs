@@ -1,18 +1,18 @@
-//! Power cuts during updates of the header: exactly the old or the new set of keys opens, and an acknowledged change stays.
+//! Power cuts, kills and failing calls during updates of the header: exactly the old or the new set of keys opens, an
+//! acknowledged change stays, and an update that was interrupted is finished.
 
 use std::sync::Arc;
-use std::time::Instant;
 
-use super::header::{COPY_BYTES, HeaderCopy};
-use super::metadata::Metadata;
 use super::{Credential, FormatOptions, KdfCost, LockedNamespace, Namespace, format};
-use crate::memory::Source;
-use crate::pmem::sim::{Bounds, CrashImage, SimHandle, SimOptions};
+use crate::leftovers::{Old, nothing_old_is_left};
+use crate::pmem::sim::{CrashImage, Effort, SimOptions, Story, Told, assert_proof, visible_bytes};
 use crate::pmem::{Backing, Granularity};
 use crate::secret::SecretBytes;
 
 const SIZE: u64 = 16 << 10;
-const KEYS: [u8; 4] = [1, 2, 3, 4];
+const KEYS: [u8; 3] = [1, 2, 3];
+const COPIES: [usize; 2] = [0, 256 << 10];
+const COPY_BYTES: usize = 64 << 10;
 
 fn key_file(byte: u8) -> Credential {
     Credential::KeyFile(SecretBytes::copy_of(&[byte; 32]))
@@ -27,105 +27,136 @@ struct Seen {
     discards: bool,
 }
 
+type Change = fn(&mut Namespace) -> Result<(), String>;
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+const CHANGES: [Change; 6] = [
+    |namespace| namespace.set_unclean(true).map_err(text),
+    |namespace| namespace.add_slot(None, "second", &key_file(2), KdfCost::LEAST).map(drop).map_err(text),
+    |namespace| namespace.change_slot(0, &key_file(3), KdfCost::LEAST).map_err(text),
+    |namespace| namespace.resize(2 * SIZE, false).map_err(text),
+    |namespace| namespace.remove_slot(1, false).map_err(text),
+    |namespace| namespace.allow_discards().map_err(text),
+];
+
+/// What is seen after so many changes.
+fn after(changes: usize) -> Seen {
+    Seen {
+        opens: [changes < 3, (2..5).contains(&changes), changes >= 3],
+        size_bytes: if changes < 4 { SIZE } else { 2 * SIZE },
+        unclean: changes >= 1,
+        discards: changes >= 6,
+    }
+}
+
 fn open(backing: &Arc<Backing>, key: u8) -> Option<Namespace> {
     LockedNamespace::open(Arc::clone(backing)).ok()?.unlock_key(&key_file(key)).ok()
 }
 
-fn see(backing: &Arc<Backing>) -> Result<Seen, String> {
-    let locked = LockedNamespace::open(Arc::clone(backing)).map_err(|error| error.to_string())?;
+/// After how many changes it looks so.
+fn changes_in(backing: &Arc<Backing>) -> Result<usize, String> {
+    let locked = LockedNamespace::open(Arc::clone(backing)).map_err(text)?;
     let header = locked.header().clone();
     let opens = KEYS.map(|key| open(backing, key).is_some());
-    Ok(Seen { opens, size_bytes: header.size_bytes, unclean: header.unclean, discards: header.discards })
+    let (size_bytes, unclean, discards) = (header.size_bytes, header.unclean, header.discards);
+    let seen = Seen { opens, size_bytes, unclean, discards };
+    let changes = (0..=CHANGES.len()).find(|&changes| after(changes) == seen);
+    changes.ok_or_else(|| format!("{seen:?} is half a change"))
 }
 
-/// The state after an acknowledged change.
-struct State {
-    acknowledged: usize,
-    seen: Seen,
-    metadata: Metadata,
+/// All changes, one after the other.
+struct Updates {
+    options: SimOptions,
+    beginning: Vec<u8>,
+    old: Old,
 }
 
-/// The states after each change; the first is the beginning.
-fn story(options: SimOptions) -> (Vec<State>, SimHandle) {
-    let len = usize::try_from((2 << 20) + 2 * SIZE).unwrap();
-    let backing = Arc::new(Backing::simulated(len, options).0);
-    let formatting = FormatOptions { size_bytes: Some(SIZE), ..FormatOptions::default() };
-    format(Arc::clone(&backing), formatting, &key_file(1)).unwrap();
-    let mut media = vec![0; len];
-    backing.read(0..len as u64, |source: Source<'_>| source.copy_to(&mut media)).unwrap();
-    let (backing, handle) = Backing::from_media(media, options);
-    let backing = Arc::new(backing);
-    let mut namespace = open(&backing, 1).unwrap();
-    let state = |acknowledged, namespace: &Namespace| State {
-        acknowledged,
-        seen: see(&backing).unwrap(),
-        metadata: namespace.metadata.clone(),
-    };
-    let mut states = vec![state(0, &namespace)];
-    let changes: [fn(&mut Namespace); 6] = [
-        |namespace| namespace.set_unclean(true).unwrap(),
-        |namespace| assert_eq!(namespace.add_slot(None, "second", &key_file(2), KdfCost::LEAST).unwrap(), 1),
-        |namespace| namespace.change_slot(0, &key_file(3), KdfCost::LEAST).unwrap(),
-        |namespace| namespace.resize(2 * SIZE, false).unwrap(),
-        |namespace| namespace.remove_slot(1, false).unwrap(),
-        |namespace| namespace.allow_discards().unwrap(),
-    ];
-    for change in changes {
-        change(&mut namespace);
-        states.push(state(handle.position(), &namespace));
+impl Updates {
+    fn new(options: SimOptions) -> Self {
+        let backing = Arc::new(Backing::simulated(usize::try_from((2 << 20) + 2 * SIZE).unwrap(), options).0);
+        let formatting = FormatOptions { size_bytes: Some(SIZE), ..FormatOptions::default() };
+        format(Arc::clone(&backing), formatting, &key_file(1)).unwrap();
+        let beginning = visible_bytes(&backing);
+        Self { options, old: Old::of(&beginning), beginning }
     }
-    (states, handle)
+
+    fn go_on(&self, backing: &Arc<Backing>, tell: &dyn Fn(usize)) -> Result<(), String> {
+        let done = changes_in(backing)?;
+        let mut namespace = KEYS.iter().find_map(|&key| open(backing, key)).ok_or("no key opens")?;
+        for (number, change) in CHANGES.iter().enumerate().skip(done) {
+            change(&mut namespace)?;
+            tell(number + 1);
+        }
+        Ok(())
+    }
 }
 
-/// The state is that of the last acknowledged change or, while the next one is under way, of the next.
-/// Neither copy by itself is of an older state: that is how a removed slot is destroyed.
-fn check(image: CrashImage<'_>, options: SimOptions, states: &[State]) -> Result<(), String> {
-    let backing = Arc::new(Backing::from_media(image.media, options).0);
-    let seen = see(&backing)?;
-    let last = states.iter().rposition(|state| state.acknowledged <= image.position).expect("the first is at 0");
-    let allowed = &states[last..states.len().min(last + 2)];
-    if !allowed.iter().any(|state| state.seen == seen) {
-        return Err(format!("{seen:?} after change {last}"));
+impl Story for Updates {
+    type Note = usize;
+    type Seen = ();
+
+    fn options(&self) -> SimOptions {
+        self.options
     }
-    for start in [0, 256 << 10] {
-        let copy: &[u8; COPY_BYTES] = image.media[start..start + COPY_BYTES].try_into().unwrap();
-        let metadata = HeaderCopy::decode(copy).map(|copy| copy.metadata);
-        if metadata.is_ok_and(|metadata| !allowed.iter().any(|state| state.metadata == metadata)) {
-            return Err(format!("the copy at {start} is older than change {last}"));
+
+    fn beginning(&self) -> Vec<Vec<u8>> {
+        vec![self.beginning.clone()]
+    }
+
+    fn run(&self, backings: &[Arc<Backing>], told: &Told<usize>) -> Result<(), String> {
+        self.go_on(&backings[0], &|changes| told.tell(changes))
+    }
+
+    /// No change that was acknowledged is lost, and neither copy by itself is of before it: that is how a removed slot is
+    /// destroyed.
+    fn check(&self, backings: &[Arc<Backing>], image: CrashImage<'_>, told: &[usize]) -> Result<(), String> {
+        let last = told.last().copied().unwrap_or(0);
+        let changes = changes_in(&backings[0])?;
+        if changes < last {
+            return Err(format!("{changes} changes are left of {last}"));
+        }
+        for start in COPIES {
+            let mut alone = image.media.to_vec();
+            alone[start..start + COPY_BYTES].fill(0);
+            let (alone, _) = Backing::from_media(alone, self.options);
+            let alone = Arc::new(alone);
+            if LockedNamespace::open(Arc::clone(&alone)).is_ok() && changes_in(&alone)? < last {
+                return Err(format!("without the copy at {start}, changes are left out of {last}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&self, backings: &[Arc<Backing>]) -> Result<(), String> {
+        self.go_on(&backings[0], &drop)
+    }
+
+    fn ended(&self, image: CrashImage<'_>, _seen: Option<&()>) -> Result<(), String> {
+        nothing_old_is_left(image.media, &[0], &self.old)?;
+        match changes_in(&image.reopen(self.options).0[0])? {
+            changes if changes == CHANGES.len() => Ok(()),
+            changes => Err(format!("only {changes} changes are left")),
         }
     }
-    Ok(())
 }
 
-fn survives(granularity: Granularity) {
-    let began = Instant::now();
-    let options = SimOptions::new(granularity);
-    let samples: usize = std::env::var("DAXCRYPT_CRASH_SAMPLES").map_or(4, |samples| samples.parse().unwrap());
-    let bounds = Bounds { exhaustive_max: 4 * samples as u64, singles_max: samples, samples, ..Bounds::default() };
-    let (states, handle) = story(options);
-    let trace = handle.trace();
-    let explored = trace.explore(&bounds, None, |image| check(image, options, &states));
-    let explored = explored.unwrap_or_else(|failure| panic!("event {}: {}", failure.position, failure.error));
-    let mutants = trace.mutants(&bounds, 8, |image| check(image, options, &states));
-    println!(
-        "crash header, {granularity:?}: {} crash points, {} states, {} unique media, {} of {} mutants killed, {:.1} s",
-        explored.crash_points,
-        explored.states,
-        explored.unique_media,
-        mutants.killed,
-        mutants.all,
-        began.elapsed().as_secs_f64()
-    );
-    assert!(explored.crash_points >= 24 && explored.states > 60, "{explored:?}");
-    assert!(mutants.survivors.is_empty(), "not noticed: {:?}", mutants.survivors);
+fn survives(name: &str, granularity: Granularity) {
+    let all = Effort::of_environment();
+    let effort = Effort { seconds_every: 40, kills: all.kills / 2, faults: all.faults / 2, reach: 8, ..all };
+    let proof = assert_proof(name, &Updates::new(SimOptions::new(granularity)), &effort);
+    assert!(proof.explored.crash_points >= 24 && proof.explored.states > 60, "{proof}");
+    assert!(proof.mutants.all > 0 && proof.mutants.survivors.is_empty(), "not noticed: {:?}", proof.mutants.survivors);
 }
 
 #[test]
-fn header_updates_survive_a_power_cut_at_cache_line_granularity() {
-    survives(Granularity::CacheLine);
+fn header_updates_survive_at_cache_line_granularity() {
+    survives("header, cache line", Granularity::CacheLine);
 }
 
 #[test]
-fn header_updates_survive_a_power_cut_at_page_granularity() {
-    survives(Granularity::Page);
+fn header_updates_survive_at_page_granularity() {
+    survives("header, page", Granularity::Page);
 }

@@ -1,138 +1,232 @@
-//! Power cuts while a namespace is relocated within a region: from the emptied place to the erased source, one of both opens
-//! with all its content, what does not have all its content never opens, and no barrier can be left out.
+//! Power cuts, kills and failing calls while a namespace is relocated, within a region and from one file to another: from the
+//! emptied place to the erased source, one of both opens with all its content, what does not have all its content never
+//! opens, and no barrier can be left out.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
 
 use super::super::new_place::Prepared;
 use super::super::pace::Unwatched;
 use super::copy::Copy;
 use super::target::Target;
 use super::*;
-use crate::namespace::{
-    self, CopyState, Credential, FormatOptions, HEADER_AREA_BYTES, LockedNamespace, Namespace, Region,
-};
-use crate::pmem::sim::{Bounds, CrashImage, SimHandle, SimOptions};
+use crate::leftovers::{Old, nothing_old_is_left};
+use crate::namespace::{self, CopyState, FormatOptions, LockedNamespace, Region};
+use crate::pmem::sim::{Bounds, CrashImage, Effort, SimOptions, Story, Told, assert_proof, visible_bytes};
 use crate::pmem::{Backing, Granularity};
 use crate::secret::SecretBytes;
-use crate::volume::Volume;
-use crate::xts::Backend;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 24 << 10;
 const PART: u64 = 4 * MIB;
-const REACH: usize = 1000;
 
 fn key_file(byte: u8) -> Credential {
     Credential::KeyFile(SecretBytes::copy_of(&[byte; 32]))
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
 }
 
 fn plaintext() -> Vec<u8> {
     (0..SIZE).map(|index| u8::try_from(index * 31 % 251).unwrap()).collect()
 }
 
-fn backing_of(media: &[u8], options: SimOptions) -> (Arc<Backing>, SimHandle) {
-    let (backing, handle) = Backing::from_media(media, options);
-    (Arc::new(backing), handle)
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Note {
+    /// The destination is in the table, and has no header.
+    Made,
+    /// It has.
+    Published,
+    Erased,
+    /// The partition of the source is gone.
+    Removed,
 }
 
-/// A region with the namespace `a` of key 1; behind it, in free space, a forgotten one of key 9.
-fn media(from: u64, to: u64) -> Vec<u8> {
-    let len = usize::try_from(12 * MIB).unwrap();
-    let backing = Arc::new(Backing::simulated(len, SimOptions::new(Granularity::Page)).0);
-    let mut region = Region::create(Arc::clone(&backing), 512).unwrap();
-    for (base, key) in [(from, 1), (to, 9)] {
-        let (size_bytes, available_bytes) = (Some(SIZE), Some(PART));
-        let options = FormatOptions { base, size_bytes, available_bytes, ..FormatOptions::default() };
-        let namespace = namespace::format(Arc::clone(&backing), options, &key_file(key)).unwrap();
-        Volume::new(namespace, Backend::detect()).write_at(&plaintext(), 0).unwrap();
-    }
-    region.add("a", from..from + PART).unwrap();
-    let mut media = vec![0; len];
-    backing.read(0..len as u64, |source| source.copy_to(&mut media)).unwrap();
-    media
-}
-
-/// A recording, and when what was acknowledged.
-struct Story {
+/// From place to place of a region, or from file to file.
+struct Relocation {
     options: SimOptions,
-    to: u64,
-    handle: SimHandle,
-    made: usize,
-    published: usize,
-    erased: usize,
-    removed: usize,
+    /// Where source and destination begin; in files of their own both are 0.
+    places: [u64; 2],
+    beginning: Vec<Vec<u8>>,
+    old: Old,
 }
 
-/// What `relocate` does between two partitions.
-fn tell(options: SimOptions, from: u64, to: u64) -> Story {
-    let (backing, handle) = backing_of(&media(from, to), options);
-    let region = Region::open(Arc::clone(&backing)).unwrap();
-    let source = open(&backing, "a", 1).unwrap();
-    let place = Location::of_region(Path::new("simulated"), "b");
-    let (data, range) = (Arc::clone(&backing), to..to + PART);
-    let prepared = Prepared { data, range, header: None, made: Vec::new(), region: Some(region) };
-    let target = Target::make_in(prepared, &place, &source, &key_file(1)).unwrap();
-    let made = handle.position();
-    let operation = Operation::RelocateSource;
-    let copy = Copy { operation, from: Path::new("a"), to: Path::new("b"), sparse: false };
-    let (mut watch, stop) = (Unwatched, AtomicBool::new(false));
-    let mut run = Run::new(&mut watch, &stop, None);
-    let (source, _) = copy.run(source, target.namespace, Backend::detect(), &mut run).unwrap();
-    let published = handle.position();
-    source.erase().unwrap();
-    let erased = handle.position();
-    Region::open(Arc::clone(&backing)).unwrap().remove("a").unwrap();
-    Story { options, to, removed: handle.position(), handle, made, published, erased }
+/// A namespace with the content, which `key` opens.
+fn put(backing: &Arc<Backing>, base: u64, key: u8) -> Namespace {
+    let options =
+        FormatOptions { base, size_bytes: Some(SIZE), available_bytes: Some(PART), ..FormatOptions::default() };
+    let namespace = namespace::format(Arc::clone(backing), options, &key_file(key)).unwrap();
+    let volume = Volume::new(namespace, Backend::detect());
+    volume.write_at(&plaintext(), 0).unwrap();
+    volume.into_namespace().unwrap()
 }
 
-fn open(backing: &Arc<Backing>, name: &str, key: u8) -> Result<Namespace, String> {
-    let region = Region::open(Arc::clone(backing)).map_err(|error| format!("no region: {error}"))?;
-    let range = region.find(name).map_err(|error| error.to_string())?.range;
-    let locked = LockedNamespace::open_at(Arc::clone(backing), range.start, range.end - range.start);
-    locked.map_err(|error| error.to_string())?.unlock_key(&key_file(key)).map_err(|error| error.to_string())
+fn memory(len: u64) -> Arc<Backing> {
+    Arc::new(Backing::simulated(usize::try_from(len).unwrap(), SimOptions::new(Granularity::Page)).0)
+}
+
+impl Relocation {
+    /// A region with the namespace `a` of key 1; behind it, in free space, a forgotten one of key 9.
+    fn in_region(granularity: Granularity, places: [u64; 2]) -> Self {
+        let backing = memory(12 * MIB);
+        let mut region = Region::create(Arc::clone(&backing), 512).unwrap();
+        for (base, key) in places.into_iter().zip([1, 9]) {
+            drop(put(&backing, base, key));
+        }
+        region.add("a", places[0]..places[0] + PART).unwrap();
+        Self::of(granularity, places, vec![visible_bytes(&backing)])
+    }
+
+    /// A file with the namespace of key 1, and one with a forgotten one of key 9.
+    fn between_files(granularity: Granularity) -> Self {
+        let files = [1, 9].map(|key| {
+            let backing = memory(PART);
+            drop(put(&backing, 0, key));
+            visible_bytes(&backing)
+        });
+        Self::of(granularity, [0, 0], files.to_vec())
+    }
+
+    fn of(granularity: Granularity, places: [u64; 2], beginning: Vec<Vec<u8>>) -> Self {
+        let old = Old::of(&beginning.concat());
+        assert_eq!(old.len(), 4, "a slot at each place, sealed twice");
+        Self { options: SimOptions::new(granularity), places, beginning, old }
+    }
+
+    const fn is_region(&self) -> bool {
+        self.places[0] != self.places[1]
+    }
+
+    /// The source (0) or the destination (1).
+    fn site(&self, backings: &[Arc<Backing>], which: usize) -> Result<Site, String> {
+        let start = self.places[which];
+        if !self.is_region() {
+            return Ok(Site::part(Arc::clone(&backings[which]), start, PART));
+        }
+        let range = self.region(backings)?.find(["a", "b"][which]).map_err(text)?.range;
+        assert_eq!(range, start..start + PART);
+        Ok(Site::part(Arc::clone(&backings[0]), start, PART))
+    }
+
+    fn region(&self, backings: &[Arc<Backing>]) -> Result<Region, String> {
+        Region::open(Arc::clone(&backings[0])).map_err(|error| format!("no region: {error}"))
+    }
+
+    fn open(&self, backings: &[Arc<Backing>], which: usize) -> Result<Namespace, String> {
+        LockedNamespace::open_in(self.site(backings, which)?).map_err(text)?.unlock_key(&key_file(1)).map_err(text)
+    }
+
+    /// Does what is still to be done.
+    fn go_on(&self, backings: &[Arc<Backing>], tell: &dyn Fn(Note)) -> Result<(), String> {
+        if self.is_region() {
+            self.region(backings)?.confirm().map_err(text)?;
+        }
+        if self.open(backings, 1).is_err() {
+            self.copy(backings, tell)?;
+        }
+        // Also when there is no header any more: that may be seen and not be durable.
+        if !self.is_region() || self.region(backings)?.find("a").is_ok() {
+            namespace::destroy(&self.site(backings, 0)?).map_err(text)?;
+        }
+        tell(Note::Erased);
+        if self.is_region() {
+            let mut region = self.region(backings)?;
+            if region.find("a").is_ok() {
+                region.remove("a").map_err(text)?;
+            }
+        }
+        tell(Note::Removed);
+        Ok(())
+    }
+
+    fn copy(&self, backings: &[Arc<Backing>], tell: &dyn Fn(Note)) -> Result<(), String> {
+        let source = self.open(backings, 0)?;
+        let mut region = if self.is_region() { Some(self.region(backings)?) } else { None };
+        if let Some(region) = region.as_mut().filter(|region| region.find("b").is_ok()) {
+            region.remove("b").map_err(text)?; // what a killed process leaves, and its user removes
+        }
+        let to = self.places[1];
+        let (path, name) = (Path::new("simulated"), Path::new("b"));
+        let place = if self.is_region() { Location::of_region(path, "b") } else { Location::new(path, None) };
+        let (data, range) = (Arc::clone(backings.last().unwrap()), to..to + PART);
+        let prepared = Prepared { data, range, header: None, made: Vec::new(), region };
+        let target = Target::make_in(prepared, &place, &source, &key_file(1)).map_err(text)?;
+        tell(Note::Made);
+        let copy = Copy { operation: Operation::RelocateSource, from: Path::new("a"), to: name, sparse: false };
+        let (mut watch, stop) = (Unwatched, AtomicBool::new(false));
+        let mut run = Run::new(&mut watch, &stop, None);
+        copy.run(source, target.namespace, Backend::detect(), &mut run).map_err(text)?;
+        tell(Note::Published);
+        Ok(())
+    }
+
+    fn check_region(&self, backings: &[Arc<Backing>], told: &[Note]) -> Result<(), String> {
+        let region = self.region(backings)?;
+        let is_known = region.find("b").is_ok() && (told.contains(&Note::Erased) || all_good(&region.copies()));
+        if told.contains(&Note::Made) && !is_known {
+            return Err("the partition was acknowledged, and a table does not know it".into());
+        }
+        match told.contains(&Note::Removed) && (region.find("a").is_ok() || !all_good(&region.copies())) {
+            true => Err("the partition that was removed is there".into()),
+            false => Ok(()),
+        }
+    }
+
+    /// The header area of the source or the destination, as it is on the media.
+    fn area<'a>(&self, image: CrashImage<'a>, which: usize) -> &'a [u8] {
+        let media = if which == 0 { image.media } else { image.others.first().unwrap_or(&image.media) };
+        &media[usize::try_from(self.places[which]).unwrap()..][..2 << 20]
+    }
 }
 
 fn all_good(copies: &[CopyState; 2]) -> bool {
     copies.iter().all(|copy| matches!(copy, CopyState::Good { .. }))
 }
 
-impl Story {
-    fn check(&self, image: CrashImage<'_>) -> Result<(), String> {
-        let (backing, _) = backing_of(image.media, self.options);
-        let region = Region::open(Arc::clone(&backing)).map_err(|error| format!("no region: {error}"))?;
-        // Before the first opening, which makes one good copy two.
-        let published = LockedNamespace::open_at(Arc::clone(&backing), self.to, PART);
-        let is_published = published.is_ok_and(|published| all_good(&published.header().copies));
-        let (source, target) = (open(&backing, "a", 1), open(&backing, "b", 1));
-        let reached = |position: usize| image.position >= position;
-        if reached(self.made) && !reached(self.erased) && !(all_good(&region.copies()) && region.find("b").is_ok()) {
-            return Err("the partition was acknowledged, and a table does not know it".into());
+impl Story for Relocation {
+    type Note = Note;
+    type Seen = ();
+
+    /// Who brings it to its end removes a partition without a header, and makes it again.
+    fn lasts(note: &Note) -> bool {
+        *note != Note::Made
+    }
+
+    fn options(&self) -> SimOptions {
+        self.options
+    }
+
+    fn beginning(&self) -> Vec<Vec<u8>> {
+        self.beginning.clone()
+    }
+
+    fn run(&self, backings: &[Arc<Backing>], told: &Told<Note>) -> Result<(), String> {
+        self.go_on(backings, &|note| told.tell(note))
+    }
+
+    fn check(&self, backings: &[Arc<Backing>], image: CrashImage<'_>, told: &[Note]) -> Result<(), String> {
+        if self.is_region() {
+            self.check_region(backings, told)?;
         }
-        let stale = LockedNamespace::open_at(Arc::clone(&backing), self.to, PART);
-        if reached(self.made) && stale.is_ok_and(|stale| stale.unlock_key(&key_file(9)).is_ok()) {
-            return Err("what was there before opens".into());
+        if told.contains(&Note::Made) && self.old.found_in(self.area(image, 1)).is_some() {
+            return Err("what was there before is still there".into());
         }
-        if reached(self.published) && !(is_published && target.is_ok()) {
-            return Err("the new place was acknowledged, and does not open, or one header copy is not there".into());
+        if told.contains(&Note::Published) {
+            let settled = nothing_old_is_left(self.area(image, 1), &[0], &Old::default());
+            settled.map_err(|error| format!("the new place was acknowledged: {error}"))?;
         }
-        let erased =
-            &image.media[usize::try_from(self.from()).unwrap()..][..usize::try_from(HEADER_AREA_BYTES).unwrap()];
-        if reached(self.erased) && erased.iter().any(|&byte| byte != 0) {
+        if told.contains(&Note::Erased) && self.area(image, 0).iter().any(|&byte| byte != 0) {
             return Err("the erased header is there".into());
         }
-        if reached(self.removed) && !(all_good(&region.copies()) && region.find("a").is_err()) {
-            return Err("the partition that was removed is there".into());
-        }
-        let opened: Vec<_> = [source, target].into_iter().flatten().collect();
-        if opened.is_empty() {
-            return Err("neither place opens".into());
+        let opened: Vec<_> = [0, 1].into_iter().filter_map(|which| self.open(backings, which).ok()).collect();
+        if opened.is_empty() || (told.contains(&Note::Published) && self.open(backings, 1).is_err()) {
+            return Err("neither place opens, or the new one does not".into());
         }
         for namespace in opened {
             let mut found = vec![0; plaintext().len()];
-            Volume::new(namespace, Backend::detect()).read_at(&mut found, 0).map_err(|error| error.to_string())?;
+            Volume::new(namespace, Backend::detect()).read_at(&mut found, 0).map_err(text)?;
             if found != plaintext() {
                 return Err("a place opens without its content".into());
             }
@@ -140,49 +234,54 @@ impl Story {
         Ok(())
     }
 
-    /// There are two places.
-    const fn from(&self) -> u64 {
-        if self.to == 2 * MIB { 6 * MIB } else { 2 * MIB }
+    fn finish(&self, backings: &[Arc<Backing>]) -> Result<(), String> {
+        self.go_on(backings, &drop)
+    }
+
+    fn ended(&self, image: CrashImage<'_>, _seen: Option<&()>) -> Result<(), String> {
+        let place: &[u64] = &[self.places[1]];
+        match image.others {
+            [] => nothing_old_is_left(image.media, place, &self.old)?,
+            [destination, ..] => {
+                nothing_old_is_left(image.media, &[], &self.old)?;
+                nothing_old_is_left(destination, place, &self.old)?;
+            }
+        }
+        let all = [Note::Made, Note::Published, Note::Erased, Note::Removed];
+        self.check(&image.reopen(self.options).0, image, &all)
     }
 }
 
-fn survives(name: &str, options: SimOptions, [from, to]: [u64; 2]) {
-    let began = Instant::now();
-    let story = tell(options, from, to);
-    let samples: usize = std::env::var("DAXCRYPT_CRASH_SAMPLES").map_or(2, |samples| samples.parse().unwrap());
-    let bounds = Bounds { exhaustive_max: 4 * samples as u64, singles_max: samples, samples, ..Bounds::default() };
-    let trace = story.handle.trace();
-    let explored = trace.explore(&bounds, None, |image| story.check(image));
-    let explored = explored.unwrap_or_else(|failure| panic!("{name}: event {}: {}", failure.position, failure.error));
-    let mutants = trace.mutants(&bounds, REACH, |image| story.check(image));
-    println!("crash {name}: {explored}, {mutants}, {:.1} s", began.elapsed().as_secs_f64());
-    assert!(explored.crash_points > 15 && explored.states > 40, "{explored:?}");
-    mutants.assert_only_fences_survive(name);
+fn survives(name: &str, story: &Relocation) {
+    let all = Effort::of_environment();
+    let effort = Effort { seconds_every: 12, kills: all.kills / 2, faults: all.faults * 2 / 3, ..all };
+    let proof = assert_proof(name, story, &effort);
+    assert!(proof.explored.crash_points > 9 && proof.explored.states > 20, "{proof}");
+    proof.mutants.assert_only_fences_survive(name);
 }
 
 #[test]
-fn a_relocation_survives_at_page_granularity() {
-    survives("relocate up, page", SimOptions::new(Granularity::Page), [2 * MIB, 6 * MIB]);
+fn a_relocation_within_a_region_survives() {
+    survives("relocate up, page", &Relocation::in_region(Granularity::Page, [2 * MIB, 6 * MIB]));
+    survives("relocate down, cache line", &Relocation::in_region(Granularity::CacheLine, [6 * MIB, 2 * MIB]));
 }
 
 #[test]
-fn a_relocation_survives_at_cache_line_granularity() {
-    survives("relocate down, cache line", SimOptions::new(Granularity::CacheLine), [6 * MIB, 2 * MIB]);
+fn a_relocation_between_files_survives() {
+    survives("relocate to a file, page", &Relocation::between_files(Granularity::Page));
+    survives("relocate to a file, cache line", &Relocation::between_files(Granularity::CacheLine));
 }
 
 /// The negative: a target whose header is not withheld is found half written, and the check sees.
 #[test]
 fn a_header_before_its_data_would_be_noticed() {
-    let options = SimOptions::new(Granularity::Page);
-    let mut story = tell(options, 2 * MIB, 6 * MIB);
-    let (backing, handle) = backing_of(&media(2 * MIB, 6 * MIB), options);
+    let story = Relocation::in_region(Granularity::Page, [2 * MIB, 6 * MIB]);
+    let (backing, handle) = Backing::from_media(&story.beginning[0], story.options);
+    let backing = Arc::new(backing);
     let mut region = Region::open(Arc::clone(&backing)).unwrap();
     region.add("b", 6 * MIB..10 * MIB).unwrap();
-    let (size_bytes, available_bytes) = (Some(SIZE), Some(PART));
-    let format = FormatOptions { base: 6 * MIB, size_bytes, available_bytes, ..FormatOptions::default() };
-    let target = namespace::format(Arc::clone(&backing), format, &key_file(1)).unwrap();
-    Volume::new(target, Backend::detect()).write_at(&plaintext(), 0).unwrap();
-    story.handle = handle;
-    let failure = story.handle.trace().explore(&Bounds::default(), None, |image| story.check(image)).unwrap_err();
+    drop(put(&backing, 6 * MIB, 1));
+    let check = |image: CrashImage<'_>| story.check(&image.reopen(story.options).0, image, &[]);
+    let failure = handle.trace().explore(&Bounds::default(), None, check).unwrap_err();
     assert!(failure.error.contains("without its content"), "{}", failure.error);
 }
