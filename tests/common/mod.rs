@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use daxcrypt::pmem::{Access, Backing, OpenError};
 use rustix::process::{Pid, Signal, kill_process};
 
+pub mod leftovers;
 pub mod mount;
 
 /// The cheapest Argon2id that a header may ask for: tests are about everything else.
