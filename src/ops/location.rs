@@ -67,7 +67,7 @@ impl Location {
     ///
     /// # Errors
     ///
-    /// [`Cause::Open`](super::Cause::Open) and [`Cause::Region`](super::Cause::Region).
+    /// [`Cause::Open`] and [`Cause::Region`].
     pub fn open(&self, operation: Operation) -> Result<Site, Error> {
         let access = match operation.reach() {
             Reach::Peek => return self.peek(operation),
@@ -104,7 +104,7 @@ impl Location {
     ///
     /// # Errors
     ///
-    /// [`Cause::Namespace`](super::Cause::Namespace).
+    /// [`Cause::Namespace`].
     pub fn locked(&self, operation: Operation, site: Site) -> Result<LockedNamespace, Error> {
         LockedNamespace::open_in(site).map_err(|source| Error::new(operation, self.header_path(), source))
     }

@@ -59,7 +59,7 @@ impl Backing {
     }
 
     /// Locks exactly `range` (not empty) from now on, instead of the bytes that were given to
-    /// [`OpenOptions::lock_range`]: the partition there has become longer or shorter.
+    /// [`OpenOptions::lock_range`](crate::pmem::OpenOptions::lock_range): the partition there has become longer or shorter.
     ///
     /// # Errors
     ///
