@@ -191,11 +191,12 @@ fn fitting_limits(wanted: &Limits) -> Limits {
 }
 
 /// The server with all its ways in. Nobody is answered yet.
+///
+/// Those of clients are opened last: whoever finds the server's socket finds all that it was asked for.
 fn listen(plan: &Plan, server: Server, names: &[(String, u64)], volumes: &Arc<Volumes>) -> Result<Server, Error> {
     let mut server = server;
-    for (address, listener) in listeners::open(&plan.addresses)? {
-        listeners::announce(&address, &listener, names, plan.tls.mode)?;
-        server = server.listen(listener);
+    for address in plan.metrics.iter().map(|text| listeners::resolve(text)).collect::<Result<Vec<_>, _>>()?.concat() {
+        server = server.metrics(Listener::tcp(address)?);
     }
     if let Some(path) = &plan.control {
         let (asked, told) = (Arc::clone(volumes), Arc::clone(volumes));
@@ -203,8 +204,9 @@ fn listen(plan: &Plan, server: Server, names: &[(String, u64)], volumes: &Arc<Vo
         let commands = commands.besides("rekeys", move || told.rekeys());
         server = server.control(Listener::unix(path)?).commands(commands);
     }
-    for address in plan.metrics.iter().map(|text| listeners::resolve(text)).collect::<Result<Vec<_>, _>>()?.concat() {
-        server = server.metrics(Listener::tcp(address)?);
+    for (address, listener) in listeners::open(&plan.addresses)? {
+        listeners::announce(&address, &listener, names, plan.tls.mode)?;
+        server = server.listen(listener);
     }
     Ok(server)
 }
