@@ -102,7 +102,7 @@ fn status_and_metrics_show_what_was_done() {
     let bench = Bench::new();
     bench.format("vault.img", "8M", &[]);
     let control = bench.path("control");
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let metrics = format!("127.0.0.1:{port}");
     let server = bench.serve("vault.img", &["--control", control.to_str().unwrap(), "--metrics", &metrics]);
     tool("qemu-io", &["-f", "raw", "-c", "write -P 3 0 1M", "-c", "read -P 3 0 64k", &server.uri("vault")]);
