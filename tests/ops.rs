@@ -178,6 +178,27 @@ fn a_namespace_is_not_relocated_onto_its_own_backing_by_another_name() {
     assert!(content(&bench, "vault.img") == bytes);
 }
 
+/// Its brother: what is read would be overwritten before it is read, and reading takes no lock.
+#[test]
+fn a_namespace_is_not_imported_from_its_own_backing() {
+    let (bench, bytes) = vault("3M", &[]);
+    fs::hard_link(bench.path("vault.img"), bench.path("link.img")).unwrap();
+    fn import(image: &str) -> Vec<&str> {
+        [&["import", image, "vault.img", "--force"], &KEY[..]].concat()
+    }
+    bench.refused(&import("vault.img"), 1, &["the image is what vault.img lies in"]);
+    bench.refused(&import("link.img"), 1, &["the image is what vault.img lies in"]);
+    // A file that begins as it does is another one.
+    let copy = fs::read(bench.path("vault.img")).unwrap();
+    fs::write(bench.path("copy.img"), &copy[..3 << 20]).unwrap();
+    let Some(part) = loop_device(&bench.path("vault.img"), &["--offset", "2097152"]).map(Loop) else { return };
+    bench.refused(&import(&part.0), 1, &["the image is what vault.img lies in"]);
+    assert!(content(&bench, "vault.img") == bytes);
+    drop(part);
+    bench.run(&import("copy.img")).succeeds();
+    assert!(content(&bench, "vault.img") == copy[..3 << 20]);
+}
+
 /// Item 20: a file system without room for the journal's copy of a window stops it.
 #[test]
 fn a_rekey_that_died_in_a_server_is_told_and_its_follower_ends() {

@@ -26,6 +26,8 @@ fn command_line(operation: Operation, path: &str) -> Option<Vec<&str>> {
         Operation::Adopt => vec!["relocate", "--in-place", path, "--keep-slots"],
         Operation::Resize => vec!["resize", path, "--size", "256K"],
         Operation::HeaderBackup => vec!["header", "backup", path, "backup"],
+        Operation::HeaderRestore => vec!["header", "restore", path, "backup.was", "--replace-slots"],
+        Operation::HeaderRepair => vec!["header", "repair", path, "--copy", "A"],
         Operation::KeyList => vec!["key", "list", path],
         Operation::KeyTest => vec!["key", "test", path],
         Operation::KeyAdd => vec!["key", "add", path, "--new-key-file", "other.key"],
@@ -37,7 +39,7 @@ fn command_line(operation: Operation, path: &str) -> Option<Vec<&str>> {
         Operation::Remove => vec!["remove", path, "--yes"],
         Operation::FormatOver => vec!["format", path, "--size", "192K"],
         Operation::Serve | Operation::ServeReadOnly | Operation::RelocateDestination => return None,
-        Operation::Compact | Operation::AllowDiscards | Operation::HeaderRestore => return None,
+        Operation::Compact | Operation::AllowDiscards => return None,
         Operation::ExportLuks2 | Operation::KeyRemove => return None,
     })
 }
@@ -61,6 +63,7 @@ fn the_program_says_what_the_table_says() {
                 bench.secret("own.key", &[1; 32]);
                 bench.secret("other.key", &noise(5, 40));
                 fs::write(bench.path("in.img"), noise(6, 5000)).unwrap();
+                fs::write(bench.path("backup.was"), &fixture.backup).unwrap();
                 let has_key = !matches!(operation, Operation::HeaderBackup | Operation::KeyList | Operation::Info)
                     && !matches!(operation, Operation::Erase | Operation::Remove);
                 if has_key && state != State::Ephemeral || operation == Operation::FormatOver {

@@ -22,6 +22,14 @@ pub enum Signature {
     },
 }
 
+impl Signature {
+    /// Whether it is that of a LUKS header.
+    #[must_use]
+    pub fn is_luks(&self) -> bool {
+        matches!(self, Self::Known(name) if name.starts_with("a LUKS"))
+    }
+}
+
 impl fmt::Display for Signature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

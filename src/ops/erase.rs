@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::error::{Cause, Error};
-use super::gate::{self, Operation, State, Way};
+use super::gate::{self, Operation, Way};
 use super::location::{self, Location};
 use crate::namespace::{self, HEADER_AREA_BYTES, Header, LockedNamespace, OpenError, Region, Site};
 
@@ -45,16 +45,12 @@ impl Doomed {
     fn find_for(operation: Operation, location: &Location, force: bool) -> Result<Self, Error> {
         let site = location.open(operation)?;
         let locked = LockedNamespace::open_in(site.clone());
-        let states = match &locked {
-            Ok(locked) => gate::states_of_locked(locked),
-            Err(OpenError::NotANamespace { .. } | OpenError::TooSmall { .. }) if !force => {
-                return Err(locked
-                    .map_err(|source| Error::new(operation, location.header_path(), source))
-                    .expect_err("just seen"));
-            }
-            // Nobody can tell more of it than that it is not what it should be.
-            Err(_) => vec![State::Moved],
-        };
+        if !force && matches!(locked, Err(OpenError::NotANamespace { .. } | OpenError::TooSmall { .. })) {
+            return Err(locked
+                .map_err(|source| Error::new(operation, location.header_path(), source))
+                .expect_err("just seen"));
+        }
+        let states = gate::states_of_place(&locked);
         let way = Way { detached: site.is_detached(), force, ..Way::before_the_key(operation) };
         gate::check(operation, &states, way).map_err(|refusal| Error::new(operation, location.path(), refusal))?;
         Ok(Self { location: location.clone(), operation, site, locked })

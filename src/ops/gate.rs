@@ -11,7 +11,7 @@
 use std::fmt;
 use std::path::Path;
 
-use crate::namespace::{CopyState, Header, LockedNamespace, Namespace, TransformKind};
+use crate::namespace::{CopyState, Header, LockedNamespace, Namespace, OpenError, TransformKind};
 
 /// What is done to a namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
@@ -53,6 +53,8 @@ pub enum Operation {
     HeaderBackup,
     /// A copy of a header becomes its header.
     HeaderRestore,
+    /// One of its two header copies becomes its header.
+    HeaderRepair,
     /// A LUKS2 header for the same data is made.
     ExportLuks2,
     /// Its key slots are listed.
@@ -120,7 +122,7 @@ pub enum State {
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 31] = [
         Self::Serve,
         Self::ServeReadOnly,
         Self::Export,
@@ -139,6 +141,7 @@ impl Operation {
         Self::AllowDiscards,
         Self::HeaderBackup,
         Self::HeaderRestore,
+        Self::HeaderRepair,
         Self::ExportLuks2,
         Self::KeyList,
         Self::KeyTest,
@@ -162,7 +165,7 @@ impl Operation {
             Self::ExportLuks2 | Self::KeyDump | Self::DmTable => Reach::Read,
             Self::Serve | Self::Import | Self::RekeyBegin | Self::RekeyResume | Self::RekeyPause => Reach::Write,
             Self::RelocateSource | Self::RelocateDestination | Self::Adopt | Self::Compact => Reach::Write,
-            Self::Resize | Self::AllowDiscards | Self::HeaderRestore => Reach::Write,
+            Self::Resize | Self::AllowDiscards | Self::HeaderRestore | Self::HeaderRepair => Reach::Write,
             Self::KeyAdd | Self::KeyRemove | Self::KeyChange => Reach::Write,
             Self::Erase | Self::Remove | Self::FormatOver => Reach::Write,
         }
@@ -369,7 +372,7 @@ enum Cell {
     /// The transform ends first.
     End,
     /// Only who says that what is there may be lost goes on.
-    Consent,
+    Unless(Reason, Help),
     No(Reason, Help),
 }
 
@@ -403,6 +406,17 @@ pub fn states_of(header: &Header, transform: Option<TransformKind>, paused: bool
 #[must_use]
 pub fn states_of_locked(locked: &LockedNamespace) -> Vec<State> {
     states_of(locked.header(), locked.transform_kind(), locked.transform_paused())
+}
+
+/// The states of whatever is in a place: none, if nobody can tell anything of it.
+#[must_use]
+pub fn states_of_place(found: &Result<LockedNamespace, OpenError>) -> Vec<State> {
+    match found {
+        Ok(locked) => states_of_locked(locked),
+        Err(OpenError::NotANamespace { found: Some(found) }) if found.is_luks() => vec![State::Luks2],
+        Err(OpenError::Relocated { .. } | OpenError::AddressChanged { .. }) => vec![State::Moved],
+        Err(_) => Vec::new(),
+    }
 }
 
 /// The states of a namespace that is unlocked.
@@ -440,9 +454,8 @@ pub fn decide(operation: Operation, state: State, way: Way) -> Verdict {
         Cell::Header if way.read_only => Verdict::GoOn,
         Cell::Header => Verdict::FinishFirst(Step::CompleteHeader),
         Cell::End => Verdict::FinishFirst(Step::EndTransform),
-        Cell::Consent if way.force => Verdict::GoOn,
-        Cell::Consent => Verdict::Refuse(Refusal { reason: Reason::Overwrites, help: Help::Force }),
-        Cell::No(reason, help) => Verdict::Refuse(Refusal { reason, help }),
+        Cell::Unless(..) if way.force => Verdict::GoOn,
+        Cell::Unless(reason, help) | Cell::No(reason, help) => Verdict::Refuse(Refusal { reason, help }),
     }
 }
 
@@ -454,7 +467,7 @@ const fn refused_by_way(operation: Operation, way: Way) -> Option<Refusal> {
         Operation::Serve | Operation::ServeReadOnly | Operation::Export | Operation::Import => false,
         Operation::RekeyPreview | Operation::RekeyResume | Operation::RekeyPause | Operation::RekeyStatus => false,
         Operation::RelocateDestination | Operation::Resize | Operation::AllowDiscards => false,
-        Operation::HeaderBackup | Operation::HeaderRestore | Operation::ExportLuks2 => false,
+        Operation::HeaderBackup | Operation::HeaderRestore | Operation::HeaderRepair | Operation::ExportLuks2 => false,
         Operation::KeyList | Operation::KeyTest | Operation::KeyAdd | Operation::KeyRemove => false,
         Operation::KeyChange | Operation::KeyDump | Operation::Erase | Operation::Remove => false,
         Operation::DmTable | Operation::FormatOver | Operation::Info => false,
@@ -485,7 +498,8 @@ const fn refused_while_served(operation: Operation) -> Option<Refusal> {
         Operation::Serve | Operation::ServeReadOnly | Operation::Export | Operation::Import => SERVED,
         Operation::RelocateSource | Operation::CopySource | Operation::RelocateDestination => SERVED,
         Operation::Adopt | Operation::Compact | Operation::AllowDiscards | Operation::HeaderBackup => SERVED,
-        Operation::HeaderRestore | Operation::ExportLuks2 | Operation::KeyTest | Operation::KeyDump => SERVED,
+        Operation::HeaderRestore | Operation::HeaderRepair | Operation::ExportLuks2 => SERVED,
+        Operation::KeyTest | Operation::KeyDump => SERVED,
         Operation::Erase | Operation::Remove | Operation::DmTable | Operation::FormatOver | Operation::Info => SERVED,
     }
 }
@@ -495,7 +509,10 @@ const SERVED: Option<Refusal> = Some(Refusal { reason: Reason::Served, help: Hel
 /// The table.
 #[rustfmt::skip]
 const fn row(operation: Operation) -> [Cell; State::ALL.len()] {
-    use Cell::{Consent, End, Go, Header};
+    use Cell::{End, Go, Header};
+    const LOSS: Cell = Cell::Unless(Reason::Overwrites, Help::Force);
+    const LAST: Cell = Cell::Unless(Reason::UnderWay, Help::Resume);
+    const GONE: Cell = Cell::Unless(Reason::Moved, Help::Adopt);
     const BUSY: Cell = Cell::No(Reason::UnderWay, Help::Resume);
     const IDLE: Cell = Cell::No(Reason::NotUnderWay, Help::Rekey);
     const REST: Cell = Cell::No(Reason::Paused, Help::Resume);
@@ -516,14 +533,16 @@ const fn row(operation: Operation) -> [Cell; State::ALL.len()] {
         Operation::RekeyStatus =>       [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      LUKS,   Go],
         Operation::RelocateSource =>    [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
         Operation::CopySource =>        [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
-        Operation::RelocateDestination => [Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent],
+        Operation::RelocateDestination => [LOSS,  LOSS,    LOSS,    LOSS,    LOSS,    LOSS,    LOSS,    LOSS,    LOSS,    LOSS,   LOSS],
         Operation::Adopt =>             [HOME,    Go,      BUSY,    BUSY,    BUSY,    BUSY,    Go,      Go,      NONE,    LUKS,   Go],
         Operation::Compact =>           [Go,      Header,  End,     End,     End,     REST,    AWAY,    Go,      NONE,    LUKS,   Go],
         Operation::Resize =>            [Go,      Header,  BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      NONE,    LUKS,   Go],
         Operation::AllowDiscards =>     [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
         // A backup from within a transform is worth nothing after its end, nor without its journal.
         Operation::HeaderBackup =>      [Go,      Go,      BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      Go,      LUKS,   Go],
-        Operation::HeaderRestore =>     [Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      NONE,    Consent, Go],
+        // No backup tells of a transform, so its end would be lost; the header that is there is the only one that can tell.
+        Operation::HeaderRestore =>     [Go,      Go,      LAST,    LAST,    LAST,    LAST,    GONE,    Go,      NONE,    LOSS,   Go],
+        Operation::HeaderRepair =>      [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
         Operation::ExportLuks2 =>       [Go,      Go,      BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      NONE,    LUKS,   Go],
         Operation::KeyList =>           [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      LUKS,   Go],
         Operation::KeyTest =>           [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      LUKS,   Go],
@@ -531,10 +550,10 @@ const fn row(operation: Operation) -> [Cell; State::ALL.len()] {
         Operation::KeyRemove =>         [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
         Operation::KeyChange =>         [Go,      Header,  Go,      Header,  Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
         Operation::KeyDump =>           [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      NONE,    LUKS,   Go],
-        Operation::Erase =>             [Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Consent, Go],
+        Operation::Erase =>             [Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      LOSS,   Go],
         Operation::Remove =>            [Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,      Go,     Go],
         Operation::DmTable =>           [Go,      Go,      BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      Go,      LUKS,   Go],
-        Operation::FormatOver =>        [Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent, Consent],
+        Operation::FormatOver =>        [LOSS,  LOSS,    LOSS,    LOSS,    LOSS,    LOSS,    LOSS,    LOSS,    LOSS,    LOSS,   LOSS],
         Operation::Info =>              [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      Go,     Go],
     }
     // `End` would be wrong for an operation that reads; nothing but `Compact` has it.
@@ -559,6 +578,7 @@ impl fmt::Display for Operation {
             Self::AllowDiscards => "allow discards in",
             Self::HeaderBackup => "back up the header of",
             Self::HeaderRestore => "restore the header of",
+            Self::HeaderRepair => "repair the header of",
             Self::ExportLuks2 => "export a LUKS2 header of",
             Self::KeyList => "list the key slots of",
             Self::KeyTest => "test a key of",
@@ -626,7 +646,8 @@ mod tests {
             let overwrites = match operation {
                 Operation::RelocateDestination | Operation::FormatOver => true,
                 // They take what they find from both copies, and leave none of it.
-                Operation::Erase | Operation::Remove | Operation::HeaderRestore | Operation::Adopt => true,
+                Operation::Erase | Operation::Remove | Operation::Adopt => true,
+                Operation::HeaderRestore | Operation::HeaderRepair => true,
                 _ => false,
             };
             assert_eq!(overwrites, verdict != Verdict::FinishFirst(Step::CompleteHeader), "{operation:?}");

@@ -9,7 +9,7 @@ use std::{fs, io};
 use uuid::Uuid;
 
 use super::error::{Cause, Error};
-use super::gate::Operation;
+use super::gate::{self, Operation, Way};
 use super::location::Location;
 use super::open::Key;
 use crate::luks2::{self, ExportOptions};
@@ -83,6 +83,15 @@ impl Drop for HeaderFile {
     }
 }
 
+/// Opens `location` if the gate lets `operation` at what is there, readable or not; `force` says that it may be lost.
+fn open_for(operation: Operation, location: &Location, force: bool) -> Result<Site, Error> {
+    let site = location.open(operation)?;
+    let states = gate::states_of_place(&LockedNamespace::open_in(site.clone()));
+    let way = Way { detached: site.is_detached(), force, ..Way::before_the_key(operation) };
+    gate::check(operation, &states, way).map_err(|refusal| Error::new(operation, location.path(), refusal))?;
+    Ok(site)
+}
+
 /// A backup that belongs where it is to be put back, and has not proved itself yet.
 #[derive(Debug)]
 pub struct Restoration {
@@ -96,10 +105,10 @@ impl Restoration {
     ///
     /// # Errors
     ///
-    /// [`Cause::Restore`]; nothing on media has changed.
+    /// [`Cause::Restore`], [`Cause::Refused`]; nothing on media has changed.
     pub fn open(location: &Location, backup: &[u8]) -> Result<Self, Error> {
         let file = HeaderFile::prepare(location, backup)?;
-        let site = location.open(Operation::HeaderRestore)?;
+        let site = open_for(Operation::HeaderRestore, location, false)?;
         let locked = namespace::open_backup(site, backup, false);
         let locked = locked.map_err(|source| Error::new(Operation::HeaderRestore, location.path(), source))?;
         Ok(Self { location: location.clone(), locked, file })
@@ -140,10 +149,10 @@ impl Forced {
     ///
     /// # Errors
     ///
-    /// [`Cause::Open`], [`Cause::Region`]; [`Cause::Restore`] when `backup` does not belong there.
+    /// [`Cause::Open`], [`Cause::Region`], [`Cause::Refused`]; [`Cause::Restore`] when `backup` does not belong there.
     pub fn open(location: &Location, backup: &[u8]) -> Result<Self, Error> {
         let file = HeaderFile::prepare(location, backup)?;
-        let site = location.open(Operation::HeaderRestore)?;
+        let site = open_for(Operation::HeaderRestore, location, true)?;
         namespace::check_place(&site, backup)
             .map_err(|source| Error::new(Operation::HeaderRestore, location.path(), source))?;
         Ok(Self { location: location.clone(), site, file })
@@ -196,9 +205,9 @@ impl Repair {
     ///
     /// # Errors
     ///
-    /// [`Cause::Open`], [`Cause::Region`].
+    /// [`Cause::Open`], [`Cause::Region`], [`Cause::Refused`].
     pub fn open(location: &Location) -> Result<Self, Error> {
-        Ok(Self { location: location.clone(), site: location.open(Operation::HeaderRestore)? })
+        Ok(Self { location: location.clone(), site: open_for(Operation::HeaderRepair, location, false)? })
     }
 
     /// Both copies, and what `key` says of each.
@@ -208,7 +217,7 @@ impl Repair {
     /// [`Cause::Namespace`] when there is no room for a header.
     pub fn prove(&self, key: &RepairKey<'_>) -> Result<[CopyProof; 2], Error> {
         let failed =
-            |source: namespace::OpenError| Error::new(Operation::HeaderRestore, self.location.header_path(), source);
+            |source: namespace::OpenError| Error::new(Operation::HeaderRepair, self.location.header_path(), source);
         let [a, b] = namespace::inspect(&self.site).map_err(failed)?;
         let [of_a, of_b] = namespace::prove(&self.site, key).map_err(failed)?;
         Ok([
@@ -224,8 +233,11 @@ impl Repair {
     /// [`Cause::Restore`], [`Cause::Unlock`], with nothing changed; [`Cause::Update`].
     pub fn choose(self, name: CopyName, key: Key<'_>) -> Result<Header, Error> {
         let Self { location, site } = self;
-        let failed = |cause: Cause| Error::new(Operation::HeaderRestore, location.header_path(), cause);
+        let failed = |cause: Cause| Error::new(Operation::HeaderRepair, location.header_path(), cause);
+        let way = Way { detached: site.is_detached(), ..Way::before_the_key(Operation::HeaderRepair) };
         let locked = namespace::open_copy(site, name).map_err(|source| failed(source.into()))?;
+        let states = gate::states_of_locked(&locked);
+        gate::check(Operation::HeaderRepair, &states, way).map_err(|refusal| failed(refusal.into()))?;
         let mut namespace = unlock(locked, key).map_err(|error| failed(error.into()))?;
         namespace.write_header(true).map_err(|error| failed(error.into()))?;
         Ok(namespace.header())

@@ -12,12 +12,12 @@ use super::common::{self, noise};
 use daxcrypt::luks2::{ExportOptions, SlotKdf};
 use daxcrypt::namespace::{
     self, Cipher, Credential, DataUnit, FormatOptions, HEADER_AREA_BYTES, KdfCost, LockedNamespace, MovedNamespace,
-    Namespace, OtherSlots, Region, RekeyOptions, Site, begin_slide,
+    Namespace, OtherSlots, Proof, Region, RekeyOptions, RepairKey, Site, begin_slide,
 };
 use daxcrypt::ops::compact::Compaction;
 use daxcrypt::ops::erase::Doomed;
 use daxcrypt::ops::gate::{self, Caller, KeyWay, Way};
-use daxcrypt::ops::headers::{self, Restoration};
+use daxcrypt::ops::headers::{self, Repair, Restoration};
 use daxcrypt::ops::rekey::Wish;
 use daxcrypt::ops::relocate::{self, Adoption};
 use daxcrypt::ops::resize::{self, Wanted};
@@ -150,7 +150,7 @@ pub struct Fixture {
     pub bytes: [Vec<u8>; 2],
     /// The volume key in force.
     volume_key: Vec<u8>,
-    backup: Vec<u8>,
+    pub backup: Vec<u8>,
     pub states: Vec<State>,
 }
 
@@ -269,11 +269,12 @@ pub fn fixture(state: State, place: Place, variant: Variant) -> Fixture {
     let folder = folder();
     let files = Files::new(place, folder.path());
     make(&files, variant, matches!(state, State::Moved | State::Adopted));
+    let first = namespace::present_header(&files.site()).unwrap().unwrap_or_default();
     bring_into(state, &files, variant);
     let locked = LockedNamespace::open_in(files.site());
     let (states, backup) = match &locked {
         Ok(locked) => (gate::states_of_locked(locked), locked.backup().unwrap()),
-        Err(_) => (vec![state], Vec::new()),
+        Err(_) => (gate::states_of_place(&locked), first),
     };
     assert!(states.contains(&state), "{state:?} {place:?} {variant:?}: {states:?}");
     let unlocked = locked.ok().and_then(|locked| locked.unlock_key(&own()).ok());
@@ -340,7 +341,8 @@ impl Cell<'_> {
             Operation::KeyList | Operation::KeyTest | Operation::KeyAdd => self.keys(),
             Operation::KeyRemove | Operation::KeyChange | Operation::KeyDump => self.keys(),
             Operation::Resize | Operation::AllowDiscards | Operation::HeaderBackup => self.header(),
-            Operation::HeaderRestore | Operation::ExportLuks2 | Operation::DmTable => self.header(),
+            Operation::HeaderRestore | Operation::HeaderRepair => self.header(),
+            Operation::ExportLuks2 | Operation::DmTable => self.header(),
             Operation::FormatOver | Operation::Info | Operation::Erase | Operation::Remove => self.header(),
         }
     }
@@ -497,6 +499,11 @@ impl Cell<'_> {
             Operation::HeaderRestore => {
                 Restoration::open(&location, &self.fixture.backup)?.restore(self.key(&own()), true)?;
             }
+            Operation::HeaderRepair => {
+                let proofs = Repair::open(&location)?.prove(&RepairKey::Credential(&own()))?;
+                let genuine = proofs.iter().find(|copy| matches!(copy.proof, Proof::Genuine { .. })).unwrap();
+                Repair::open(&location)?.choose(genuine.name, self.key(&own()))?;
+            }
             Operation::ExportLuks2 => {
                 let namespace = self.open(self.operation)?;
                 let options = ExportOptions { kdf: SlotKdf::Pbkdf2 { iterations: 1000 } };
@@ -568,9 +575,8 @@ impl Cell<'_> {
             Operation::ExportLuks2 if place != Place::Detached && state != State::Luks2 => false,
             // They take the credential of a slot, or no key at all.
             Operation::Adopt | Operation::Compact if entry == Entry::Escrow => false,
-            // `--luks2` opens those; and what a backup is of must be of ours.
+            // `--luks2` opens those.
             Operation::Serve | Operation::ServeReadOnly | Operation::Info if state == State::Luks2 => false,
-            Operation::HeaderRestore if matches!(state, State::Luks2 | State::Moved) => false,
             _ if by_server => !matches!(state, State::Moved | State::Luks2 | State::Ephemeral),
             _ => entry != Entry::Escrow || has_key || matches!(state, State::Moved | State::Luks2) && !by_server,
         }

@@ -7,6 +7,8 @@ use std::path::Path;
 
 use rustix::io::Errno;
 
+use crate::pmem::{Access, Extent, OpenOptions};
+
 /// What is imported.
 pub struct Image {
     file: Box<dyn ReadSource>,
@@ -14,6 +16,8 @@ pub struct Image {
     len_bytes: Option<u64>,
     /// Up to where the data or hole reaches that was found last, and whether it is a hole.
     run: (u64, bool),
+    /// The bytes of a file or disk that it is, where that can be told.
+    extent: Option<Extent>,
 }
 
 /// A file that can be asked for its holes, or a stream that cannot.
@@ -64,7 +68,7 @@ impl Image {
     /// A stream: how much it is shows at its end.
     #[must_use]
     pub fn stream(from: impl Read + 'static) -> Self {
-        Self { file: Box::new(Stream(from)), len_bytes: None, run: (0, false) }
+        Self { file: Box::new(Stream(from)), len_bytes: None, run: (0, false), extent: None }
     }
 
     /// The file or device at `path`.
@@ -76,7 +80,15 @@ impl Image {
         let mut file = File::open(path)?;
         // Of a block device the metadata do not tell the length.
         let len_bytes = file.seek(SeekFrom::End(0))?;
-        Ok(Self { file: Box::new(file), len_bytes: Some(len_bytes), run: (0, false) })
+        // What cannot be a backing, such as an empty file, is none that could be written over.
+        let backing = OpenOptions::new(Access::ReadOnly).lock_range(0..0).open(path);
+        let extent = backing.ok().and_then(|backing| backing.extent().ok().flatten());
+        Ok(Self { file: Box::new(file), len_bytes: Some(len_bytes), run: (0, false), extent })
+    }
+
+    /// Whether some of it is in one of `extents`.
+    pub(super) fn overlaps(&self, extents: &[Extent]) -> bool {
+        self.extent.as_ref().is_some_and(|image| extents.iter().any(|extent| extent.overlaps(image)))
     }
 
     /// Its length, which a stream does not tell.

@@ -16,6 +16,7 @@ pub use self::image::Image;
 use super::error::{Cause, Error};
 use super::gate::Operation;
 use super::holes::Holes;
+use super::identity;
 use super::location::Location;
 use super::pace::{Ended, Moved, Run};
 use crate::volume::Volume;
@@ -71,14 +72,26 @@ fn is_noise(block: &[u8]) -> bool {
 ///
 /// # Errors
 ///
-/// [`Cause::ImageTooLong`], [`Cause::Plain`], [`Cause::Volume`], [`Cause::NotVerified`], [`Cause::Stopped`].
+/// [`Cause::SamePlace`] for the backing itself; [`Cause::ImageTooLong`], [`Cause::Plain`], [`Cause::Volume`],
+/// [`Cause::NotVerified`], [`Cause::Stopped`].
 pub fn import(image: &mut Image, volume: &Volume, place: &Location, run: &mut Run<'_>) -> Result<Moved, Error> {
+    refuse_own_backing(image, volume, place).map_err(|cause| Error::new(Operation::Import, place.path(), cause))?;
     let size_bytes = volume.size();
     if let Some(len_bytes) = image.len_bytes().filter(|&len_bytes| len_bytes > size_bytes) {
         let cause = Cause::ImageTooLong { len_bytes: Some(len_bytes), size_bytes };
         return Err(Error::new(Operation::Import, place.path(), cause));
     }
     import_all(image, volume, run).map_err(|cause| Error::new(Operation::Import, place.path(), cause))
+}
+
+/// What is read would be overwritten before it is read. A lock does not tell: reading a file takes none.
+fn refuse_own_backing(image: &Image, volume: &Volume, place: &Location) -> Result<(), Cause> {
+    let own = volume.with_namespace(|namespace| identity::extents_of(namespace.site()))?;
+    if image.overlaps(&own) {
+        let place = place.path().display();
+        return Err(Cause::SamePlace(format!("the image is what {place} lies in, perhaps by another name")));
+    }
+    Ok(())
 }
 
 fn import_all(image: &mut Image, volume: &Volume, run: &mut Run<'_>) -> Result<Moved, Cause> {
