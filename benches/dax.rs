@@ -21,6 +21,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::ptr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -299,6 +300,72 @@ fn persist(folder: &Path) {
     }
 }
 
+/// What so many threads together persist in a second, each the same word over and over, as appenders to one log do.
+fn persists_per_second(map: &DaxMapping, thread_count: u64) -> f64 {
+    const COUNT: u64 = 20_000;
+    let took = seconds(|| {
+        thread::scope(|scope| {
+            for thread in 0..thread_count {
+                scope.spawn(move || {
+                    for count in 0..COUNT {
+                        // SAFETY: the first word of a writable map, aligned; all threads use it as an atomic.
+                        let word = unsafe { AtomicU64::from_ptr(map.as_ptr().cast()) };
+                        word.store(thread + count, Ordering::Relaxed);
+                        map.persist(0..8).unwrap();
+                    }
+                });
+            }
+        });
+    });
+    (thread_count * COUNT) as f64 / took
+}
+
+fn shared(folder: &Path) {
+    let volume = in_tmpfs(folder, MIB);
+    let map = volume.map(0..MIB, &writable()).unwrap();
+    map.prefetch(0..MIB).unwrap();
+    let rate = |threads| median((0..9).map(|_| persists_per_second(&map, threads)).collect());
+    let one = rate(1);
+    report("persist of one word by one thread", 1e9 / one, "ns", "-");
+    for threads in [2, 4, 8] {
+        let all = rate(threads);
+        report(&format!("the same by {threads} threads, of all together"), 1e9 / all, "ns", "-");
+        report(&format!("persists of {threads} threads over those of one"), all / one, "x", ">= 3 (see the head)");
+    }
+}
+
+fn bulk(folder: &Path) {
+    const LEN: u64 = 64 * MIB;
+    let volume = in_tmpfs(folder, LEN);
+    let data = vec![0x5a; LEN as usize];
+    let rate = |run: &dyn Fn()| LEN as f64 / seconds(run) / 1e9;
+    let (mut requests, mut writes, mut prefetches, mut stores) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..7 {
+        let map = volume.map(0..LEN, &writable()).unwrap();
+        requests.push(rate(&|| volume.write_at(&data, 0).unwrap()));
+        writes.push(rate(&|| map.write(0, &data).unwrap()));
+        prefetches.push(rate(&|| map.prefetch(0..LEN).unwrap()));
+        map.evict(0..LEN).unwrap();
+        // SAFETY: within a writable map that nobody else uses.
+        stores.push(rate(&|| unsafe { ptr::copy_nonoverlapping(data.as_ptr(), map.as_ptr(), data.len()) }));
+    }
+    let [requests, writes, prefetches, stores] = [requests, writes, prefetches, stores].map(median);
+    report("volume.write_at of 64 MiB beside a map", requests, "GB/s", "-");
+    report("map.write of 64 MiB absent", writes, "GB/s", "-");
+    report("map.write over volume.write_at", writes / requests, "x", ">= 0.5");
+    report("prefetch of 64 MiB", prefetches, "GB/s", "-");
+    report("stores through the pointer over 64 MiB absent", stores, "GB/s", "-");
+    report("stores through the pointer over prefetch", stores / prefetches, "x", ">= 1");
+    let evicted = (0..7).map(|_| {
+        let map = volume.map(0..LEN, &writable()).unwrap();
+        map.prefetch(0..LEN).unwrap();
+        rate(&|| {
+            map.evict(0..LEN).unwrap();
+        })
+    });
+    report("eviction of 64 MiB that nobody stored to", median(evicted.collect()), "GB/s", "-");
+}
+
 /// Seconds of a sync after stores to 256 pages far apart in a map of `len` bytes.
 fn sync_seconds(map: &DaxMapping, len: u64) -> f64 {
     let step = len / 256;
@@ -379,12 +446,14 @@ type Entry = (&'static str, fn(&Path));
 
 fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|name| !name.starts_with('-')).collect();
-    let all: [Entry; 8] = [
+    let all: [Entry; 10] = [
         ("load", resident_load),
         ("touch", |_| in_both_places(first_touch)),
         ("sequential", |_| in_both_places(sequential)),
         ("prefetch", prefetch),
         ("persist", persist),
+        ("shared", shared),
+        ("bulk", bulk),
         ("sync", sync),
         ("lock", lock),
         ("page", page_granularity),

@@ -34,6 +34,7 @@ const MODE_WP: u64 = 1 << 1;
 const MODE_MINOR: u64 = 1 << 2;
 
 const EVENT_PAGEFAULT: u8 = 0x12;
+const FAULT_WRITE: u64 = 1 << 0;
 const FAULT_WP: u64 = 1 << 1;
 const COPY_MODE_DONTWAKE: u64 = 1 << 0;
 const COPY_MODE_WP: u64 = 1 << 1;
@@ -43,6 +44,7 @@ const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 const MESSAGE_BYTES: usize = 32;
 
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const SCAN_WP_MATCHING: u64 = 1 << 0;
 const SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 const SCAN_REGIONS: usize = 64;
@@ -99,6 +101,7 @@ struct PageRegion {
 }
 
 #[repr(C)]
+#[derive(Clone, Copy, Default)]
 struct Scan {
     size: u64,
     flags: u64,
@@ -134,6 +137,8 @@ pub(crate) struct Fault {
     pub(crate) address: u64,
     /// A store to a write-protected page, rather than a page that is not mapped.
     pub(crate) write_protected: bool,
+    /// A store.
+    pub(crate) stores: bool,
 }
 
 /// What userfaultfd can do on a kernel, or what of it is used.
@@ -276,7 +281,9 @@ impl Uffd {
                         let bytes = message[at..at + 8].try_into().expect("eight bytes");
                         u64::from_le_bytes(bytes)
                     };
-                    return Ok(Some(Fault { address: field(16), write_protected: field(8) & FAULT_WP != 0 }));
+                    let (address, flags) = (field(16), field(8));
+                    let (write_protected, stores) = (flags & FAULT_WP != 0, flags & FAULT_WRITE != 0);
+                    return Ok(Some(Fault { address, write_protected, stores }));
                 }
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(None),
@@ -435,24 +442,32 @@ impl PageMap {
 
     /// Calls `found` for every run of pages in `range` that was stored to since it was protected, and protects it again
     /// in the same step.
-    pub(crate) fn take_written(&self, range: &Range<u64>, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
+    pub(crate) fn take_written(&self, range: &Range<u64>, found: impl FnMut(Range<u64>)) -> io::Result<()> {
+        let flags = SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC;
+        self.scan(range, Scan { flags, category_mask: PAGE_IS_WRITTEN, ..Scan::default() }, found)
+    }
+
+    /// Calls `found` for every run of pages in `range` that were taken out of the page tables while they were protected: the
+    /// kernel leaves a mark in their place, which looks to it like an entry of swap.
+    pub(crate) fn each_protected_and_gone(&self, range: &Range<u64>, found: impl FnMut(Range<u64>)) -> io::Result<()> {
+        let category_mask = PAGE_IS_WRITTEN | PAGE_IS_SWAPPED;
+        self.scan(range, Scan { category_inverted: PAGE_IS_WRITTEN, category_mask, ..Scan::default() }, found)
+    }
+
+    /// Calls `found` for every run of pages in `range` that `asked` is about.
+    fn scan(&self, range: &Range<u64>, asked: Scan, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
         const OPCODE: Opcode = opcode::read_write::<Scan>(b'f', 16);
         let mut at = range.start;
         while at < range.end {
             let mut regions = [PageRegion::default(); SCAN_REGIONS];
             let mut scan = Scan {
                 size: size_of::<Scan>() as u64,
-                flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC,
                 start: at,
                 end: range.end,
-                walk_end: 0,
                 vec: regions.as_mut_ptr().cast::<c_void>().expose_provenance() as u64,
                 vec_len: SCAN_REGIONS as u64,
-                max_pages: 0,
-                category_inverted: 0,
-                category_mask: PAGE_IS_WRITTEN,
-                category_anyof_mask: 0,
-                return_mask: PAGE_IS_WRITTEN,
+                return_mask: asked.category_mask,
+                ..asked
             };
             // SAFETY: the request takes the structure named in its opcode, which names the vector and its length.
             let count = unsafe { libc::ioctl(self.file.as_raw_fd(), libc::c_ulong::from(OPCODE), &raw mut scan) };

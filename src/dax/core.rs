@@ -20,13 +20,11 @@ use super::options::{MapMode, MapOptions, Tracking};
 use super::{Opened, open_faults};
 use crate::memory::Source;
 use crate::secret::SecretBytes;
-use crate::uffd::{self, Fault, Faults, PageMap, Uffd};
-use crate::volume::window::{BATCH_PAGES, Install, PAGE_BYTES, PageSet, Through, View, Window, WriteBack};
+use crate::uffd::{self, Fault, Faults, Uffd};
+use crate::volume::window::{
+    BATCH_PAGES, Install, Marks, PAGE_BYTES, Through, Traps, View, ViewOptions, Window, WriteBack,
+};
 use crate::volume::{ClaimGuard, Volume, VolumeError};
-
-/// Runs of resident pages that lie so near to each other are asked for their marks by one system call: as many page-table
-/// entries cost about as much as one call.
-const SCAN_GAP_BYTES: u64 = 32 * PAGE_BYTES;
 
 /// The most pages that one fault of a sequential run brings in: the thread that touches goes on after the first batch,
 /// while the others come.
@@ -50,7 +48,6 @@ pub(super) struct Core {
     pub(super) writable: bool,
     /// Whose faults are answered; nobody's of an eager map.
     taken: Option<Faults>,
-    dirt: Dirt,
     /// For everybody but the fault thread, which has its own: those that nobody uses now.
     scratch: Mutex<Vec<SecretBytes>>,
     /// Whether the fault thread has ended by itself: the view is revoked, and page tables tell of no stores any more.
@@ -59,34 +56,6 @@ pub(super) struct Core {
     /// what they stand for.
     syncing: Mutex<()>,
     _claim: ClaimGuard,
-}
-
-/// Where dirty pages are noted.
-#[derive(Debug)]
-enum Dirt {
-    Kernel(PageMap),
-    Trapped(Traps),
-    Unknown,
-}
-
-/// The pages that were stored to, by page of the view. A page that is not among them is write-protected.
-#[derive(Debug)]
-struct Traps {
-    pages: PageSet,
-    /// Held while a page and its protection change together: a sync between the two would leave a page that is neither in
-    /// the set nor protected, and a store to it that nobody hears of.
-    changing: Mutex<()>,
-}
-
-impl Traps {
-    fn new(page_count: u64) -> io::Result<Self> {
-        let pages = PageSet::new(&(0..page_count)).map_err(io::Error::other)?;
-        Ok(Self { pages, changing: Mutex::default() })
-    }
-
-    fn change(&self) -> MutexGuard<'_, ()> {
-        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// What the fault thread keeps between faults.
@@ -133,20 +102,19 @@ impl Core {
         exclusive: bool,
     ) -> Result<Self, DaxError> {
         let opened = if options.lazy { open_faults(options).map_err(DaxError::Os)? } else { None };
-        let len_bytes = range.end - range.start;
         let taken = opened.as_ref().map(|opened| opened.taken);
-        let (faults, dirt) = match opened {
-            Some(Opened { uffd, map: Some(map), .. }) => (Some(uffd), Dirt::Kernel(map)),
+        let (faults, marks) = match opened {
+            Some(Opened { uffd, map: Some(map), .. }) => (Some(uffd), Marks::Kernel(map)),
             Some(Opened { uffd, .. }) if uffd.features().protects() => {
-                (Some(uffd), Dirt::Trapped(Traps::new(len_bytes / PAGE_BYTES).map_err(DaxError::Os)?))
+                (Some(uffd), Marks::Trapped(Traps::new(&range).map_err(DaxError::Os)?))
             }
-            opened => (opened.map(|opened| opened.uffd), Dirt::Unknown),
+            opened => (opened.map(|opened| opened.uffd), Marks::Unknown),
         };
         let window =
             if exclusive { Arc::new(Window::new(&range).map_err(DaxError::Os)?) } else { Arc::clone(volume.window()?) };
         let claim = ClaimGuard::enter(volume, &range, exclusive.then(|| Arc::clone(&window)))?;
         let writable = options.writable;
-        let view = window.attach(range, writable, faults, options.resident_max)?;
+        let view = window.attach(range, ViewOptions { writable, faults, marks }, options.resident_max)?;
         let volume = Arc::clone(volume);
         let core = Self {
             volume,
@@ -154,7 +122,6 @@ impl Core {
             view,
             writable,
             taken,
-            dirt,
             scratch: Mutex::default(),
             broken: AtomicBool::new(false),
             syncing: Mutex::default(),
@@ -173,11 +140,11 @@ impl Core {
         }
     }
 
-    pub(super) const fn tracking(&self) -> Tracking {
-        match self.dirt {
-            Dirt::Kernel(_) => Tracking::Async,
-            Dirt::Trapped(_) => Tracking::Trap,
-            Dirt::Unknown => Tracking::Compare,
+    pub(super) fn tracking(&self) -> Tracking {
+        match self.view.marks() {
+            Marks::Kernel(_) => Tracking::Async,
+            Marks::Trapped(_) => Tracking::Trap,
+            Marks::Unknown => Tracking::Compare,
         }
     }
 
@@ -201,7 +168,7 @@ impl Core {
         }
         let spare = self.scratch().pop();
         let mut scratch = spare.map_or_else(|| SecretBytes::try_zeroed(SCRATCH_BYTES), Ok).map_err(DaxError::Os)?;
-        let brought = self.bring_with(range, &mut scratch);
+        let brought = self.bring_with(range, false, &mut scratch);
         let mut spares = self.scratch();
         if spares.len() < SPARES_MAX {
             spares.push(scratch);
@@ -225,7 +192,9 @@ impl Core {
         let _ = self.view.revoke(); // nothing is left that could be done about it
     }
 
-    fn bring_with(&self, range: &Range<u64>, scratch: &mut [u8]) -> Result<(), DaxError> {
+    /// `stores` tells that somebody waits to store there: where the kernel notes stores, the pages then count as stored to at
+    /// once, which spares each of them a second fault.
+    fn bring_with(&self, range: &Range<u64>, stores: bool, scratch: &mut [u8]) -> Result<(), DaxError> {
         let batch_bytes = BATCH_PAGES.min((self.window.page_count_max() / 2).max(1)) * PAGE_BYTES;
         let mut rest = range.clone();
         while !rest.is_empty() {
@@ -234,11 +203,16 @@ impl Core {
             match self.view.faults() {
                 None => self.volume.fill(&self.window, &batch, Through { scratch: &mut *scratch, install: None })?,
                 Some(faults) => {
+                    let protect_new = match self.view.marks() {
+                        Marks::Kernel(_) => !stores,
+                        Marks::Trapped(_) => true,
+                        Marks::Unknown => false,
+                    };
                     let how = uffd::Install {
-                        protect_new: self.writable && !matches!(self.dirt, Dirt::Unknown),
+                        protect_new: self.writable && protect_new,
                         // The kernel drops the entry of a page that it swaps out, and with it the mark that the page was stored
                         // to: what comes back counts as stored to. Traps have marks of their own.
-                        protect_present: self.writable && matches!(self.dirt, Dirt::Trapped(_)),
+                        protect_present: self.writable && matches!(self.view.marks(), Marks::Trapped(_)),
                         // Who is woken for a part of a batch would only run into the rest of it.
                         wake: page_count(&batch) == 1,
                     };
@@ -272,14 +246,14 @@ impl Core {
         if fault.write_protected {
             // It fails when the volume was locked meanwhile, and the waiter must go on to its SIGBUS; or when the map is gone,
             // and the waiter with it.
-            let _ = self.allow_stores(faults, &here).or_else(|_| faults.wake(&here));
+            let _ = self.view.allow_stores(start).or_else(|_| faults.wake(&here));
             return;
         }
         let page_count = server.ahead.pages(start / PAGE_BYTES, AHEAD_PAGES_MAX.min(self.window.page_count_max() / 4));
         let end = (start + page_count * PAGE_BYTES).min(self.view.range().end);
         let brought = self
-            .bring_with(&(start..end), &mut server.scratch)
-            .or_else(|_| self.bring_with(&(start..start + PAGE_BYTES), &mut server.scratch));
+            .bring_with(&(start..end), fault.stores, &mut server.scratch)
+            .or_else(|_| self.bring_with(&(start..start + PAGE_BYTES), fault.stores, &mut server.scratch));
         let no_room = matches!(brought, Err(DaxError::Volume(VolumeError::WindowFull { .. })));
         if let (Err(error), true, false) = (&brought, no_room, server.no_room) {
             tracing::warn!("a touch of a direct map waits for room: {}", chain(error));
@@ -295,7 +269,7 @@ impl Core {
             // is gone: trying again is right for both.
             let poisoned = if faults.poisons() {
                 faults.poison(&here).or_else(|_| {
-                    self.allow_stores(faults, &here)?;
+                    self.view.allow_stores(start)?;
                     faults.poison(&here)
                 })
             } else {
@@ -310,14 +284,6 @@ impl Core {
         }
     }
 
-    /// Takes the write protection of the page at addresses `here` away, noting that it may be stored to.
-    fn allow_stores(&self, faults: &Uffd, here: &Range<u64>) -> io::Result<()> {
-        let Dirt::Trapped(traps) = &self.dirt else { return faults.write_protect(here, false) };
-        let _changing = traps.change();
-        traps.pages.insert((here.start - self.start_address()) / PAGE_BYTES);
-        faults.write_protect(here, false)
-    }
-
     /// Writes back what may have changed in `range` (whole pages of the view) and makes it durable.
     pub(super) fn sync(&self, range: &Range<u64>) -> Result<(), DaxError> {
         if !self.writable {
@@ -327,6 +293,7 @@ impl Core {
             return Err(VolumeError::Locked.into());
         }
         let _syncing = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _taken = self.window.marks_are_taken();
         let mut result = Ok(());
         let mut write_back = |pages: Range<u64>, how| {
             let written = self.volume.write_back(&self.window, &pages, how);
@@ -334,11 +301,11 @@ impl Core {
                 result = written.map_err(DaxError::from);
             }
         };
-        match &self.dirt {
-            _ if self.broken() => write_back(range.clone(), WriteBack::IfDifferent),
-            Dirt::Kernel(map) => self.take_written(map, range, |pages| write_back(pages, WriteBack::Always))?,
-            Dirt::Trapped(traps) => self.take_trapped(traps, range, |pages| write_back(pages, WriteBack::Always))?,
-            Dirt::Unknown => write_back(range.clone(), WriteBack::IfDifferent),
+        if self.broken() || self.tracking() == Tracking::Compare {
+            write_back(range.clone(), WriteBack::IfDifferent);
+        } else {
+            let taken = self.view.take_stores(&self.window, range, |pages| write_back(pages, WriteBack::Always));
+            taken.map_err(DaxError::Os)?;
         }
         let mut rest = range.clone();
         while let Some(run) = self.window.next_unsynced(&rest) {
@@ -350,56 +317,13 @@ impl Core {
         if self.broken() { Err(DaxError::FaultThread) } else { Ok(()) }
     }
 
-    fn take_written(
-        &self,
-        map: &PageMap,
-        range: &Range<u64>,
-        mut found: impl FnMut(Range<u64>),
-    ) -> Result<(), DaxError> {
-        let to_logical = |address: u64| address - self.start_address() + self.view.range().start;
-        let mut rest = range.clone();
-        while let Some(mut piece) = self.window.next_resident(&rest) {
-            let near = |end: u64| end..range.end.min(end + SCAN_GAP_BYTES);
-            while let Some(next) = self.window.next_resident(&near(piece.end)) {
-                piece.end = next.end;
-            }
-            rest.start = piece.end;
-            let scanned = map
-                .take_written(&self.addresses(&piece), |pages| found(to_logical(pages.start)..to_logical(pages.end)));
-            scanned.map_err(DaxError::Os)?;
-        }
-        Ok(())
-    }
-
-    fn take_trapped(
-        &self,
-        traps: &Traps,
-        range: &Range<u64>,
-        mut found: impl FnMut(Range<u64>),
-    ) -> Result<(), DaxError> {
-        let Some(faults) = self.view.faults() else { return Ok(()) };
-        let first = self.view.range().start / PAGE_BYTES;
-        let mut rest = range.start / PAGE_BYTES - first..range.end / PAGE_BYTES - first;
-        while let Some(run) = traps.pages.next_run(&rest) {
-            rest.start = run.end;
-            let pages = (run.start + first) * PAGE_BYTES..(run.end + first) * PAGE_BYTES;
-            {
-                let _changing = traps.change();
-                // The mark goes once the protection is there: what cannot be protected stays marked.
-                faults.write_protect(&self.addresses(&pages), true).map_err(DaxError::Os)?;
-                run.for_each(|page| {
-                    traps.pages.remove(page);
-                });
-            }
-            found(pages);
-        }
-        Ok(())
-    }
-
     /// Ends every access through the view (the next touch raises SIGBUS, also of a thread that waits for a page), detaches
     /// it, and takes out of memory what no other view shows. With an error what could not be written is lost, unless
     /// another map shows it.
     pub(super) fn leave(&self) -> Result<(), DaxError> {
+        self.volume.evict_shown_by(&self.window, &self.view);
+        // Marks of what another view shows too end with this one.
+        let _taken = self.window.marks_are_taken();
         let revoked = self.view.revoke();
         self.window.detach(&self.view);
         let left = self.volume.leave_window(&self.window, self.view.range());

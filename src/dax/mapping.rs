@@ -23,8 +23,11 @@ use crate::volume::{VolumeError, write_pieces};
 const GRANT: &str = "all of it takes CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd=1, or access to /dev/userfaultfd, and a \
                      filter of system calls that lets userfaultfd pass";
 
-/// Bytes that `copy_within` and `zero` move at a time.
+/// Bytes that `copy_within` moves at a time.
 const COPY_BYTES: usize = 4096;
+
+/// What `zero` stores: whole pages, when it begins at one.
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A part of a volume in the address space of this process. Dropping it syncs it and unmaps it; [`Self::close`] does the
 /// same and tells whether it went well.
@@ -180,10 +183,13 @@ impl DaxMapping {
     /// Stores `data` at `offset`; [`Self::persist`] makes it durable. `data` may lie in a map, as for [`Volume::read_at`];
     /// [`Self::copy_within`] copies inside of one map.
     ///
+    /// Pages that are absent and overwritten whole are encrypted to media and stay absent: this is the way for much at a
+    /// time.
+    ///
     /// # Errors
     ///
-    /// [`DaxError::ReadOnly`], [`DaxError::OutOfRange`]; [`DaxError::Volume`] for a media error under a page that had to
-    /// be brought in, with the bytes before that page stored.
+    /// [`DaxError::ReadOnly`], [`DaxError::OutOfRange`]; [`DaxError::Volume`] for a media error under a page that is absent,
+    /// with the bytes before that page stored.
     ///
     /// [`Volume::read_at`]: crate::volume::Volume::read_at
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), DaxError> {
@@ -192,7 +198,7 @@ impl DaxMapping {
         write_pieces(range, data, |piece, data| {
             let (mut at, mut rest) = (piece.start, data);
             loop {
-                let stored = core.volume.store_resident(&core.window, rest, at)?;
+                let stored = core.volume.store(&core.window, rest, at)?;
                 rest = &rest[stored..];
                 at += stored as u64;
                 if rest.is_empty() {
@@ -210,7 +216,13 @@ impl DaxMapping {
     /// As [`Self::write`].
     pub fn zero(&self, range: Range<u64>) -> Result<(), DaxError> {
         self.logical_range_writable(&range)?;
-        chunks(&range, false).try_for_each(|(at, len)| self.write(range.start + at, &[0; COPY_BYTES][..len]))
+        let mut rest = range;
+        while !rest.is_empty() {
+            let len_bytes = (rest.end - rest.start).min(ZEROES.len() as u64 - rest.start % PAGE_BYTES);
+            self.write(rest.start, &ZEROES[..usize::try_from(len_bytes).expect("at most the pattern's length")])?;
+            rest.start += len_bytes;
+        }
+        Ok(())
     }
 
     /// Stores the bytes of `source` at `offset`; the two may overlap.

@@ -25,7 +25,8 @@
 //! What a program must know, compared with a map of unencrypted persistent memory:
 //!
 //! - **A store reaches media only by persist, sync, eviction or the background write-back.** With real DAX an unflushed
-//!   store may survive the end of the process; here it dies with it. The write-back interval bounds the loss.
+//!   store may survive the end of the process; here it dies with it. The write-back interval bounds the loss. Only
+//!   [`DaxMapping::write`] of whole pages that are absent goes to media at once.
 //! - **The unit of failure atomicity is an aligned 8-byte store that was persisted.** Ciphertext is made and stored in
 //!   aligned blocks of 16 bytes, so after a crash such a word is old or new and the other word of its block is one that
 //!   was stored there. This relies on aligned 16-byte loads and stores being atomic, which Intel promises for CPUs with

@@ -21,6 +21,7 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_sea
 use rustix::mm::{Advice, MapFlags, MlockFlags, MprotectFlags, ProtFlags, madvise, mlock_with, mmap, mprotect, munmap};
 
 use super::PAGE_BYTES;
+use super::marks::Marks;
 use crate::memory::{Source, Target};
 use crate::owner::Owner;
 use crate::pmem;
@@ -114,24 +115,34 @@ pub(crate) struct View {
     mapped: Mapped,
     /// Who takes its faults; none for a pinned view.
     faults: Option<Uffd>,
+    marks: Marks,
+}
+
+/// What a view is made with.
+#[derive(Debug)]
+pub(crate) struct ViewOptions {
+    pub(crate) writable: bool,
+    /// Who takes its faults; without it the view is pinned: its pages are never evicted while it is attached, and it can be
+    /// accessed only after [`View::allow`].
+    pub(crate) faults: Option<Uffd>,
+    pub(crate) marks: Marks,
 }
 
 impl View {
-    /// Maps the whole pages of logical `range`. Without `faults` it is pinned: its pages are never evicted while it is
-    /// attached, and it can be accessed only after [`Self::allow`]. At most `page_count_max` pages of the window are
-    /// resident while it is attached.
+    /// Maps the whole pages of logical `range`. At most `page_count_max` pages of the window are resident while it is
+    /// attached.
     pub(crate) fn new(
         memory: &WindowMemory,
         range: Range<u64>,
-        writable: bool,
-        faults: Option<Uffd>,
+        options: ViewOptions,
         page_count_max: u64,
     ) -> io::Result<Self> {
+        let ViewOptions { writable, faults, marks } = options;
         let mapped = Mapped::new(&memory.file, &memory.within(&range))?;
         let nothing = Arc::clone(&memory.nothing);
         let listed = ListedMap::new(mapped.start, mapped.len_bytes);
         let pinned = faults.is_none();
-        let view = Self { range, pinned, page_count_max, writable, nothing, _listed: listed, mapped, faults };
+        let view = Self { range, pinned, page_count_max, writable, nothing, _listed: listed, mapped, faults, marks };
         if let Some(faults) = &view.faults {
             faults.register(&view.addresses(&view.range), writable)?;
             view.allow()?;
@@ -147,6 +158,15 @@ impl View {
     /// Who takes its faults; none for a pinned view.
     pub(crate) const fn faults(&self) -> Option<&Uffd> {
         self.faults.as_ref()
+    }
+
+    /// How it knows of stores.
+    pub(crate) const fn marks(&self) -> &Marks {
+        &self.marks
+    }
+
+    pub(crate) const fn writable(&self) -> bool {
+        self.writable
     }
 
     /// Where logical `range`, which it shows, is mapped.

@@ -14,31 +14,38 @@
 //! it saves: a page that comes back costs 8.1 us, and a page that is only taken out of the page tables, to see whether it is
 //! touched again, costs 6.5 us when it is.
 //!
-//! What a map stores is on media only after [`Volume::write_back`] or eviction. What the volume writes goes to both.
+//! What a map stores through its pointer is on media only after [`Volume::write_back`] or eviction. What the volume writes goes
+//! to both. What a call of a map stores to pages that are absent goes to media alone, if it overwrites them whole: bringing
+//! them in would cost more than encrypting them.
+//!
+//! A page that leaves is written back only if it may have been stored to: `marks` tells, once it is out of all page tables.
 //!
 //! The maps of a volume share one window; an exclusive map has one of its own, which nobody else reads.
 //!
 //! [`Volume::read_at`]: super::Volume::read_at
 //! [`Volume::write_back`]: super::Volume::write_back
 
+mod marks;
 mod memory;
 mod operations;
 mod pages;
+mod stores;
 mod write_back;
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub(crate) use self::memory::View;
+use self::marks::{ALL_PAGES, PageBits, page_bit};
+pub(crate) use self::marks::{Marks, Traps};
 use self::memory::WindowMemory;
+pub(crate) use self::memory::{View, ViewOptions};
 pub(super) use self::operations::blocks_of;
 pub(crate) use self::operations::{Install, Through};
 pub(crate) use self::pages::PageSet;
 pub(crate) use self::write_back::WriteBack;
 use crate::secret::SecretBytes;
-use crate::uffd::Uffd;
 
 /// Bytes of a page of the window.
 pub(crate) const PAGE_BYTES: u64 = 4096;
@@ -65,6 +72,8 @@ pub(crate) struct Window {
     reserved_max: AtomicU64,
     /// Where the next victim is looked for.
     hand: AtomicU64,
+    /// Who has taken marks of stores, or the page tables that hold them, and has not written all of it back yet.
+    takers: AtomicUsize,
     /// A page of plaintext from media, to compare with.
     scratch: Mutex<SecretBytes>,
 }
@@ -95,13 +104,14 @@ impl Window {
             reserved: AtomicU64::new(0),
             reserved_max: AtomicU64::new(u64::MAX),
             hand: AtomicU64::new(pages.start),
+            takers: AtomicUsize::new(0),
             scratch: Mutex::new(SecretBytes::try_zeroed(page_len)?),
             pages,
         })
     }
 
-    /// Maps `range` of whole pages, pinned without `faults`, and keeps at most `resident_max` bytes of the window resident while this view is
-    /// attached. The least bound of all views counts.
+    /// Maps `range` of whole pages, and keeps at most `resident_max` bytes of the window resident while this view is attached.
+    /// The least bound of all views counts.
     ///
     /// # Errors
     ///
@@ -109,12 +119,11 @@ impl Window {
     pub(crate) fn attach(
         &self,
         range: Range<u64>,
-        writable: bool,
-        faults: Option<Uffd>,
+        options: ViewOptions,
         resident_max: Option<u64>,
     ) -> Result<Arc<View>, AttachError> {
         let asked = resident_max.map_or(u64::MAX, |bytes| bytes.max(RESIDENT_BYTES_MIN) / PAGE_BYTES);
-        let view = View::new(&self.memory, range, writable, faults, asked).map_err(AttachError::Os)?;
+        let view = View::new(&self.memory, range, options, asked).map_err(AttachError::Os)?;
         let view = Arc::new(view);
         let mut views = self.views();
         let bound = asked.min(self.page_count_max());
@@ -135,6 +144,28 @@ impl Window {
         views.retain(|each| !Arc::ptr_eq(each, view));
         let bound = views.iter().map(|view| view.page_count_max()).min().unwrap_or(u64::MAX);
         self.reserved_max.store(bound, Ordering::Release);
+    }
+
+    /// Until it is dropped, no page counts as clean: marks of stores are taken before the pages are written back.
+    pub(crate) fn marks_are_taken(&self) -> MarksAreTaken<'_> {
+        self.takers.fetch_add(1, Ordering::SeqCst);
+        MarksAreTaken { window: self }
+    }
+
+    /// Which pages of `part`, at most [`BATCH_PAGES`], are as media have them for certain. The caller holds `part`
+    /// exclusively, and has taken it out of all views before.
+    fn clean_of_zapped(&self, part: &Range<u64>) -> PageBits {
+        let clean = self.views().iter().fold(ALL_PAGES, |clean, view| clean & view.clean_of_zapped(part));
+        if clean == 0 || self.takers.load(Ordering::SeqCst) > 0 {
+            return 0; // who takes marks now cannot end before the hold does, so it is seen here
+        }
+        let mut unsynced = 0;
+        let mut rest = part.clone();
+        while let Some(run) = self.next_unsynced(&rest) {
+            rest.start = run.end;
+            pages_of(&run).for_each(|page| unsynced |= page_bit(part.start, page * PAGE_BYTES));
+        }
+        clean & !unsynced
     }
 
     /// Bytes of plaintext in memory now.
@@ -220,6 +251,19 @@ impl Window {
 
     fn views(&self) -> MutexGuard<'_, Vec<Arc<View>>> {
         self.views.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// See [`Window::marks_are_taken`].
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct MarksAreTaken<'a> {
+    window: &'a Window,
+}
+
+impl Drop for MarksAreTaken<'_> {
+    fn drop(&mut self) {
+        self.window.takers.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

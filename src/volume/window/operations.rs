@@ -1,4 +1,4 @@
-//! What a volume does with a window: fill, store, evict, lock, and the coherent half of its reads and writes.
+//! What a volume does with a window: fill, evict, lock.
 //!
 //! Every function here that takes the range lock lets go of it before it returns; none is called with it held, but those
 //! that say so.
@@ -10,10 +10,9 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{BATCH_PAGES, PAGE_BYTES, View, Window, WriteBack, pages_of};
+use super::{BATCH_PAGES, PAGE_BYTES, PageBits, View, Window, WriteBack, page_bit, pages_of};
 use crate::memory::{Source, Target};
 use crate::volume::area::{BLOCK_BYTES, HeldBlocks, HeldRange};
-use crate::volume::requests::{read_media, write_media};
 use crate::volume::{Volume, VolumeError, block_start, len};
 
 /// How long a fill waits for room while nothing can be evicted, because others' fills have all of it. They end as fast as
@@ -227,7 +226,8 @@ impl Volume {
                 note(&mut result, Err(VolumeError::Window(error)));
                 continue;
             }
-            self.write_back_each(held.blocks(), window, &part, |pages, written| {
+            let clean = window.clean_of_zapped(&part);
+            self.write_back_each(held.blocks(), window, &part, clean, |pages, written| {
                 let wiped = written.and_then(|()| window.wipe_held(pages).map_err(VolumeError::Window));
                 note(&mut result, wiped.map(|page_count| evicted += page_count));
             });
@@ -235,18 +235,25 @@ impl Volume {
         (evicted, result)
     }
 
-    /// Writes back the resident pages of `part` where they differ, and tells what became of them: in runs, or one by one
-    /// where a run could not be written, so that one bad page harms no other. The caller holds `part` exclusively.
+    /// Writes back the resident pages of `part` where they differ, but for those that are `clean` (at most [`BATCH_PAGES`]
+    /// pages, or none clean), and tells what became of them: in runs, or one by one where a run could not be written, so
+    /// that one bad page harms no other. The caller holds `part` exclusively.
     fn write_back_each(
         &self,
         held: HeldBlocks<'_>,
         window: &Window,
         part: &Range<u64>,
+        clean: PageBits,
         mut done: impl FnMut(&Range<u64>, Result<(), VolumeError>),
     ) {
+        let is_clean = |page: u64| clean != 0 && clean & page_bit(part.start, page * PAGE_BYTES) != 0;
         let mut rest = part.clone();
         while let Some(mut pages) = window.next_resident(&rest) {
-            let mut written = self.write_back_held(held, window, &pages, WriteBack::IfDifferent);
+            let skip = is_clean(pages.start / PAGE_BYTES);
+            let end = pages_of(&pages).find(|&page| is_clean(page) != skip).map_or(pages.end, |page| page * PAGE_BYTES);
+            pages.end = end;
+            let mut written =
+                if skip { Ok(()) } else { self.write_back_held(held, window, &pages, WriteBack::IfDifferent) };
             if written.is_err() && pages.end - pages.start > PAGE_BYTES {
                 pages.end = pages.start + PAGE_BYTES;
                 written = self.write_back_held(held, window, &pages, WriteBack::IfDifferent);
@@ -254,6 +261,21 @@ impl Volume {
             rest.start = pages.end;
             done(&pages, written);
         }
+    }
+
+    /// Evicts what `view`, which is about to end, shows alone, so that nothing of it has to be looked at that nobody stored to.
+    /// What cannot go is left to [`Self::leave_window`].
+    pub(crate) fn evict_shown_by(&self, window: &Window, view: &View) {
+        window.each_batch(view.range(), |batch| {
+            let mut rest = batch;
+            while !rest.is_empty() {
+                let (part, is_shown) = window.shown(&rest, |other| !std::ptr::eq(other, view));
+                rest.start = part.end;
+                if !is_shown {
+                    let _ = self.evict_batch(window, &part); // who is left is tried again, and tells
+                }
+            }
+        });
     }
 
     /// What the end of a map of `range`, which is detached, does with its pages: those that no other view shows are written
@@ -273,7 +295,7 @@ impl Volume {
                 // A view that is attached from here on has nothing of the batch before it is given back.
                 let (part, is_shown) = window.shown(&rest, |_| true);
                 rest.start = part.end;
-                self.write_back_each(held.blocks(), window, &part, |pages, written| {
+                self.write_back_each(held.blocks(), window, &part, 0, |pages, written| {
                     note(&mut result, written);
                     if !is_shown {
                         note(&mut result, window.wipe_held(pages).map(|_| ()).map_err(VolumeError::Window));
@@ -306,7 +328,7 @@ impl Volume {
         for window in &windows {
             note(&mut result, window.revoke()); // views that were attached meanwhile
             window.each_batch(&window.whole(), |batch| {
-                self.write_back_each(all.blocks(), window, &batch, |_, written| note(&mut result, written));
+                self.write_back_each(all.blocks(), window, &batch, 0, |_, written| note(&mut result, written));
             });
         }
         note(&mut result, self.area.sync().map_err(VolumeError::from));
@@ -326,84 +348,6 @@ impl Volume {
         let mut windows = self.claims.windows();
         windows.extend(self.window.get().cloned());
         windows
-    }
-
-    /// Stores the beginning of `data` at `offset` in the window, up to the first page that is absent. How many bytes were
-    /// stored. They are on media after a write-back.
-    ///
-    /// # Errors
-    ///
-    /// [`VolumeError::ReadOnly`], [`VolumeError::OutOfRange`].
-    pub(crate) fn store_resident(&self, window: &Window, data: &[u8], offset: u64) -> Result<usize, VolumeError> {
-        let range = self.check_write(offset, data.len() as u64)?;
-        let mut start = range.start;
-        while start < range.end {
-            let page = start / PAGE_BYTES;
-            let part = start..range.end.min((page + 1) * PAGE_BYTES);
-            let _held = self.area.exclusive(blocks_of(&part));
-            if !window.resident.contains(page) {
-                break;
-            }
-            let from = len(&(range.start..start));
-            window.memory.target(&part).copy_from(&data[from..from + len(&part)]);
-            window.unsynced.insert(page);
-            start = part.end;
-        }
-        Ok(len(&(range.start..start)))
-    }
-
-    /// Reads what the caller holds: resident pages from the window, absent ones from media, and these stay absent.
-    pub(in crate::volume) fn read_coherent(
-        held: HeldBlocks<'_>,
-        window: &Window,
-        range: Range<u64>,
-        buf: &mut [u8],
-    ) -> Result<(), VolumeError> {
-        let mut rest = (range, buf);
-        while !rest.0.is_empty() {
-            let (piece, resident) = window.piece(&rest.0);
-            let (out, after) = rest.1.split_at_mut(len(&piece));
-            rest = (piece.end..rest.0.end, after);
-            if resident {
-                window.memory.source(&piece).copy_to(out);
-            } else {
-                read_media(held, piece, out)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// [`Volume::write_at`] of a checked range that the caller holds exclusively, whole blocks of it: to media, and to the
-    /// window where it is resident.
-    pub(in crate::volume) fn write_coherent(
-        &self,
-        held: HeldBlocks<'_>,
-        window: &Window,
-        range: Range<u64>,
-        data: &[u8],
-    ) -> Result<(), VolumeError> {
-        let mut rest = (range, data);
-        while !rest.0.is_empty() {
-            let (piece, resident) = window.piece(&rest.0);
-            let (part, after) = rest.1.split_at(len(&piece));
-            rest = (piece.end..rest.0.end, after);
-            if resident {
-                window.memory.target(&piece).copy_from(part);
-                self.write_back_held(held, window, &blocks_of(&piece), WriteBack::Always)?;
-            } else {
-                write_media(held, piece, part)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Zeroes what is resident of `range`, which the caller holds exclusively and has just made zero on media.
-    pub(in crate::volume) fn zero_resident(window: &Window, range: &Range<u64>) {
-        let mut rest = range.clone();
-        while let Some(run) = window.next_resident(&rest) {
-            window.memory.target(&run).fill(0);
-            rest.start = run.end;
-        }
     }
 }
 

@@ -4,12 +4,13 @@ use std::thread;
 use std::time::Duration;
 
 use super::*;
-use crate::uffd::{Faults, Features};
+use crate::uffd::{Faults, Features, Uffd};
 use crate::volume::{Volume, VolumeError};
 
-/// Who takes the faults of a view.
-fn faults(pinned: bool) -> Option<Uffd> {
-    (!pinned).then(|| Uffd::open(Features::of_kernel(None).unwrap().trapping(), Faults::All).unwrap())
+/// A writable view.
+fn options(pinned: bool) -> ViewOptions {
+    let open = || Uffd::open(Features::of_kernel(None).unwrap().trapping(), Faults::All).unwrap();
+    ViewOptions { writable: true, faults: (!pinned).then(open), marks: Marks::Unknown }
 }
 
 fn fill(volume: &Volume, window: &Window, range: &Range<u64>) -> Result<(), VolumeError> {
@@ -39,7 +40,7 @@ fn zero_pages_that_nobody_of_us_made_are_overwritten() {
 fn a_fill_waits_for_room_that_others_are_about_to_use() {
     let volume = Volume::ephemeral(1 << 20).unwrap();
     let window = volume.window().unwrap();
-    let view = window.attach(0..1 << 20, true, faults(false), Some(RESIDENT_BYTES_MIN)).unwrap();
+    let view = window.attach(0..1 << 20, options(false), Some(RESIDENT_BYTES_MIN)).unwrap();
     let all = window.page_count_max();
     window.reserved.store(all, Ordering::Release);
     thread::scope(|scope| {
@@ -61,7 +62,7 @@ fn pieces_end_where_what_views_show_does() {
     let window = volume.window().unwrap();
     let pages = |pages: Range<u64>| pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
     for (range, pinned) in [(4..8, false), (6..12, true), (20..30, true)] {
-        window.attach(pages(range), true, faults(pinned), None).unwrap();
+        window.attach(pages(range), options(pinned), None).unwrap();
     }
     let cut = |from: u64| window.shown(&pages(from..25), |_| true);
     assert_eq!(
