@@ -6,6 +6,7 @@
 mod common;
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Stdio;
 use std::thread;
@@ -114,6 +115,40 @@ fn namespaces_move_together_under_new_keys_and_those_without_a_key_stay() {
     assert_eq!(headers(&new), 6, "two copies each, and none of those that were left behind");
     let first = |image: &[u8], start: usize| image[start..start + MIB].to_vec();
     assert!(first(&old, 8 * MIB) != first(&new, 4 * MIB), "ciphertext that moved as it was");
+}
+
+#[test]
+fn a_dry_run_tells_what_then_happens_and_changes_nothing() {
+    let len = 6 * MIB;
+    let bench = region(Path::new("/tmp"), len);
+    let image = || fs::read(bench.path("region.img")).unwrap();
+    // The free places were in use, and would need no blocks.
+    let path = bench.path("region.img");
+    for free in list(&bench)["free"].as_array().unwrap() {
+        let [start, len] = ["start", "len_bytes"].map(|field| free[field].as_u64().unwrap().to_string());
+        tool("fallocate", &["--punch-hole", "--offset", &start, "--length", &len, path.to_str().unwrap()]);
+    }
+    let before = image();
+    let said = bench.run(&["region", "compact", "region.img", "--dry-run", "--json"]).succeeds().stdout;
+    let planned: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let shown = bench.run(&["region", "compact", "region.img", "--dry-run"]).succeeds().stdout;
+    assert!(shown.contains("region.img#a: would move from byte 6291456 to byte 2097152 with 8 MiB"), "{shown}");
+    assert!(shown.contains("of blocks will be needed besides; "), "{shown}");
+    let alone = bench.run(&["region", "compact", "region.img#c", "--dry-run"]).succeeds().stdout;
+    assert!(alone.lines().count() <= 2 && alone.contains("#c: would move"), "{alone}");
+    assert!(image() == before, "a dry run writes nothing");
+
+    let blocks = || fs::metadata(bench.path("region.img")).unwrap().blocks() * 512;
+    let before = blocks();
+    bench.run(&[&["region", "compact", "region.img"], &ALL_KEYS[..]].concat()).succeeds();
+    let number = |entry: &Value, field: &str| entry[field].as_u64().unwrap();
+    let expected = planned
+        .iter()
+        .map(|entry| (entry["name"].as_str().unwrap().to_owned(), number(entry, "to"), number(entry, "len_bytes")));
+    assert_eq!(places(&bench), expected.collect::<Vec<_>>());
+    let needed: u64 = planned.iter().map(|entry| number(entry, "blocks_bytes")).sum();
+    // Headers and journals come on top: a header area for each.
+    assert!(blocks() <= before + needed + 3 * 2 * MIB as u64, "{before} and {needed} became {}", blocks());
 }
 
 #[test]

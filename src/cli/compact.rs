@@ -14,11 +14,11 @@ use super::output::outln;
 use super::pace::{PaceArgs, catch_signals, policy};
 use super::place;
 use super::progress::Progress;
-use super::rekey::VOID;
+use super::rekey::{self, VOID};
 use super::secrets;
 use super::size::ByteSize;
 use crate::namespace::Credential;
-use crate::ops::compact::{Compaction, Outcome};
+use crate::ops::compact::{Compaction, Outcome, Planned};
 use crate::ops::{self, Location, Operation, Run};
 use crate::pmem::OpenError;
 use crate::xts::Backend;
@@ -38,6 +38,9 @@ pub(crate) struct CompactArgs {
     /// Drop the other key slots: only the key given here opens a namespace at its new place
     #[arg(long)]
     drop_slots: bool,
+    /// Only say what would move where, and how many blocks a sparse file will need; needs no key
+    #[arg(long)]
+    dry_run: bool,
     #[command(flatten)]
     pace: PaceArgs,
 }
@@ -54,6 +57,9 @@ pub(crate) fn run(args: &CompactArgs) -> Result<(), Error> {
     place::warn_of_table(path, &ops::peek_table(Operation::Compact, path)?);
     let compaction = Compaction::new(path, policy(args.keep_slots, args.drop_slots), Backend::from_env()?);
     let names = compaction.names(only)?;
+    if args.dry_run {
+        return dry_run(args, path, &compaction, &names);
+    }
     let keys = Keys::read(args, path, &names)?;
     let (report, stop) = (Report { args, path }, catch_signals()?);
     let (mut opened, mut moved, mut no_key, mut first_refusal) = (0, 0, None, None);
@@ -85,6 +91,24 @@ pub(crate) fn run(args: &CompactArgs) -> Result<(), Error> {
         Some(error) => Err(error),
         None => Ok(()),
     }
+}
+
+fn dry_run(args: &CompactArgs, path: &Path, compaction: &Compaction, names: &[String]) -> Result<(), Error> {
+    let (planned, free_bytes) = (compaction.plan(names)?, compaction.free_bytes()?);
+    for Planned { name, range, to, len_bytes, blocks_bytes } in &planned {
+        let (from, shown) = (range.start, ByteSize(*len_bytes));
+        if args.pace.json {
+            let fields = serde_json::json!({ "event": "planned", "name": name, "from": from, "to": to,
+                "len_bytes": len_bytes, "blocks_bytes": blocks_bytes, "free_bytes": free_bytes });
+            outln!("{fields}")?;
+        } else if from == *to {
+            outln!("{}#{name}: stays at byte {from} with {shown}", path.display())?;
+        } else {
+            outln!("{}#{name}: would move from byte {from} to byte {to} with {shown}", path.display())?;
+        }
+    }
+    let blocks_bytes = planned.iter().map(|planned| planned.blocks_bytes).sum();
+    if args.pace.json { Ok(()) } else { rekey::say_blocks(blocks_bytes, free_bytes) }
 }
 
 /// Whether an error is about one namespace, which then stays, and not about the others.

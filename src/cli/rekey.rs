@@ -126,20 +126,26 @@ fn say_estimate(args: &RekeyArgs, estimate: &Estimate) -> Result<(), Error> {
     for slot in &estimate.others {
         outln!("besides the key given here, these slots open it: {}", numbered_line(slot))?;
     }
-    if estimate.blocks_bytes > 0 {
-        let free = match estimate.free_bytes {
-            Some(bytes) if bytes < estimate.blocks_bytes => format!("; only {} are free", ByteSize(bytes)),
-            Some(bytes) => format!("; {} are free", ByteSize(bytes)),
-            None => String::new(),
-        };
-        outln!("it is sparse: up to {} of blocks will be needed besides{free}", ByteSize(estimate.blocks_bytes))?;
-    }
+    say_blocks(estimate.blocks_bytes, estimate.free_bytes)?;
     let (rate, limit) = (estimate.decrypted_bytes_per_second, args.pace.bytes_per_second().unwrap_or(u64::MAX).max(1));
     let seconds = size_bytes.div_ceil(rate.min(limit).max(1));
     outln!(
         "at least {seconds} s: it reads and decrypts {}/s here; encryption, and writing everything twice, come on top",
         ByteSize(rate)
     )
+}
+
+/// Says what a sparse file needs, if it needs something.
+pub(crate) fn say_blocks(blocks_bytes: u64, free_bytes: Option<u64>) -> Result<(), Error> {
+    if blocks_bytes == 0 {
+        return Ok(());
+    }
+    let free = match free_bytes {
+        Some(bytes) if bytes < blocks_bytes => format!("; only {} are free", ByteSize(bytes)),
+        Some(bytes) => format!("; {} are free", ByteSize(bytes)),
+        None => String::new(),
+    };
+    outln!("it is sparse: up to {} of blocks will be needed besides{free}", ByteSize(blocks_bytes))
 }
 
 /// What is said when every byte has arrived.

@@ -39,6 +39,21 @@ pub enum Outcome {
     },
 }
 
+/// What a compaction would do with one namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Planned {
+    /// Its name.
+    pub name: String,
+    /// Its partition.
+    pub range: Range<u64>,
+    /// Where its partition would begin.
+    pub to: u64,
+    /// Bytes of its partition then.
+    pub len_bytes: u64,
+    /// Bytes of blocks that the file of the region would need besides those that it has.
+    pub blocks_bytes: u64,
+}
+
 /// A region whose namespaces are to move together.
 #[derive(Clone, Debug)]
 pub struct Compaction {
@@ -70,6 +85,45 @@ impl Compaction {
         Ok(partitions.into_iter().map(|partition| partition.name).collect())
     }
 
+    /// What [`Self::one`] would do with each of `names`, one after the other; nothing is locked or written, and no key is needed.
+    /// A namespace whose header cannot be read is left out: it stays.
+    ///
+    /// # Errors
+    ///
+    /// [`Cause::Region`], [`Cause::Media`].
+    pub fn plan(&self, names: &[String]) -> Result<Vec<Planned>, Error> {
+        let table = self.table()?;
+        let (mut planned, mut ends) = (Vec::new(), Vec::new());
+        for name in names {
+            let place = Location::of_region(&self.path, name);
+            let range = table.find(name).map_err(|source| self.failed(source))?.range;
+            let site = place.peek(OPERATION)?;
+            let Ok(locked) = LockedNamespace::open_in(site.clone()) else { continue };
+            // Up to where what was planned before it ends by then.
+            let earliest = table.earliest_start(&range);
+            let before = ends.iter().find(|(end, _)| *end == earliest).map(|(_, end)| *end);
+            let to = start_of(before.unwrap_or(earliest), &range);
+            let (geometry, len_bytes) = (locked.geometry(), range.end - range.start);
+            let data = geometry.data_start()..geometry.data_start() + geometry.size_bytes();
+            let blocks = site.data().blocks_to_move(data.clone(), to + (data.start - range.start));
+            let blocks_bytes = blocks.map_err(|source| Error::new(OPERATION, place.path(), source))?;
+            let len_bytes = len_bytes.min(needed_bytes(geometry));
+            let [was, will_be] = [range.end, to + len_bytes].map(|end| end.next_multiple_of(REGION_ALIGNMENT_BYTES));
+            ends.push((was, will_be));
+            planned.push(Planned { name: name.clone(), range, to, len_bytes, blocks_bytes });
+        }
+        Ok(planned)
+    }
+
+    /// Bytes that the file system under the file of the region can still give; nothing for a device.
+    ///
+    /// # Errors
+    ///
+    /// [`Cause::Region`].
+    pub fn free_bytes(&self) -> Result<Option<u64>, Error> {
+        Ok(self.table()?.backing().free_bytes())
+    }
+
     /// The free places.
     ///
     /// # Errors
@@ -89,9 +143,7 @@ impl Compaction {
         let place = Location::of_region(&self.path, name);
         let table = self.table()?;
         let range = table.find(name).map_err(|source| self.failed(source))?.range;
-        let earliest = table.earliest_start(&range);
-        // A partition that another program made may leave less than a header needs.
-        let start = if range.start - earliest < HEADER_AREA_BYTES { range.start } else { earliest };
+        let start = start_of(table.earliest_start(&range), &range);
         if start == range.start && is_tight(&place, &range)? {
             return Ok(Outcome::InPlace);
         }
@@ -181,6 +233,12 @@ impl Compaction {
     fn failed(&self, source: RegionError) -> Error {
         Error::new(OPERATION, &self.path, source)
     }
+}
+
+/// Where a partition at `range` is to begin, if everything from `earliest` on is free. A partition that another program made
+/// may leave less than a header needs.
+const fn start_of(earliest: u64, range: &Range<u64>) -> u64 {
+    if range.start - earliest < HEADER_AREA_BYTES { range.start } else { earliest }
 }
 
 /// Bytes of a partition that holds just this.

@@ -122,7 +122,8 @@ impl Region {
     }
 
     /// The backing that it is on.
-    pub(super) const fn backing(&self) -> &Arc<Backing> {
+    #[must_use]
+    pub const fn backing(&self) -> &Arc<Backing> {
         &self.backing
     }
 

@@ -6,6 +6,9 @@ use super::{Backing, BackingExtent, Medium};
 use crate::pmem::error::MediaError;
 use crate::pmem::sim::SimMedium;
 
+/// How many runs are asked for at a time.
+const EXTENTS_MAX: usize = 256;
+
 impl Backing {
     /// Whether there may be bytes of it that have no block: a file with holes.
     #[must_use]
@@ -83,5 +86,45 @@ impl Backing {
             }
             Medium::Volatile => Ok(vec![BackingExtent { range, allocated: true }]),
         }
+    }
+
+    /// Bytes of blocks that it would need besides those that it has, were what is at `from` moved to the byte `to`, with holes
+    /// left holes.
+    ///
+    /// # Errors
+    ///
+    /// As [`extents`](Self::extents).
+    pub fn blocks_to_move(&self, from: Range<u64>, to: u64) -> Result<u64, MediaError> {
+        if to == from.start || !self.is_sparse() {
+            return Ok(0);
+        }
+        let mut needed = 0;
+        self.for_extents(from.clone(), |data| {
+            let place = |offset: u64| to.saturating_add(offset - from.start);
+            if data.allocated {
+                self.for_extents(place(data.range.start)..place(data.range.end), |there| {
+                    needed += if there.allocated { 0 } else { there.range.end - there.range.start };
+                    Ok(())
+                })?;
+            }
+            Ok(())
+        })?;
+        Ok(needed)
+    }
+
+    /// Calls `look` with every run of `range`, in order.
+    fn for_extents(
+        &self,
+        range: Range<u64>,
+        mut look: impl FnMut(&BackingExtent) -> Result<(), MediaError>,
+    ) -> Result<(), MediaError> {
+        let mut start = range.start;
+        while start < range.end {
+            let extents = self.extents(start..range.end, EXTENTS_MAX)?;
+            let Some(end) = extents.last().map(|last| last.range.end).filter(|&end| end > start) else { break };
+            extents.iter().try_for_each(&mut look)?;
+            start = end;
+        }
+        Ok(())
     }
 }

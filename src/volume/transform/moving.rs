@@ -25,9 +25,6 @@ const PIECE_BYTES: usize = 64 << 10;
 /// What has blocks or has none: the pages of every file system.
 const PAGE_BYTES: usize = 4096;
 
-/// How many runs are asked for at a time.
-const EXTENTS_MAX: usize = 256;
-
 /// A part of a window: whole pages that all have data, or all have none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Run {
@@ -200,48 +197,9 @@ impl Volume {
     pub fn blocks_needed(&self, data_offset: u64) -> Result<u64, MediaError> {
         let (backing, geometry) = (self.backing(), self.geometry());
         let from = geometry.data_start();
-        if data_offset == geometry.data_offset() || !backing.is_sparse() {
-            return Ok(0);
-        }
         let to = (from - geometry.data_offset()).saturating_add(data_offset);
-        let mut needed = 0;
-        for_extents(backing, from..from + self.size(), |data| {
-            let moved = data.start - from..data.end - from;
-            if data.allocated {
-                for_extents(backing, to.saturating_add(moved.start)..to.saturating_add(moved.end), |place| {
-                    needed += if place.allocated { 0 } else { place.end - place.start };
-                    Ok(())
-                })?;
-            }
-            Ok(())
-        })?;
-        Ok(needed)
+        backing.blocks_to_move(from..from + self.size(), to)
     }
-}
-
-/// A run of bytes of a backing.
-struct Extent {
-    start: u64,
-    end: u64,
-    allocated: bool,
-}
-
-/// Calls `look` with every run of `range`, in order.
-fn for_extents(
-    backing: &Backing,
-    range: Range<u64>,
-    mut look: impl FnMut(&Extent) -> Result<(), MediaError>,
-) -> Result<(), MediaError> {
-    let mut start = range.start;
-    while start < range.end {
-        let extents = backing.extents(start..range.end, EXTENTS_MAX)?;
-        let Some(end) = extents.last().map(|last| last.range.end).filter(|&end| end > start) else { break };
-        for extent in extents {
-            look(&Extent { start: extent.range.start, end: extent.range.end, allocated: extent.allocated })?;
-        }
-        start = end;
-    }
-    Ok(())
 }
 
 fn is_zero_at(backing: &Backing, range: Range<u64>) -> Result<bool, MediaError> {
