@@ -181,6 +181,26 @@ fn a_key_that_was_removed_is_wrong_and_no_proof_of_a_forgery() {
     bench.run(&["key", "test", "vault.img", "--key-file", "second.key"]).succeeds();
 }
 
+/// Two clones were changed apart, and somebody mixed their headers.
+#[test]
+fn copies_of_one_sequence_with_different_contents_are_told() {
+    let bench = vault();
+    fs::copy(bench.path("vault.img"), bench.path("clone.img")).unwrap();
+    for (image, label) in [("vault.img", "one"), ("clone.img", "two")] {
+        let add = ["key", "add", image, KEY[0], KEY[1], "--new-key-file", "second.key", "--label", label];
+        bench.run(&add).succeeds();
+    }
+    let mut image = fs::read(bench.path("vault.img")).unwrap();
+    let clone = fs::read(bench.path("clone.img")).unwrap();
+    image[256 << 10..320 << 10].copy_from_slice(&clone[256 << 10..320 << 10]);
+    fs::write(bench.path("vault.img"), image).unwrap();
+    let said = bench.run(&["info", "vault.img"]).succeeds().stdout;
+    assert!(said.contains("header copy B is not usable: it has the sequence of copy A, but another content"), "{said}");
+    bench.run(&["key", "test", "vault.img", KEY[0], KEY[1]]).succeeds();
+    bench.run(&["key", "remove", "vault.img", KEY[0], KEY[1], "--slot", "1"]).succeeds();
+    assert!(!bench.run(&["info", "vault.img"]).succeeds().stdout.contains("warning"), "an update writes both");
+}
+
 #[test]
 fn a_detached_header_that_was_lost_is_restored_to_a_file_that_is_made() {
     let bench = detached();

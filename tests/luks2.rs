@@ -298,6 +298,26 @@ fn a_damaged_primary_header_is_made_up_for_by_the_secondary() {
     }
 }
 
+/// As a power cut leaves them between the two copies, and `cryptsetup` finishes it.
+#[test]
+fn copies_of_which_one_is_older_are_told() {
+    let bench = bench();
+    luks_format(&bench, 18, &PBKDF2);
+    let before = fs::read(bench.path("data.img")).unwrap();
+    cryptsetup(&bench, "config", &["--label", "newer", "data.img"]).succeeds();
+    let mut image = fs::read(bench.path("data.img")).unwrap();
+    image[16 << 10..32 << 10].copy_from_slice(&before[16 << 10..32 << 10]);
+    fs::write(bench.path("data.img"), image).unwrap();
+    let said = bench.run(&["info", "data.img", "--luks2"]).succeeds().stdout;
+    assert!(said.contains("newer") && said.contains("two copies of the header differ"), "{said}");
+    let json = bench.run(&["info", "data.img", "--luks2", "--json"]).succeeds().stdout;
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert!(json["warnings"][0].as_str().unwrap().contains("by cryptsetup"), "{json}");
+    cryptsetup(&bench, "config", &["--label", "last", "data.img"]).succeeds();
+    let said = bench.run(&["info", "data.img", "--luks2"]).succeeds().stdout;
+    assert!(!said.contains("warning"), "{said}");
+}
+
 #[test]
 fn an_unfinished_reencryption_is_refused() {
     let bench = bench();

@@ -6,7 +6,7 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::Stdio;
 use std::thread;
@@ -149,6 +149,39 @@ fn a_dry_run_tells_what_then_happens_and_changes_nothing() {
     let needed: u64 = planned.iter().map(|entry| number(entry, "blocks_bytes")).sum();
     // Headers and journals come on top: a header area for each.
     assert!(blocks() <= before + needed + 3 * 2 * MIB as u64, "{before} and {needed} became {}", blocks());
+}
+
+/// What a compaction leaves that was killed after the header at the new place and before the table: found by its uuid.
+#[test]
+fn the_header_of_a_slide_that_was_cut_goes_when_the_namespace_is_opened_for_writing() {
+    let bench = region(Path::new("/tmp"), 2 * MIB);
+    let places = places(&bench);
+    let [(_, a, _), (_, b, b_len), _] = &places[..] else { panic!("{places:?}") };
+    let image = fs::OpenOptions::new().read(true).write(true).open(bench.path("region.img")).unwrap();
+    let header_at = |start: u64| {
+        let mut bytes = vec![0; 2 * MIB];
+        image.read_exact_at(&mut bytes, start).unwrap();
+        bytes
+    };
+    let is_empty = |start: u64| header_at(start).iter().all(|&byte| byte == 0);
+    // Before a lies a header of it, before b one of c, which is none of b's business.
+    let c = header_at(places[2].1);
+    let before_b = a + 4 * MIB as u64;
+    assert!(before_b + 2 * MIB as u64 <= *b && b + b_len <= places[2].1);
+    image.write_all_at(&header_at(*a), 2 * MIB as u64).unwrap();
+    image.write_all_at(&c, before_b).unwrap();
+    run(&bench, &["key", "test", "region.img#a"], "a").succeeds();
+    assert!(!is_empty(2 * MIB as u64), "who reads writes nothing");
+    bench.secret("spare.key", &[9; 32]);
+    for name in ["a", "b"] {
+        let path = format!("region.img#{name}");
+        run(&bench, &["key", "add", &path, "--new-key-file", "spare.key"], name).succeeds();
+    }
+    assert!(is_empty(2 * MIB as u64));
+    assert!(header_at(before_b) == c);
+    for name in NAMES {
+        assert_content(&bench, name, 2 * MIB, "after the sweep");
+    }
 }
 
 #[test]

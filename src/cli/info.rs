@@ -74,6 +74,7 @@ struct Luks2Info<'a> {
     granularity: String,
     granularity_reason: String,
     xts_backend: &'static str,
+    warnings: Vec<String>,
 }
 
 fn luks2(args: &InfoArgs, site: &Site, backend: Backend) -> Result<(), Error> {
@@ -81,10 +82,11 @@ fn luks2(args: &InfoArgs, site: &Site, backend: Backend) -> Result<(), Error> {
     let header = locked.info();
     let (path, header_path) = (args.place.path.as_path(), args.place.header.as_deref());
     let granularity_reason = site.data().granularity_reason().to_string();
+    let warnings = open::luks2_warnings(&header.copies);
     if args.json {
-        let granularity = site.data().granularity().to_string();
-        let xts_backend = backend.name();
-        return output::json(&Luks2Info { path, header_path, header, granularity, granularity_reason, xts_backend });
+        let (granularity, xts_backend) = (site.data().granularity().to_string(), backend.name());
+        let info = Luks2Info { path, header_path, header, granularity, granularity_reason, xts_backend, warnings };
+        return output::json(&info);
     }
     let mut lines = vec![("LUKS2 volume".to_owned(), path.display().to_string())];
     let mut line = |name: &str, value: String| lines.push((name.to_owned(), value));
@@ -106,6 +108,7 @@ fn luks2(args: &InfoArgs, site: &Site, backend: Backend) -> Result<(), Error> {
     }
     line("granularity", granularity_reason);
     line("AES-XTS", backend.name().into());
+    warnings.into_iter().for_each(|warning| line("warning", warning));
     lines.iter().try_for_each(|(name, value)| outln!("{name:<14} {value}"))
 }
 

@@ -58,7 +58,7 @@ pub(crate) fn volume(place: &PlaceArgs, operation: Operation, key: &KeyArgs, is_
     }
     let path = place.path.display().to_string();
     let locked = luks2(place, &place.open(operation)?)?;
-    for warning in copy_warnings(["primary LUKS2 header", "secondary LUKS2 header"], &locked.info().copies) {
+    for warning in luks2_warnings(&locked.info().copies) {
         warning!("{path}: {warning}");
     }
     if key.escrow_file.is_some() {
@@ -111,19 +111,26 @@ pub(crate) fn warnings(header: &Header) -> Vec<String> {
         ));
     }
     warnings.extend(copy_warnings(["header copy A", "header copy B"], &header.copies));
-    warnings.extend(difference(&header.copies));
+    warnings.extend(difference(&header.copies, "the next command that changes it finishes the update"));
     warnings
 }
 
 /// A sentence about two good copies of a header that are not the same one.
-pub(crate) fn difference(copies: &[CopyState; 2]) -> Option<String> {
+fn difference(copies: &[CopyState; 2], remedy: &str) -> Option<String> {
     let [CopyState::Good { sequence: first }, CopyState::Good { sequence: second }] = copies else { return None };
     (first != second).then(|| {
         format!(
             "the two copies of the header differ (sequence {first} and {second}): an update was cut short, and what it was to \
-             remove may be in the older copy; the next command that changes it finishes the update"
+             remove may be in the older copy; {remedy}"
         )
     })
+}
+
+/// What is worth a warning about the header copies of a LUKS2 volume, which nothing here writes to.
+pub(crate) fn luks2_warnings(copies: &[CopyState; 2]) -> Vec<String> {
+    let mut warnings = copy_warnings(["primary LUKS2 header", "secondary LUKS2 header"], copies);
+    warnings.extend(difference(copies, "the next change by cryptsetup writes both"));
+    warnings
 }
 
 /// A sentence for each copy of a header that cannot be used.

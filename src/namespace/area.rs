@@ -254,11 +254,16 @@ impl CopyState {
 ///
 /// A copy that is intact but from a newer program stops everything: the other copy is older than it.
 pub(super) fn choose(a: Result<HeaderCopy, CopyFault>, b: Result<HeaderCopy, CopyFault>) -> Result<Chosen, OpenError> {
-    let states = [CopyState::of(&a), CopyState::of(&b)];
+    let mut states = [CopyState::of(&a), CopyState::of(&b)];
     match (a, b) {
         (Err(fault), _) | (_, Err(fault)) if fault.is_from_the_future() => Err(future(fault)),
         (Ok(a), Ok(b)) if b.sequence > a.sequence => Ok(Chosen { copy: b, name: CopyName::B, other: Some(a), states }),
-        (Ok(a), b) => Ok(Chosen { copy: a, name: CopyName::A, other: b.ok(), states }),
+        (Ok(a), b) => {
+            if b.as_ref().is_ok_and(|b| b.sequence == a.sequence && !b.is_same(&a)) {
+                states[1] = CopyState::Bad { reason: "it has the sequence of copy A, but another content".into() };
+            }
+            Ok(Chosen { copy: a, name: CopyName::A, other: b.ok(), states })
+        }
         (Err(_), Ok(b)) => Ok(Chosen { copy: b, name: CopyName::B, other: None, states }),
         (Err(CopyFault::Magic), Err(CopyFault::Magic)) => Err(OpenError::NotANamespace { found: None }),
         (Err(a), Err(b)) => Err(OpenError::BothCopiesDamaged { a, b }),

@@ -143,6 +143,11 @@ impl HeaderCopy {
         Ok(Self { sequence, metadata, mac, covered })
     }
 
+    /// Whether the other copy holds the same bytes.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        self.mac == other.mac && self.covered == other.covered
+    }
+
     /// Whether the MAC is that of the holder of the volume key. Compared in constant time.
     pub(super) fn is_genuine(&self, key: &MacKey) -> bool {
         key.mac(&self.covered).verify_slice(&self.mac).is_ok()

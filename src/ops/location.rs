@@ -146,19 +146,27 @@ fn open_in_region(operation: Operation, path: &Path, name: &str, access: Access)
     if find(operation, path, &backing, name)? != range {
         return Err(Error::new(operation, path, OpenError::Busy));
     }
+    let site = Site::part(backing, range.start, range.end - range.start);
     if access == Access::ReadWrite {
-        confirm_table(operation, path)?;
+        confirm_table(operation, path, &site)?;
     }
-    Ok(Site::part(backing, range.start, range.end - range.start))
+    Ok(site)
 }
 
-/// Makes the table durable that says where the namespace is. Somebody who is changing it at the moment does the same.
-fn confirm_table(operation: Operation, path: &Path) -> Result<(), Error> {
-    match open_table(operation, path) {
-        Ok(mut table) => table.confirm().map_err(|source| Error::new(operation, path, source)),
-        Err(error) if matches!(*error.cause, Cause::Open(OpenError::Busy)) => Ok(()),
-        Err(error) => Err(error),
-    }
+/// Makes the table durable that says where the namespace at `site` is, and destroys the header that a slide left which was cut
+/// before the table knew of it: whatever key opens it is one of before. Somebody who is changing the table at the moment
+/// does the first.
+fn confirm_table(operation: Operation, path: &Path, site: &Site) -> Result<(), Error> {
+    let mut table = match open_table(operation, path) {
+        Ok(table) => table,
+        Err(error) if matches!(*error.cause, Cause::Open(OpenError::Busy)) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    table.confirm().map_err(|source| Error::new(operation, path, source))?;
+    let Ok(locked) = LockedNamespace::open_in(site.clone()) else { return Ok(()) };
+    let range = site.start()..site.start().saturating_add(site.available_bytes());
+    let swept = table.sweep_before(&range, locked.header().uuid);
+    swept.map(drop).map_err(|source| Error::new(operation, path, Cause::Erase(source)))
 }
 
 fn find(operation: Operation, path: &Path, backing: &Arc<Backing>, name: &str) -> Result<Range<u64>, Error> {

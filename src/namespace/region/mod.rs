@@ -19,7 +19,7 @@ pub use self::error::{RegionError, TableFault};
 use self::table::Table;
 use super::area::{CopyState, HeaderArea, WriteError};
 use super::error::Chain;
-use super::geometry::DATA_ALIGNMENT_BYTES;
+use super::geometry::{DATA_ALIGNMENT_BYTES, HEADER_AREA_BYTES};
 use crate::pmem::{Access, Backing};
 
 /// The partition type of a namespace.
@@ -110,15 +110,32 @@ impl Region {
         for free in self.free() {
             let step = usize::try_from(REGION_ALIGNMENT_BYTES).unwrap_or(usize::MAX);
             for start in (free.start..free.end).step_by(step) {
-                let Some(mut area) = HeaderArea::new(Arc::clone(&self.backing), start) else { continue };
-                if area.has_magic()? && area.read_copies().into_iter().flatten().any(|copy| copy.metadata.uuid == uuid)
-                {
-                    area.clear()?;
-                    swept += 1;
-                }
+                swept += usize::from(self.sweep_at(start, uuid)?);
             }
         }
         Ok(swept)
+    }
+
+    /// As [`Self::sweep`], only in the place where a slide of the partition at `range` would begin: for who goes on with the
+    /// namespace. Whether there was one.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::sweep`].
+    pub fn sweep_before(&self, range: &Range<u64>, uuid: Uuid) -> Result<bool, WriteError> {
+        let start = self.earliest_start(range);
+        let has_room = range.start.saturating_sub(start) >= HEADER_AREA_BYTES;
+        if has_room { self.sweep_at(start, uuid) } else { Ok(false) }
+    }
+
+    fn sweep_at(&self, start: u64, uuid: Uuid) -> Result<bool, WriteError> {
+        let Some(mut area) = HeaderArea::new(Arc::clone(&self.backing), start) else { return Ok(false) };
+        let found =
+            area.has_magic()? && area.read_copies().into_iter().flatten().any(|copy| copy.metadata.uuid == uuid);
+        if found {
+            area.clear()?;
+        }
+        Ok(found)
     }
 
     /// The backing that it is on.
