@@ -334,8 +334,14 @@ fn serve(bench: &Bench, args: &[&str]) -> Server {
 #[test]
 fn a_detached_header_leaves_nothing_but_ciphertext_in_the_backing() {
     let bench = detached();
-    assert_eq!(fs::metadata(bench.path("data.img")).unwrap().len(), 4 << 20);
-    assert!(fs::read(bench.path("data.img")).unwrap().iter().all(|&byte| byte == 0), "nothing is written there yet");
+    let fresh = fs::read(bench.path("data.img")).unwrap();
+    assert_eq!(fresh.len(), 4 * MIB + 4096);
+    let (data, tag_page) = fresh.split_at(4 * MIB);
+    assert!(data.iter().all(|&byte| byte == 0), "nothing is written there yet");
+    assert!(
+        tag_page.chunks(16).all(|block| block.iter().any(|&byte| byte != 0)),
+        "the page of the tag looks like data"
+    );
     fs::write(bench.path("in.img"), noise(5, 4 * MIB)).unwrap();
     let server = serve(&bench, &[&HEADER[..], &KEY].concat());
     tool("nbdcopy", &[bench.path("in.img").to_str().unwrap(), &server.uri("data")]);

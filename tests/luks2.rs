@@ -209,7 +209,8 @@ fn an_exported_header_lets_cryptsetup_take_over() {
         server.stop();
         let decrypt = ["--decrypt", "--header", "data.luks", "--force-offline-reencrypt", "data.img"];
         cryptsetup(&bench, "reencrypt", &decrypt).succeeds();
-        assert!(fs::read(bench.path("data.img")).unwrap() == plaintext, "{unit} {cipher}");
+        // The page of the tag is behind it.
+        assert!(fs::read(bench.path("data.img")).unwrap()[..2 * MIB] == plaintext, "{unit} {cipher}");
     }
 }
 

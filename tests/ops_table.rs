@@ -65,6 +65,35 @@ fn every_operation_in_every_state_in_a_region_ends_right_or_changes_nothing() {
     cells_in(Place::Region);
 }
 
+/// Two namespaces whose headers are detached, and the data of one with the header of the other.
+#[test]
+fn every_operation_in_every_state_refuses_the_data_of_another_detached_header() {
+    let other = &fixture(State::Settled, Place::Detached, Variant(0)).bytes[0];
+    let (mut cells, mut wrong) = (0, Vec::new());
+    for (number, state) in State::ALL.into_iter().enumerate().filter(|(_, state)| *state != State::Sliding) {
+        let fixture = fixture(state, Place::Detached, Variant(number % 8));
+        for (operation, entry) in Operation::ALL
+            .into_iter()
+            .flat_map(|operation| [Entry::Slot, Entry::Escrow].map(|entry| (operation, entry)))
+        {
+            let folder = folder();
+            let files = Files::new(Place::Detached, folder.path());
+            let cell = Cell { operation, state, entry, files: &files, fixture: &fixture };
+            if !cell.looks_at_the_data() {
+                continue;
+            }
+            put_back(&files, &fixture);
+            cells += 1;
+            if let Err(panic) = std::panic::catch_unwind(AssertUnwindSafe(|| cell.check_other_data(other))) {
+                wrong.push(said(&*panic));
+            }
+        }
+    }
+    println!("{cells} cells of the table with other data: all were refused");
+    assert!(wrong.is_empty(), "{} cells are wrong:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(cells > 250);
+}
+
 fn said(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| panic.downcast_ref().copied()).unwrap_or_default().to_owned()

@@ -330,13 +330,11 @@ impl Error {
             Self::OwnSlot { .. } => Some("give the key of another slot, which proves that it works, or --force".into()),
             Self::Restore { source, .. } => restore_hint(source),
             Self::Namespace { source, path } => namespace_hint(source, path),
-            Self::Unlock { source: UnlockError::OtherCopy { .. }, path } => Some(format!(
-                "`daxcrypt header repair {}` shows both copies and what your key says of each, and makes one the header",
-                path.display()
-            )),
-            Self::Unlock { .. } if self.exit() == Exit::WrongKey => {
-                Some("try another passphrase or key file; `daxcrypt info` shows which slots there are".into())
-            }
+            Self::Unlock { source, path } => unlock_hint(source, path),
+            Self::Adopt { source, path } => match &**source {
+                AdoptError::Unlock(source) => unlock_hint(source, path),
+                _ => None,
+            },
             _ => None,
         }
     }
@@ -346,6 +344,25 @@ impl Error {
         chain(self)
     }
 }
+
+/// What to do about a namespace that does not unlock.
+fn unlock_hint(error: &UnlockError, path: &Path) -> Option<String> {
+    match error {
+        UnlockError::OtherCopy { .. } => Some(format!(
+            "`daxcrypt header repair {}` shows both copies and what your key says of each, and makes one the header",
+            path.display()
+        )),
+        UnlockError::OtherData { .. } => Some(OTHER_DATA.into()),
+        error if unlock_exit(error) == Exit::WrongKey => {
+            Some("try another passphrase or key file; `daxcrypt info` shows which slots there are".into())
+        }
+        _ => None,
+    }
+}
+
+/// What to do about data that has not the tag of its header.
+const OTHER_DATA: &str = "are data and header the right ones? Nothing was changed. If they are, --accept-data takes the data as it \
+     is, where it is opened for writing, and writes the tag anew over what is in its page";
 
 /// What to do about a header that does not open.
 fn namespace_hint(error: &namespace::OpenError, path: &Path) -> Option<String> {
@@ -431,6 +448,7 @@ fn unlock_exit(error: &UnlockError) -> Exit {
         | UnlockError::Key(_)
         | UnlockError::Transform(_)
         | UnlockError::OtherCopy { .. }
+        | UnlockError::OtherData { .. }
         | UnlockError::Work(_) => Exit::Damaged,
         _ => Exit::WrongKey,
     }
@@ -449,7 +467,8 @@ fn adopt_exit(error: &AdoptError) -> Exit {
     match error {
         AdoptError::NotMoved { .. } | AdoptError::Rekeying { .. } | AdoptError::Geometry(_) => Exit::Usage,
         AdoptError::Open(namespace::OpenError::Media(_)) => Exit::Io,
-        AdoptError::Unlock(UnlockError::Forged | UnlockError::Transform(_)) | AdoptError::Open(_) => Exit::Damaged,
+        AdoptError::Unlock(UnlockError::Forged | UnlockError::Transform(_) | UnlockError::OtherData { .. })
+        | AdoptError::Open(_) => Exit::Damaged,
         AdoptError::Unlock(_) => Exit::WrongKey,
         AdoptError::Transform(error) => rekey_exit(error),
     }

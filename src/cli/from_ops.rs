@@ -32,6 +32,9 @@ impl From<ops::Error> for Error {
                 Self::Usage(format!("{} is no namespace in a region: REGION#NAME is one", path.display()))
             }
             Cause::NoKeyGiven => Self::NoKeyGiven { path },
+            Cause::AcceptsAndReads => {
+                Self::Usage(format!("{}: {}, so open it for writing", path.display(), Cause::AcceptsAndReads))
+            }
             Cause::OwnSlot { slot } => Self::OwnSlot { slot },
             Cause::SlotNeeded => Self::Usage("say which slot to change: --slot NUMBER".into()),
             Cause::Stopped { done_bytes, total_bytes } => stopped(operation, &path, done_bytes, total_bytes),

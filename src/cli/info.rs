@@ -159,6 +159,10 @@ pub(crate) fn header_lines(header: &Header) -> Vec<(String, String)> {
         header.bound_address.map_or_else(|| "no address".into(), |address| format!("physical address {address:#x}")),
     );
     line("header", if header.detached { "detached" } else { "in front of the data" }.into());
+    if header.detached {
+        let bound = |offset| format!("bound to the header by the tag at byte {offset} from the base");
+        line("data", header.tag_offset.map_or_else(|| "not bound to the header: it has no tag".into(), bound));
+    }
     line("discards", if header.discards { "allowed: media shows which units are unused" } else { "off" }.into());
     if header.wiping {
         let what = "unfinished: media shows what of the data area is in use; `daxcrypt format --wipe` begins again";

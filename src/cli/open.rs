@@ -110,6 +110,13 @@ pub(crate) fn warnings(header: &Header) -> Vec<String> {
             ByteSize(SIZE_BYTES_WARN)
         ));
     }
+    if header.detached && !header.ephemeral && header.tag_offset.is_none() {
+        warnings.push(
+            "nothing tells whether the data is that of this detached header: it has no tag, so mind which files belong together; \
+             --accept-data writes a tag behind the data, where there is room for a page"
+                .into(),
+        );
+    }
     warnings.extend(copy_warnings(["header copy A", "header copy B"], &header.copies));
     warnings.extend(difference(&header.copies, "the next command that changes it finishes the update"));
     warnings

@@ -20,12 +20,16 @@ pub(crate) struct PlaceArgs {
     /// File that holds the header, for a namespace whose header is detached
     #[arg(long, value_name = "FILE")]
     pub(crate) header: Option<PathBuf>,
+    /// With --header, take the data for that of the header although its tag is not there, or it never had one, and write the
+    /// tag behind the data; what is in that page is lost
+    #[arg(long, requires = "header")]
+    pub(crate) accept_data: bool,
 }
 
 impl PlaceArgs {
     /// What they name.
     pub(crate) fn location(&self) -> Location {
-        Location::new(&self.path, self.header.clone())
+        Location::new(&self.path, self.header.clone()).accepting_data(self.accept_data)
     }
 
     /// Finds the namespace there for who only looks at it.

@@ -30,6 +30,9 @@ pub(crate) struct RelocateArgs {
     /// File that holds the header of the source, when that is detached
     #[arg(long, value_name = "FILE")]
     header: Option<PathBuf>,
+    /// With --header, take the data for that of the header although its tag is not there, or it never had one
+    #[arg(long, requires = "header")]
+    accept_data: bool,
     /// File for the header of the destination, which is then detached
     #[arg(long, value_name = "FILE", conflicts_with = "in_place")]
     destination_header: Option<PathBuf>,
@@ -55,10 +58,12 @@ pub(crate) struct RelocateArgs {
 }
 
 pub(crate) fn run(args: &RelocateArgs) -> Result<(), Error> {
-    let source = PlaceArgs { path: args.source.clone(), header: args.header.clone() };
+    let (path, accept_data) = (args.source.clone(), args.accept_data);
+    let source = PlaceArgs { path, header: args.header.clone(), accept_data };
     match &args.destination {
         Some(path) => {
-            relocate(args, &source, &PlaceArgs { path: path.clone(), header: args.destination_header.clone() })
+            let (path, header) = (path.clone(), args.destination_header.clone());
+            relocate(args, &source, &PlaceArgs { path, header, accept_data: false })
         }
         None => adopt(args, &source.location()),
     }

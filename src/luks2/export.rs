@@ -12,7 +12,7 @@ use super::kdf::{Hash, Kdf, PBKDF2_ITERATIONS_MAX, PBKDF2_ITERATIONS_MIN, SALT_B
 use super::metadata::encode_base64;
 use super::slot::{AREA_ENCRYPTION, AREA_START, area_cipher, material_bytes};
 use crate::memory::Target;
-use crate::namespace::{Credential, KdfCost, KdfWork, Namespace};
+use crate::namespace::{Credential, Header, KdfCost, KdfWork, Namespace};
 use crate::secret::{KeyError, SecretBytes, VolumeKey};
 
 /// Bytes of the whole file.
@@ -75,7 +75,7 @@ pub fn export(namespace: &Namespace, credential: &Credential, options: ExportOpt
         label: header.label.clone(),
         uuid: header.uuid.to_string(),
         subsystem: String::new(),
-        json: metadata(volume_key.bytes().len(), header.unit_bytes, &kdf, &digest),
+        json: metadata(volume_key.bytes().len(), &header, &kdf, &digest),
     };
     let mut bytes = header::encode(&copy, &[random()?, random()?]);
     bytes.resize(FILE_BYTES, 0);
@@ -123,7 +123,7 @@ impl DigestParts {
     }
 }
 
-fn metadata(key_bytes: usize, unit_bytes: u32, kdf: &SaltedKdf, digest: &DigestParts) -> Vec<u8> {
+fn metadata(key_bytes: usize, described: &Header, kdf: &SaltedKdf, digest: &DigestParts) -> Vec<u8> {
     let area_bytes = material_bytes(key_bytes).next_multiple_of(AREA_ALIGNMENT_BYTES);
     let salt = encode_base64(&kdf.salt);
     let kdf = match kdf.kdf {
@@ -152,10 +152,11 @@ fn metadata(key_bytes: usize, unit_bytes: u32, kdf: &SaltedKdf, digest: &DigestP
         "segments": {"0": {
             "type": "crypt",
             "offset": "0",
-            "size": "dynamic",
+            // Not dynamic: behind the data is its tag.
+            "size": described.size_bytes.to_string(),
             "iv_tweak": "0",
             "encryption": AREA_ENCRYPTION,
-            "sector_size": unit_bytes,
+            "sector_size": described.unit_bytes,
         }},
         "digests": {"0": {
             "type": "pbkdf2",

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::area::{CopyName, CopyState, WriteError};
+use super::data_tag;
 use super::destroy::emptied;
 use super::error::FormatError;
 use super::geometry::{
@@ -36,7 +37,8 @@ pub struct FormatOptions {
     pub label: String,
     /// What Argon2id costs, for a passphrase.
     pub kdf_cost: KdfCost,
-    /// Size of the data area in bytes; without it, all that fits.
+    /// Size of the data area in bytes; without it, all that fits: a page is left for the tag behind data whose header is
+    /// detached. With it, such data gets a tag where there is room for one.
     pub size_bytes: Option<u64>,
     /// Where in the backing the namespace begins. (When the backing is a partition of the kernel's, the base in the header
     /// is that offset on the disk.)
@@ -74,7 +76,7 @@ impl Default for FormatOptions {
 }
 
 /// Writes a new namespace, unlocked by `credential`. The header area is overwritten; the data area is not touched, but for a
-/// header or partition table in front of what becomes the data of a detached header.
+/// header or partition table in front of what becomes the data of a detached header. Behind that its tag is written.
 ///
 /// Asking [`signature_found`](super::signature_found) first is the caller's part.
 ///
@@ -128,12 +130,12 @@ fn create(
     KdfWork::check([(0, options.kdf_cost.work())]).map_err(SlotError::Work)?;
     let site = Site::part(backing, options.base, options.available_bytes.unwrap_or(u64::MAX));
     let site = site.with_header(options.header.clone());
-    let geometry = place(&site, &options)?;
+    let (geometry, tag_offset) = place(&site, &options, credential.is_some())?;
     let available_bytes = site.header_available_bytes();
     site.area().ok_or(GeometryError::NoRoom { available_bytes, header_bytes: HEADER_AREA_BYTES })?;
     let mut metadata = empty_metadata(&geometry, options.cipher, options.label, options.allow_discards);
     let volume_key = volume_key(options.cipher, options.volume_key)?;
-    metadata.ephemeral = credential.is_none();
+    (metadata.ephemeral, metadata.tag_offset) = (credential.is_none(), tag_offset);
     if let Some(credential) = credential {
         let kdf = Kdf::for_credential(credential, options.kdf_cost);
         let purpose = metadata.purpose();
@@ -147,6 +149,7 @@ fn create(
     let area = emptied(&site)?;
     if site.is_detached() {
         clear_foreign_header(&site)?;
+        data_tag::write_first(&site, &metadata, &volume_key)?;
     }
     Ok(Namespace {
         site,
@@ -184,12 +187,14 @@ impl Namespace {
     }
 }
 
-fn place(site: &Site, options: &FormatOptions) -> Result<Geometry, FormatError> {
+/// Where it is to be, and where the tag of detached data that keeps its key.
+fn place(site: &Site, options: &FormatOptions, keeps_key: bool) -> Result<(Geometry, Option<u64>), FormatError> {
     let (base, available_bytes, detached) = (site.base(), site.available_bytes(), site.is_detached());
     let data_offset = if detached { detached_data_offset_for(base)? } else { data_offset_for(base)? };
-    let size_bytes = match options.size_bytes {
-        Some(size_bytes) => size_bytes,
-        None => size_that_fits(data_offset, available_bytes, options.unit)?,
+    let (size_bytes, tag_offset) = match options.size_bytes {
+        wished if detached && keeps_key => data_tag::new_data(data_offset, available_bytes, options.unit, wished)?,
+        Some(size_bytes) => (size_bytes, None),
+        None => (size_that_fits(data_offset, available_bytes, options.unit)?, None),
     };
     let bound_address = match (options.bind_address, site.physical_address()) {
         (false, _) => None,
@@ -198,7 +203,7 @@ fn place(site: &Site, options: &FormatOptions) -> Result<Geometry, FormatError> 
     };
     let (origin, unit) = (site.origin(), options.unit);
     let placement = Placement { origin, base, data_offset, size_bytes, unit, bound_address, detached };
-    Ok(Geometry::new(&placement, available_bytes)?)
+    Ok((Geometry::new(&placement, available_bytes)?, tag_offset))
 }
 
 fn volume_key(cipher: Cipher, given: Option<VolumeKey>) -> Result<VolumeKey, FormatError> {
@@ -227,6 +232,7 @@ fn empty_metadata(geometry: &Geometry, cipher: Cipher, label: String, allow_disc
         unclean: false,
         discards: allow_discards,
         slots: Vec::new(),
+        tag_offset: None,
         wiping: false,
         transform: None,
     }

@@ -188,6 +188,17 @@ pub enum UnlockError {
         /// The copy that the key opens and has written.
         genuine: CopyName,
     },
+    /// The data has not the tag of its detached header.
+    #[error(
+        "the tag of this header is not at byte {at} of the data: this is other data, or data of before a resize or re-key, or it \
+         was cut off, or something has overwritten the tag"
+    )]
+    OtherData {
+        /// Where in the backing of the data the tag should be.
+        at: u64,
+        /// What kept it from being read.
+        source: Option<MediaError>,
+    },
     /// What an earlier user left in the header area could not be made durable, so nothing may be changed on top of it.
     #[error(
         "what the header area shows could not be made durable: until the media take writes, open it for reading only"

@@ -32,6 +32,8 @@ pub struct Header {
     pub bound_address: Option<u64>,
     /// Whether header and data are in different files.
     pub detached: bool,
+    /// Bytes from the base to the tag that tells detached data from any other; without it nothing does.
+    pub tag_offset: Option<u64>,
     /// Whether the volume key is never stored.
     pub ephemeral: bool,
     /// Whether the namespace was in use and not closed in order.
@@ -84,6 +86,7 @@ impl Header {
             size_bytes: geometry.size_bytes(),
             bound_address: None,
             detached: geometry.placement().detached,
+            tag_offset: None,
             ephemeral: false,
             unclean: false,
             discards: false,
@@ -108,6 +111,7 @@ impl Header {
             size_bytes: metadata.size_bytes,
             bound_address: metadata.bound_address,
             detached: metadata.detached,
+            tag_offset: metadata.tag_offset,
             ephemeral: metadata.ephemeral,
             unclean: metadata.unclean,
             discards: metadata.discards,

@@ -148,6 +148,12 @@ pub enum MetadataError {
     /// A re-key is under way exactly when the requirements say so.
     #[error("its requirements and its re-key do not agree")]
     TransformNotAnnounced,
+    /// The tag of the data would be where the data is, or there is none to be had.
+    #[error("its data cannot have a tag at byte {tag_offset}")]
+    TagPlace {
+        /// Bytes from the base to the tag.
+        tag_offset: u64,
+    },
     /// An ephemeral namespace has a key slot.
     #[error("it is ephemeral and yet has {slot_count} key slots")]
     EphemeralWithSlots {
@@ -183,6 +189,9 @@ pub(super) struct Metadata {
     /// Whether holes are punched, and read as zeroes: never taken back, because zeroes may be holes by then.
     pub(super) discards: bool,
     pub(super) slots: Vec<Slot>,
+    /// Bytes from the base to the page that holds the tag of detached data.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) tag_offset: Option<u64>,
     /// Whether the data area was to be filled with noise, and is not full of it yet.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(super) wiping: bool,
@@ -226,6 +235,12 @@ impl Metadata {
         }
         if self.ephemeral && slot_count > 0 {
             return Err(MetadataError::EphemeralWithSlots { slot_count });
+        }
+        if let Some(tag_offset) = self.tag_offset {
+            let is_behind = self.data_offset.checked_add(self.size_bytes).is_some_and(|end| end <= tag_offset);
+            if self.ephemeral || !self.detached || !is_behind {
+                return Err(MetadataError::TagPlace { tag_offset });
+            }
         }
         let mut least_id = 0;
         for slot in &self.slots {

@@ -9,6 +9,7 @@ mod area;
 mod backup;
 mod carry;
 mod create;
+mod data_tag;
 mod destroy;
 mod error;
 mod geometry;
@@ -41,6 +42,7 @@ pub use backup::{
     present_header, prove, restore_unchecked,
 };
 pub use create::{FormatOptions, format, format_ephemeral, format_withheld};
+pub use data_tag::detached_bytes;
 pub use destroy::destroy;
 pub use error::{Chain, FormatError, OpenError, UnlockError, UpdateError};
 pub use geometry::{

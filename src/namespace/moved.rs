@@ -14,6 +14,7 @@ use super::geometry::{
 use super::info::Header;
 use super::kdf::Credential;
 use super::open::{LockedNamespace, too_small};
+use super::signature::foreign_beginning;
 use super::site::Site;
 use super::transform::{RekeyOptions, TransformError};
 use super::unlocked::Namespace;
@@ -93,6 +94,11 @@ impl MovedNamespace {
             return Err(AdoptError::NotMoved { base });
         }
         let source = source_layout(&old, site.start(), available_bytes)?;
+        if old.detached
+            && let Some(found) = foreign_beginning(site.data(), source.data_start()).map_err(OpenError::from)?
+        {
+            return Err(OpenError::DataIsOther { found }.into());
+        }
         // Data that is not at a 2 MiB boundary here moves to the first one (behind the header).
         let is_behind = old.detached || old.data_offset >= HEADER_AREA_BYTES;
         let on_disk = source.data_start().saturating_add(site.origin());
@@ -126,6 +132,7 @@ impl MovedNamespace {
             return Err(AdoptError::Rekeying { header_base });
         }
         let mut namespace = self.locked.unlock_key(credential)?;
+        namespace.check_data()?;
         let unit = options.unit.unwrap_or(self.placement.unit);
         let placement = Placement { unit, ..self.placement };
         // Not at the opening: until now nothing is written to what may be moved back.

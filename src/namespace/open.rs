@@ -258,8 +258,14 @@ impl LockedNamespace {
         let is_on_media = self.is_on_media;
         let mut namespace = self.into_namespace(volume_key, mac_key, slot_id);
         namespace.load_transform()?;
-        if is_on_media {
-            namespace.settle().map_err(UnlockError::Settle)?;
+        if !is_on_media {
+            return Ok(namespace);
+        }
+        // Before anything is written: the data may be somebody else's.
+        let is_to_be_bound = namespace.check_data()?;
+        namespace.settle().map_err(UnlockError::Settle)?;
+        if is_to_be_bound {
+            namespace.bind_data().map_err(|error| UnlockError::Settle(error.into()))?;
         }
         Ok(namespace)
     }

@@ -24,6 +24,9 @@ impl Namespace {
         if self.area.backing().access() == Access::ReadOnly || self.metadata.ephemeral {
             return Ok(());
         }
+        if self.site.data().access() == Access::ReadWrite {
+            self.confirm_tag()?;
+        }
         let image = self.area.read_image(self.newest)?;
         for name in [self.newest, self.newest.other()] {
             // The newest first: the other one may be all that is on media.
@@ -31,7 +34,10 @@ impl Namespace {
         }
         match &mut self.pending {
             Some(pending) => pending.confirm(),
-            None => Ok(journal::clear_unused(&self.area)?),
+            None => {
+                journal::clear_unused(&self.area)?;
+                Ok(self.settle_tag()?)
+            }
         }
     }
 
@@ -45,14 +51,15 @@ impl Namespace {
         self.update(metadata)
     }
 
-    /// Sees to it that both header copies agree, and wipes the header that was left behind elsewhere, so that none is left
-    /// from before the transform. Comes before the first window of every run.
+    /// Sees to it that both header copies agree, and wipes the header that was left behind elsewhere and the tag of the old
+    /// volume key, so that none is left from before the transform. Comes before the first window of every run.
     ///
     /// # Errors
     ///
     /// [`TransformError::Update`].
     pub fn settle_header(&mut self) -> Result<(), TransformError> {
         self.even_out()?;
+        self.forget_former_tag()?;
         let former_base = self.metadata.transform.as_ref().and_then(|transform| transform.former_base);
         // When a window has moved it is wiped, and there may be data in its place.
         let is_untouched = self.pending.as_ref().is_some_and(|pending| pending.record().is_untouched());

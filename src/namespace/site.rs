@@ -17,6 +17,8 @@ pub struct Site {
     start: u64,
     available_bytes: u64,
     header: Option<Arc<Backing>>,
+    /// Whether the data is taken for that of the header, whatever it says itself.
+    accepts_data: bool,
 }
 
 impl Site {
@@ -30,13 +32,24 @@ impl Site {
     #[must_use]
     pub fn part(data: Arc<Backing>, start: u64, available_bytes: u64) -> Self {
         let available_bytes = available_bytes.min(data.len_bytes().saturating_sub(start));
-        Self { data, start, available_bytes, header: None }
+        Self { data, start, available_bytes, header: None, accepts_data: false }
     }
 
     /// The same with the header at the start of `header`, if there is one: a detached header.
     #[must_use]
     pub fn with_header(self, header: Option<Arc<Backing>>) -> Self {
         Self { header, ..self }
+    }
+
+    /// The same where the user vouches for the data: it is taken for that of the detached header even if it has not the tag
+    /// of it. Who then opens it for writing gives it its tag.
+    #[must_use]
+    pub fn accepting_data(self, accepts_data: bool) -> Self {
+        Self { accepts_data, ..self }
+    }
+
+    pub(super) const fn accepts_data(&self) -> bool {
+        self.accepts_data
     }
 
     /// The backing of the data.

@@ -46,6 +46,7 @@ fn metadata() -> Metadata {
         unclean: false,
         discards: false,
         slots: Vec::new(),
+        tag_offset: None,
         wiping: false,
         transform: None,
     };
@@ -148,6 +149,22 @@ fn every_field_that_is_edited_with_its_checksum_fixed_fails_the_mac() {
     let copy = HeaderCopy::decode(&edited).unwrap();
     assert_eq!(copy.sequence, 6);
     assert!(!copy.is_genuine(&mac_key(&metadata())));
+}
+
+#[test]
+fn a_tag_is_behind_detached_data_that_keeps_its_key_or_the_header_is_refused() {
+    let end = 4 << 20;
+    let detached = Metadata { detached: true, tag_offset: Some(end), ..metadata() };
+    assert!(detached.check().is_ok());
+    let refused = [
+        Metadata { tag_offset: Some(end - 1), ..detached.clone() },
+        Metadata { detached: false, ..detached.clone() },
+        Metadata { ephemeral: true, slots: Vec::new(), ..detached.clone() },
+        Metadata { size_bytes: u64::MAX, ..detached },
+    ];
+    for metadata in refused {
+        assert!(matches!(metadata.check(), Err(MetadataError::TagPlace { .. })), "{metadata:?}");
+    }
 }
 
 #[test]

@@ -373,11 +373,13 @@ impl Namespace {
         options: &RekeyOptions,
     ) -> Result<(), TransformError> {
         let plan = self.plan(source, placement, &self.site, None, credential, options)?;
-        let Plan { geometry, metadata, new_key, id } = plan;
+        let Plan { geometry, mut metadata, new_key, id } = plan;
+        metadata.tag_offset = self.tag_offset_for(&geometry, &source);
         // A copy that a failed update left may be the header of another transform, whose record is overwritten now.
         self.even_out()?;
         let journal = Journal::new(&self.area, &new_key, self.metadata.uuid, id);
         let record = journal.begin()?;
+        self.write_next_tag(&metadata, &new_key)?;
         let new_mac_key = MacKey::new(&new_key, self.metadata.uuid);
         let old_mac_key = std::mem::replace(&mut self.mac_key, new_mac_key);
         let updated = self.update(metadata);
@@ -518,10 +520,10 @@ impl Namespace {
         debug_assert_eq!(pending.record.done_bytes, pending.source.size_bytes(), "every byte has arrived");
         let metadata = Metadata { requirements: Vec::new(), transform: None, ..self.metadata.clone() };
         self.update(metadata)?;
-        match self.pending.take() {
-            Some(pending) => Ok(pending.journal.clear()?),
-            None => Ok(()),
+        if let Some(pending) = self.pending.take() {
+            pending.journal.clear()?;
         }
+        Ok(self.settle_tag()?)
     }
 
     /// Reads where a transform stands that was under way when the namespace was closed. The header is authentic.

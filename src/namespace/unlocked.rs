@@ -241,8 +241,16 @@ impl Namespace {
     ///
     /// [`UpdateError`]; the size is as before unless the error is one of writing.
     pub fn resize(&mut self, size_bytes: u64, even_smaller: bool) -> Result<(), UpdateError> {
+        self.resize_header(size_bytes, even_smaller)?;
+        self.settle_tag()
+    }
+
+    /// [`Self::resize`] up to where the header tells the new size. The tag of data that became smaller is still where it was,
+    /// because somebody may be writing to where it belongs: [`Self::settle_tag`] brings it there.
+    pub(crate) fn resize_header(&mut self, size_bytes: u64, even_smaller: bool) -> Result<(), UpdateError> {
         self.check_resize(size_bytes, even_smaller)?;
-        let mut metadata = Metadata { size_bytes, ..self.metadata.clone() };
+        let (former_tag, tag_offset) = (self.metadata.tag_offset, self.tag_offset_of_size(size_bytes)?);
+        let mut metadata = Metadata { size_bytes, tag_offset, ..self.metadata.clone() };
         let geometry = Geometry::new(&metadata.placement(self.site.origin()), self.site.available_bytes())?;
         let (old, new) = (self.metadata.purpose(), metadata.purpose());
         for slot in &mut metadata.slots {
@@ -250,13 +258,15 @@ impl Namespace {
             let rewrapped = slot.rewrapped(&self.volume_key, &old, &self.volume_key, &new)?;
             *slot = rewrapped.ok_or(UpdateError::RewrapFailed { id })?;
         }
+        self.write_tag_at(tag_offset)?;
         // What holds it is that long, but perhaps not durably: whoever made it longer may have died.
         self.site.data().sync_blocks().map_err(WriteError::from)?;
         let updated = self.update(metadata);
         if self.metadata.size_bytes == size_bytes {
             self.geometry = geometry; // it is in force with the first copy that is durable
         }
-        updated
+        updated?;
+        self.forget_tag_at(former_tag)
     }
 
     /// Writes both copies of the header, as after [`format_withheld`](super::format_withheld).

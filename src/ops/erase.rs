@@ -124,7 +124,10 @@ impl Doomed {
         }
         if let Ok(locked) = &self.locked {
             let start = locked.geometry().data_start();
-            return start..start + locked.geometry().size_bytes();
+            // With the tag behind it.
+            let end = start + locked.geometry().size_bytes();
+            let needed = locked.header().tag_offset.and_then(|_| namespace::detached_bytes(start, end - start));
+            return start..needed.unwrap_or(end).min(self.site.start() + self.site.available_bytes());
         }
         let end = self.site.start() + self.site.available_bytes();
         let start = self.site.start();

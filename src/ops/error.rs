@@ -106,6 +106,9 @@ pub enum Cause {
     /// No key is given for it.
     #[error("its key is not given")]
     NoKeyGiven,
+    /// Data is accepted by giving it a tag, and this only reads.
+    #[error("--accept-data writes a tag behind the data, and this only reads")]
+    AcceptsAndReads,
     /// Removing the slot that unlocked may lock its user out.
     #[error("key slot {slot} is the one that unlocked: removing it may lock you out")]
     OwnSlot {
@@ -209,6 +212,7 @@ impl Cause {
             Self::ExportLuks2(_) | Self::Slide(_) | Self::Format(_) => Kind::Refused,
             Self::OtherSlots(_) | Self::SizeNeeded | Self::SizeTooLarge | Self::WouldOverwrite(_) => Kind::Asks,
             Self::NoKeyGiven | Self::OwnSlot { .. } | Self::SlotNeeded => Kind::Asks,
+            Self::AcceptsAndReads => Kind::Refused,
             Self::Stopped { .. } => Kind::Stopped,
             Self::Open(OpenError::Busy) => Kind::Busy,
             Self::Open(_) | Self::Erase(_) | Self::Media(_) | Self::Plain(_) | Self::NotVerified { .. } => Kind::Io,

@@ -130,7 +130,11 @@ impl Restoration {
         let Self { location, locked, file } = self;
         let failed = |cause: Cause| Error::new(Operation::HeaderRestore, location.path(), cause);
         let mut namespace = unlock(locked, key).map_err(|error| failed(error.into()))?;
+        let is_to_be_bound = namespace.check_data().map_err(|error| failed(error.into()))?;
         namespace.write_header(replace_slots).map_err(|error| failed(error.into()))?;
+        if is_to_be_bound {
+            namespace.bind_data().map_err(|error| failed(error.into()))?;
+        }
         file.keep();
         Ok(namespace.header())
     }

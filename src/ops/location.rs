@@ -20,6 +20,7 @@ pub struct Location {
     /// The region and the name in it.
     region: Option<(PathBuf, String)>,
     header: Option<PathBuf>,
+    accepts_data: bool,
 }
 
 impl Location {
@@ -27,7 +28,7 @@ impl Location {
     #[must_use]
     pub fn new(path: &Path, header: Option<PathBuf>) -> Self {
         let region = if path.exists() { None } else { region_and_name(path) };
-        Self { path: path.into(), region, header }
+        Self { path: path.into(), region, header, accepts_data: false }
     }
 
     /// The namespace `name` of the region at `region`.
@@ -36,7 +37,13 @@ impl Location {
         let mut path = region.as_os_str().to_owned();
         path.push("#");
         path.push(name);
-        Self { path: path.into(), region: Some((region.into(), name.into())), header: None }
+        Self { path: path.into(), region: Some((region.into(), name.into())), header: None, accepts_data: false }
+    }
+
+    /// The same where the user vouches for the data of a detached header: see [`Site::accepting_data`].
+    #[must_use]
+    pub fn accepting_data(self, accepts_data: bool) -> Self {
+        Self { accepts_data, ..self }
     }
 
     /// As it was named.
@@ -70,6 +77,10 @@ impl Location {
     /// [`Cause::Open`] and [`Cause::Region`].
     pub fn open(&self, operation: Operation) -> Result<Site, Error> {
         let access = match operation.reach() {
+            // What accepts data gives it a tag.
+            Reach::Peek | Reach::Read if self.accepts_data => {
+                return Err(Error::new(operation, &self.path, Cause::AcceptsAndReads));
+            }
             Reach::Peek => return self.peek(operation),
             Reach::Read => Access::ReadOnly,
             Reach::Write => Access::ReadWrite,
@@ -79,7 +90,7 @@ impl Location {
             Some((path, name)) => open_in_region(operation, path, name, access)?,
         };
         let header = self.header.as_ref().map(|path| open(operation, path, &OpenOptions::new(access))).transpose()?;
-        Ok(site.with_header(header))
+        Ok(site.with_header(header).accepting_data(self.accepts_data))
     }
 
     /// Opens it for reading without a lock, so that it can be looked at while somebody uses it.

@@ -35,3 +35,6 @@ pub use new_place::{NewPlace, Prepared, remove_made};
 pub use open::{Found, Key, also, also_in_use};
 pub use pace::{Ended, Moved, Run, TokenBucket, Unwatched, Watch};
 pub use slots::SlotPolicy;
+
+#[cfg(test)]
+mod detached_crash_tests;

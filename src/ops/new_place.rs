@@ -117,8 +117,12 @@ impl NewPlace<'_> {
     /// Bytes of a new file or partition.
     fn total_bytes(&self) -> Result<u64, Error> {
         let size_bytes = self.size_bytes.ok_or_else(|| self.failed(self.location.path(), Cause::SizeNeeded))?;
-        let header_bytes = if self.location.detached_header().is_some() { 0 } else { HEADER_AREA_BYTES };
-        size_bytes.checked_add(header_bytes).ok_or_else(|| self.failed(self.location.path(), Cause::SizeTooLarge))
+        // In front of the data its header, or behind it its tag.
+        let total_bytes = match self.location.detached_header() {
+            Some(_) => namespace::detached_bytes(0, size_bytes),
+            None => size_bytes.checked_add(HEADER_AREA_BYTES),
+        };
+        total_bytes.ok_or_else(|| self.failed(self.location.path(), Cause::SizeTooLarge))
     }
 
     /// Opens what is there, and refuses it when it holds something.

@@ -6,7 +6,6 @@
 use super::error::{Cause, Error};
 use super::gate::Operation;
 use super::location::{self, Location};
-use crate::namespace::{UpdateError, size_that_fits};
 use crate::pmem::{Allocation, BackingKind};
 use crate::volume::{Volume, VolumeError};
 
@@ -48,15 +47,17 @@ pub fn apply(location: &Location, volume: &Volume, wanted: Wanted) -> Result<Res
         return Err(failed(location, VolumeError::ReadOnly));
     }
     let available_bytes = volume.available_bytes().ok_or_else(|| failed(location, VolumeError::NoHeader))?;
-    let (old_bytes, data_offset) = (volume.size(), volume.geometry().data_offset());
+    let old_bytes = volume.size();
     let new_bytes = match wanted.size_bytes {
         Some(bytes) => bytes,
-        None => size_that_fits(data_offset, all_there_is(location, volume, available_bytes)?, volume.geometry().unit())
-            .map_err(|source| failed(location, UpdateError::Geometry(source)))?,
+        None => {
+            let all = all_there_is(location, volume, available_bytes)?;
+            volume.size_that_fits(all).map_err(|source| failed(location, source))?
+        }
     };
     // Before room is made: what is refused leaves no longer file behind.
     volume.check_resize(new_bytes, wanted.even_smaller).map_err(|source| failed(location, source))?;
-    let needed_bytes = data_offset.saturating_add(new_bytes);
+    let needed_bytes = volume.needed_bytes(new_bytes).map_err(|source| failed(location, source))?;
     if needed_bytes > available_bytes {
         make_room(location, volume, needed_bytes, wanted.sparse)?;
     }

@@ -114,6 +114,18 @@ impl Volume {
         self.mapping.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Bytes from its base that the namespace would need with `size_bytes` of data.
+    pub(crate) fn needed_bytes(&self, size_bytes: u64) -> Result<u64, VolumeError> {
+        self.with_namespace(|namespace| Ok(namespace.needed_bytes(size_bytes)))
+    }
+
+    /// The largest size of the namespace that `available_bytes` from its base have room for.
+    pub(crate) fn size_that_fits(&self, available_bytes: u64) -> Result<u64, VolumeError> {
+        self.with_namespace(|namespace| {
+            namespace.size_that_fits(available_bytes).map_err(|error| UpdateError::Geometry(error).into())
+        })
+    }
+
     fn mark(&self, in_use: bool) -> Result<(), VolumeError> {
         self.check_owner()?;
         if self.read_only() {

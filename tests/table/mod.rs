@@ -631,6 +631,32 @@ impl Cell<'_> {
         permitted
     }
 
+    /// Whether it needs the key, or the data for itself, so that it finds out whose data it is.
+    pub fn looks_at_the_data(&self) -> bool {
+        let by_the_header = matches!(
+            self.operation,
+            Operation::Info
+                | Operation::KeyList
+                | Operation::HeaderBackup
+                | Operation::Erase
+                | Operation::FormatOver
+                | Operation::RelocateDestination
+        );
+        let has_tag = !matches!(self.state, State::Ephemeral | State::Luks2);
+        self.exists() && has_tag && !by_the_header && matches!(self.entry, Entry::Slot | Entry::Escrow)
+    }
+
+    /// Tries it beside the data of another namespace: it is refused, and no byte of any file changes.
+    pub fn check_other_data(&self, other: &[u8]) {
+        let what = format!("{:?} in {:?} by {:?} with other data", self.operation, self.state, self.entry);
+        fs::write(&self.files.data, other).unwrap();
+        let before = self.files.bytes();
+        let refused = self.do_it().expect_err(&what);
+        assert!(!matches!(refused.kind(), Kind::Io | Kind::Busy | Kind::Stopped), "{what}: {refused:?}");
+        assert!(self.files.bytes() == before, "{what}: refused, and yet something changed");
+        assert!(!self.beside("to.img").exists(), "{what}: something is left");
+    }
+
     fn is_here(&self) -> bool {
         let site = self.location().peek(Operation::Info);
         site.is_ok_and(|site| LockedNamespace::open_in(site).is_ok())

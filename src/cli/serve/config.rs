@@ -185,6 +185,7 @@ impl NamespaceTable {
             },
             luks2: self.luks2,
             header: self.header.map(|file| folder.join(file)),
+            accept_data: false,
             name: self.name,
             description: self.description,
             read_only: self.read_only,

@@ -24,6 +24,8 @@ pub(super) struct Source {
     pub(super) path: PathBuf,
     /// The file of a detached header.
     pub(super) header: Option<PathBuf>,
+    /// Whether the user vouches for the data of that.
+    pub(super) accept_data: bool,
     /// Whether it is a LUKS2 volume and not a namespace.
     pub(super) luks2: bool,
     pub(super) key: KeyArgs,
@@ -86,7 +88,7 @@ pub(super) fn open_all(
 fn add(exports: &mut Exports, source: &Source, backend: Backend, volumes: &Volumes) -> Result<(), Error> {
     let path = &source.path;
     let operation = if source.read_only { Operation::ServeReadOnly } else { Operation::Serve };
-    let place = PlaceArgs { path: path.clone(), header: source.header.clone() };
+    let place = PlaceArgs { path: path.clone(), header: source.header.clone(), accept_data: source.accept_data };
     let location = place.location();
     let volume = if source.luks2 {
         open::volume(&place, operation, &source.key, true)?

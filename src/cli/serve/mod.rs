@@ -45,6 +45,10 @@ pub(crate) struct ServeArgs {
     /// File that holds the header of the one namespace, when it is detached
     #[arg(long, value_name = "FILE", conflicts_with = "config")]
     header: Option<PathBuf>,
+    /// With --header, take the data for that of the header although its tag is not there, or it never had one, and write the
+    /// tag behind the data; what is in that page is lost
+    #[arg(long, requires = "header", conflicts_with_all = ["read_only", "luks2"])]
+    accept_data: bool,
     /// They are LUKS2 volumes (of cryptsetup) and not namespaces
     #[arg(long, conflicts_with_all = ["config", "allow_discards"])]
     luks2: bool,
@@ -216,6 +220,7 @@ fn plan(args: &ServeArgs) -> Result<Plan, Error> {
     let source = |path: &PathBuf| Source {
         path: path.clone(),
         header: args.header.clone(),
+        accept_data: args.accept_data,
         luks2: args.luks2,
         key: args.key.clone(),
         name: None,

@@ -99,13 +99,15 @@ impl Engine {
 
     /// Changes the size, first in the header and then in use.
     pub(super) fn resize(&mut self, area: &DataArea, size_bytes: u64, even_smaller: bool) -> Result<(), UpdateError> {
-        let resized = self.namespace.resize(size_bytes, even_smaller);
+        let resized = self.namespace.resize_header(size_bytes, even_smaller);
         let layout = self.namespace.geometry().layout();
         // Also when only one header copy could be written: nothing may be written behind the end that it tells.
         if layout.size_bytes() != area.size_bytes() {
             area.resize(Side::new(layout, self.namespace.volume_key(), area.backend()), layout.size_bytes());
         }
-        resized
+        resized?;
+        // Not before: nobody writes any more to where the tag of smaller data belongs.
+        self.namespace.settle_tag()
     }
 
     fn progress(&self) -> Option<TransformProgress> {
@@ -234,7 +236,7 @@ impl Volume {
             let layout = engine.namespace.geometry().layout();
             self.area.begin_transform(Side::new(layout, engine.namespace.volume_key(), self.area.backend()), backward);
         }
-        engine.settled = began.is_ok();
+        engine.settled = false; // the old key's tag of detached data is still there
         began
     }
 

@@ -1,0 +1,253 @@
+//! Power cuts, kills and failing calls while detached data becomes larger or smaller, is re-keyed, or is accepted: at every
+//! instant it has the tag of the header that is in force, or it would not open; and none of another key is left.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use super::rekey::{self, Wish};
+use super::resize::{self, Wanted};
+use super::{Location, Run, Unwatched};
+use crate::leftovers::{Old, nothing_old_is_left};
+use crate::namespace::{self, Credential, FormatOptions, LockedNamespace, Namespace, Site};
+use crate::pmem::sim::{BarrierKind, Bounds, CrashImage, Effort, SimOptions, Story, Told, assert_proof, visible_bytes};
+use crate::pmem::{Backing, Granularity};
+use crate::secret::SecretBytes;
+use crate::volume::Volume;
+use crate::xts::Backend;
+
+const SMALL: u64 = 16 << 10;
+const LARGE: u64 = 48 << 10;
+const FILE_BYTES: usize = 64 << 10;
+const TAG_BYTES: usize = 32;
+
+fn credential() -> Credential {
+    Credential::KeyFile(SecretBytes::copy_of(&[7; 32]))
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+fn pattern(len: u64) -> Vec<u8> {
+    (0..len).map(|index| u8::try_from(1 + index * 31 % 251).unwrap()).collect()
+}
+
+/// The header comes first, and the data beside it.
+fn site(backings: &[Arc<Backing>]) -> Site {
+    Site::whole(Arc::clone(&backings[1])).with_header(Some(Arc::clone(&backings[0])))
+}
+
+fn unlock(site: Site) -> Result<Namespace, String> {
+    LockedNamespace::open_in(site).map_err(text)?.unlock_key(&credential()).map_err(text)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Change {
+    Resize {
+        from: u64,
+        to: u64,
+    },
+    Rekey,
+    /// Of data whose tag was overwritten.
+    Accept,
+}
+
+impl Change {
+    const fn sizes(self) -> [u64; 2] {
+        match self {
+            Self::Resize { from, to } => [from, to],
+            Self::Rekey | Self::Accept => [SMALL, SMALL],
+        }
+    }
+
+    /// Flushes that may be missing, because there are two of what they flush and this story loses none: the header copies that
+    /// tell of a smaller size before the tag follows; of a re-key the copies and the records of the journal. Of the tag there is one.
+    const fn made_up_for(self) -> usize {
+        match self {
+            Self::Resize { from, to } if to < from => 2,
+            Self::Resize { .. } | Self::Accept => 0,
+            Self::Rekey => 5,
+        }
+    }
+}
+
+struct Detached {
+    options: SimOptions,
+    change: Change,
+    beginning: Vec<Vec<u8>>,
+    old: Old,
+    old_tag: Vec<u8>,
+}
+
+impl Detached {
+    fn new(granularity: Granularity, change: Change) -> Self {
+        let options = SimOptions::new(granularity);
+        let [size, _] = change.sizes();
+        let memory = |len| Arc::new(Backing::simulated(len, options).0);
+        let backings = [memory(2 << 20), memory(FILE_BYTES)];
+        let header = Some(Arc::clone(&backings[0]));
+        let format = FormatOptions { size_bytes: Some(size), header, ..FormatOptions::default() };
+        let namespace = namespace::format(Arc::clone(&backings[1]), format, &credential()).unwrap();
+        Volume::new(namespace, Backend::detect()).write_at(&pattern(size), 0).unwrap();
+        let mut beginning = backings.map(|backing| visible_bytes(&backing)).to_vec();
+        let tag = usize::try_from(size).unwrap();
+        let old_tag = beginning[1][tag..tag + TAG_BYTES].to_vec();
+        if change == Change::Accept {
+            beginning[1][tag..].fill(0x5a);
+        }
+        Self { options, change, old: Old::of(&beginning[0]), old_tag, beginning }
+    }
+
+    fn open(&self, backings: &[Arc<Backing>]) -> Result<Namespace, String> {
+        match self.change {
+            Change::Accept => unlock(site(backings).accepting_data(true)),
+            _ => unlock(site(backings)),
+        }
+    }
+
+    fn go_on(&self, backings: &[Arc<Backing>]) -> Result<(), String> {
+        let mut namespace = self.open(backings)?;
+        match self.change {
+            Change::Accept => Ok(()),
+            Change::Resize { to, .. } if namespace.geometry().size_bytes() == to => Ok(()),
+            Change::Resize { to, .. } => {
+                let wanted = Wanted { size_bytes: Some(to), even_smaller: true, sparse: false };
+                let volume = Volume::new(namespace, Backend::detect());
+                resize::apply(&Location::new(Path::new("simulated"), None), &volume, wanted).map(drop).map_err(text)
+            }
+            Change::Rekey => {
+                if namespace.pending_transform().is_none() && self.is_under_old_key(backings) {
+                    rekey::begin(&mut namespace, &credential(), Wish::default()).map_err(text)?;
+                }
+                let (mut watch, stop) = (Unwatched, AtomicBool::new(false));
+                let volume = Volume::new(namespace, Backend::detect());
+                Run::new(&mut watch, &stop, None).end_transform(&volume).map(drop).map_err(text)
+            }
+        }
+    }
+
+    fn is_under_old_key(&self, backings: &[Arc<Backing>]) -> bool {
+        self.old.found_in(&visible_bytes(&backings[0])).is_some()
+    }
+
+    /// Where the tag of the beginning is.
+    fn old_tags(&self, data: &[u8]) -> Vec<usize> {
+        (0..data.len() - TAG_BYTES).step_by(16).filter(|&at| data[at..].starts_with(&self.old_tag)).collect()
+    }
+}
+
+impl Story for Detached {
+    type Note = ();
+    type Seen = ();
+
+    fn options(&self) -> SimOptions {
+        self.options
+    }
+
+    fn beginning(&self) -> Vec<Vec<u8>> {
+        self.beginning.clone()
+    }
+
+    fn run(&self, backings: &[Arc<Backing>], told: &Told<()>) -> Result<(), String> {
+        self.go_on(backings)?;
+        told.tell(());
+        Ok(())
+    }
+
+    fn check(&self, backings: &[Arc<Backing>], image: CrashImage<'_>, told: &[()]) -> Result<(), String> {
+        // Who has not acknowledged it may have to be accepted again.
+        let namespace = if told.is_empty() { self.open(backings)? } else { unlock(site(backings))? };
+        let [from, to] = self.change.sizes();
+        if ![from, to].contains(&namespace.geometry().size_bytes()) || namespace.header().tag_offset.is_none() {
+            return Err(format!("it has become {:?}", namespace.header()));
+        }
+        let volume = Volume::new(namespace, Backend::detect());
+        let mut found = vec![0; usize::try_from(from.min(to)).unwrap()];
+        volume.read_at(&mut found, 0).map_err(text)?;
+        if found != pattern(from.min(to)) {
+            return Err("the content is garbled".into());
+        }
+        if told.is_empty() {
+            return Ok(());
+        }
+        // Nobody has to look for what it has overwritten.
+        if matches!(self.change, Change::Resize { .. }) && self.old_tags(image.others[0]).len() != 1 {
+            return Err("the former place of the tag was acknowledged as overwritten".into());
+        }
+        if self.change == Change::Rekey {
+            nothing_old_is_left(image.media, &[0], &self.old)?;
+        }
+        self.ended(image, None)
+    }
+
+    fn finish(&self, backings: &[Arc<Backing>]) -> Result<(), String> {
+        self.go_on(backings)
+    }
+
+    fn ended(&self, image: CrashImage<'_>, _seen: Option<&()>) -> Result<(), String> {
+        let nothing = Old::default();
+        let old = if self.change == Change::Accept { &nothing } else { &self.old };
+        // Zeros over a journal that are not durable are a hole in the simulation; real media tell them from one.
+        if self.change != Change::Rekey {
+            nothing_old_is_left(image.media, &[0], old)?;
+        } else if old.found_in(image.media).is_some() {
+            return Err("an old sealed key is left".into());
+        }
+        if self.change == Change::Rekey && !self.old_tags(image.others[0]).is_empty() {
+            return Err("the tag of the old volume key is left".into());
+        }
+        let (header, [_, to]) = (unlock(site(&image.reopen(self.options).0))?.header(), self.change.sizes());
+        match (header.size_bytes, header.tag_offset) {
+            (size, Some(tag)) if size == to && tag == to => Ok(()),
+            other => Err(format!("size and place of the tag are {other:?}")),
+        }
+    }
+}
+
+fn survives(name: &str, change: Change) {
+    for (kind, granularity) in [("page", Granularity::Page), ("cache line", Granularity::CacheLine)] {
+        let name = format!("detached {name}, {kind}");
+        let effort = Effort { seconds_every: 6, ..Effort::of_environment() };
+        let proof = assert_proof(&name, &Detached::new(granularity, change), &effort);
+        assert!(proof.explored.crash_points >= 2 && proof.mutants.all > 0, "{proof}");
+        let flushes = proof.mutants.survivors.iter().filter(|barrier| barrier.kind == BarrierKind::Flush).count();
+        assert!(flushes <= change.made_up_for(), "{name}: {:?}", proof.mutants.survivors);
+    }
+}
+
+#[test]
+fn growth_of_detached_data_survives() {
+    survives("growth", Change::Resize { from: SMALL, to: LARGE });
+}
+
+#[test]
+fn shrinking_of_detached_data_survives() {
+    survives("shrinking", Change::Resize { from: LARGE, to: SMALL });
+}
+
+#[test]
+fn a_rekey_of_detached_data_survives() {
+    survives("re-key", Change::Rekey);
+}
+
+#[test]
+fn accepting_detached_data_survives() {
+    survives("acceptance", Change::Accept);
+}
+
+/// The negative: a tag that is written after the header would be missed, and the check sees.
+#[test]
+fn a_header_before_its_tag_would_be_noticed() {
+    let story = Detached::new(Granularity::Page, Change::Rekey);
+    let mut media = story.beginning.clone();
+    let tag = usize::try_from(SMALL).unwrap();
+    media[1][tag..tag + TAG_BYTES].fill(0);
+    let handle = Backing::from_media(&media[0], story.options).1;
+    let failure = handle.trace().explore(&Bounds::default(), None, |image| {
+        let data = Arc::new(Backing::from_media(&media[1], story.options).0);
+        let header = Arc::new(Backing::from_media(image.media, story.options).0);
+        story.check(&[header, data], image, &[])
+    });
+    assert!(failure.unwrap_err().error.contains("the tag of this header"));
+}
