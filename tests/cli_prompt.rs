@@ -21,7 +21,10 @@ for wait_for, typed in steps:
     while wait_for.encode() not in shown[seen:]:
         shown += os.read(terminal, 4096)
     seen = len(shown)
-    os.write(terminal, bytes.fromhex(typed))
+    if typed.startswith("signal "):
+        os.kill(pid, int(typed[7:]))
+    else:
+        os.write(terminal, bytes.fromhex(typed))
 _, status = os.waitpid(pid, 0)
 os.set_blocking(terminal, False)
 try:
@@ -48,8 +51,18 @@ fn bench(passphrase: &[u8]) -> Bench {
     bench
 }
 
+/// Instead of something typed: the number of a signal follows, which somebody else sends.
+const SIGNAL: &[u8] = b"signal ";
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 fn typed(bench: &Bench, args: &[&str], steps: &[(&str, &[u8])]) -> Value {
-    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let hex = |bytes: &[u8]| match bytes.strip_prefix(SIGNAL) {
+        Some(number) => format!("signal {}", number[0]),
+        None => hex(bytes),
+    };
     let steps: Vec<_> = steps.iter().map(|(wait_for, bytes)| json!([wait_for, hex(bytes)])).collect();
     let steps = serde_json::to_string(&steps).unwrap();
     let folder = bench.path(".");
@@ -66,6 +79,16 @@ fn ctrl_c_ends_the_program_and_leaves_the_echo_on() {
         let run = typed(&bench, &["key", "test", "vault.img"], &[(PROMPT, &[b"secr", &key[..]].concat())]);
         assert_eq!((&run["signal"], &run["echo"]), (&json!(signal), &json!(true)), "{run}");
         assert!(!run["shown"].as_str().unwrap().contains("secr"), "{run}");
+    }
+}
+
+#[test]
+fn a_signal_from_elsewhere_ends_the_program_and_leaves_the_echo_on() {
+    let bench = bench(b"secret");
+    for signal in [15, 1] {
+        let sent = [SIGNAL, &[signal]].concat();
+        let run = typed(&bench, &["key", "test", "vault.img"], &[(PROMPT, &sent)]);
+        assert_eq!((&run["signal"], &run["echo"]), (&json!(signal), &json!(true)), "{run}");
     }
 }
 

@@ -3,12 +3,16 @@
 //! The terminal is read byte by byte, with its line editing and its signals turned off: whatever is typed arrives here, and
 //! the terminal is as it was before anything else happens. So Ctrl-C and Ctrl-Z do what they do everywhere, but after the
 //! echo is back; a tab is a part of the passphrase; and bytes that are no UTF-8 are bytes. What erases is what erases at this
-//! terminal anyway (stty(1)). A signal that another process sends while the question stands is not seen here: an
-//! interactive shell then turns the echo on again.
+//! terminal anyway (stty(1)). SIGTERM and SIGHUP from elsewhere end the program as they always do, after the echo is back.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 
+use nix::sys::signal::{SIGHUP, SIGTERM, SigSet, SigmaskHow};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 use rustix::process::{Signal, getpid, kill_process};
 use rustix::termios::{InputModes, LocalModes, OptionalActions, SpecialCodeIndex, Termios, tcgetattr, tcsetattr};
 
@@ -22,6 +26,26 @@ const TERMINAL: &str = "/dev/tty";
 pub(super) struct Silent {
     terminal: File,
     before: Termios,
+    ending: Ending,
+}
+
+/// SIGTERM and SIGHUP, which wait as long as this is there.
+struct Ending {
+    waiting: SignalFd,
+    mask_before: SigSet,
+}
+
+impl Ending {
+    fn hold() -> io::Result<Self> {
+        let signals = SigSet::from_iter([SIGTERM, SIGHUP]);
+        let waiting = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC)?;
+        Ok(Self { waiting, mask_before: signals.thread_swap_mask(SigmaskHow::SIG_BLOCK)? })
+    }
+
+    /// Those that wait do what they do, which ends the program unless the command catches them.
+    fn release(&self) -> io::Result<()> {
+        Ok(self.mask_before.thread_set_mask()?)
+    }
 }
 
 /// What a byte means at this terminal.
@@ -41,7 +65,7 @@ impl Silent {
     pub(super) fn new() -> io::Result<Self> {
         let terminal = OpenOptions::new().read(true).write(true).open(TERMINAL)?;
         let before = tcgetattr(&terminal)?;
-        let silent = Self { terminal, before };
+        let silent = Self { terminal, before, ending: Ending::hold()? };
         silent.turn_echo_off()?;
         Ok(silent)
     }
@@ -66,6 +90,7 @@ impl Silent {
         let mut line = Line::new();
         loop {
             let mut byte = [0];
+            self.wait()?;
             if self.terminal.read(&mut byte)? == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into()); // it was hung up
             }
@@ -84,6 +109,24 @@ impl Silent {
         }
         self.terminal.write_all(b"\n")?;
         Ok(line.into_secret())
+    }
+
+    /// Waits for something typed. Whatever ends the program instead does so with the terminal as it was.
+    fn wait(&self) -> io::Result<()> {
+        let watched = [self.terminal.as_fd(), self.ending.waiting.as_fd()];
+        let mut fds = watched.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        while let Err(errno) = rustix::event::poll(&mut fds, None) {
+            if errno != Errno::INTR {
+                return Err(errno.into());
+            }
+        }
+        if fds[1].revents().is_empty() {
+            return Ok(());
+        }
+        self.terminal.try_clone()?.write_all(b"\n")?;
+        self.restore()?;
+        self.ending.release()?;
+        Err(io::ErrorKind::Interrupted.into())
     }
 
     /// Does what the terminal would have done, with the terminal as it was. Whoever comes back was stopped and goes on; or
@@ -118,6 +161,7 @@ impl Silent {
 impl Drop for Silent {
     fn drop(&mut self) {
         let _ = self.restore(); // a terminal that is gone needs nothing
+        let _ = self.ending.release(); // it was a mask before
     }
 }
 
