@@ -79,6 +79,8 @@ pub enum Operation {
     FormatOver,
     /// What its header says is shown.
     Info,
+    /// Its key and all plaintext are wiped in the server that has it, until it is unlocked there again.
+    Lock,
 }
 
 /// Whether an operation changes what it opens.
@@ -154,6 +156,7 @@ impl Operation {
         Self::DmTable,
         Self::FormatOver,
         Self::Info,
+        Self::Lock,
     ];
 
     /// What it does with what it opens.
@@ -161,6 +164,8 @@ impl Operation {
     pub const fn reach(self) -> Reach {
         match self {
             Self::HeaderBackup | Self::KeyList | Self::KeyTest | Self::Info | Self::RekeyStatus => Reach::Peek,
+            // Only the server that has it does it, with what it has open.
+            Self::Lock => Reach::Peek,
             Self::ServeReadOnly | Self::Export | Self::RekeyPreview | Self::CopySource => Reach::Read,
             Self::ExportLuks2 | Self::KeyDump | Self::DmTable => Reach::Read,
             Self::Serve | Self::Import | Self::RekeyBegin | Self::RekeyResume | Self::RekeyPause => Reach::Write,
@@ -318,6 +323,9 @@ pub enum Reason {
     /// A server holds on to it.
     #[error("it is being served")]
     Served,
+    /// Only a server can do it, with what it serves.
+    #[error("no server has it")]
+    NotServed,
 }
 
 /// What helps against a refusal.
@@ -339,6 +347,8 @@ pub enum Help {
     Write,
     /// Stop the server first.
     Stop,
+    /// Ask a server that has it.
+    Serve,
     /// Nothing.
     Nothing,
 }
@@ -357,6 +367,7 @@ impl Help {
             Self::Slot => Some("give the key of a slot; `daxcrypt key list` shows which there are".into()),
             Self::Write => Some("open it for writing".into()),
             Self::Stop => Some("stop the server first".into()),
+            Self::Serve => Some("`daxcrypt lock NAME --control SOCKET` asks the server that has it".into()),
             Self::Nothing => None,
         }
     }
@@ -470,7 +481,7 @@ const fn refused_by_way(operation: Operation, way: Way) -> Option<Refusal> {
         Operation::HeaderBackup | Operation::HeaderRestore | Operation::HeaderRepair | Operation::ExportLuks2 => false,
         Operation::KeyList | Operation::KeyTest | Operation::KeyAdd | Operation::KeyRemove => false,
         Operation::KeyChange | Operation::KeyDump | Operation::Erase | Operation::Remove => false,
-        Operation::DmTable | Operation::FormatOver | Operation::Info => false,
+        Operation::DmTable | Operation::FormatOver | Operation::Info | Operation::Lock => false,
     };
     let writes = matches!(operation.reach(), Reach::Write);
     let by_volume_key = matches!(way.key, KeyWay::VolumeKey);
@@ -484,6 +495,9 @@ const fn refused_by_way(operation: Operation, way: Way) -> Option<Refusal> {
         return Some(Refusal { reason: Reason::Detached, help: Help::Nothing });
     }
     match way.caller {
+        Caller::Opener if matches!(operation, Operation::Lock) => {
+            Some(Refusal { reason: Reason::NotServed, help: Help::Serve })
+        }
         Caller::Opener => None,
         Caller::Control => refused_while_served(operation),
     }
@@ -495,6 +509,7 @@ const fn refused_while_served(operation: Operation) -> Option<Refusal> {
         Operation::RekeyPreview | Operation::RekeyBegin | Operation::RekeyResume => None,
         Operation::RekeyPause | Operation::RekeyStatus | Operation::Resize => None,
         Operation::KeyList | Operation::KeyAdd | Operation::KeyRemove | Operation::KeyChange => None,
+        Operation::Lock => None,
         Operation::Serve | Operation::ServeReadOnly | Operation::Export | Operation::Import => SERVED,
         Operation::RelocateSource | Operation::CopySource | Operation::RelocateDestination => SERVED,
         Operation::Adopt | Operation::Compact | Operation::AllowDiscards | Operation::HeaderBackup => SERVED,
@@ -555,6 +570,8 @@ const fn row(operation: Operation) -> [Cell; State::ALL.len()] {
         Operation::DmTable =>           [Go,      Go,      BUSY,    BUSY,    BUSY,    BUSY,    AWAY,    Go,      Go,      LUKS,   Go],
         Operation::FormatOver =>        [LOSS,  LOSS,    LOSS,    LOSS,    LOSS,    LOSS,    LOSS,    LOSS,    LOSS,    LOSS,   LOSS],
         Operation::Info =>              [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      Go,      Go,     Go],
+        // An ephemeral namespace has no key that could come back.
+        Operation::Lock =>              [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      NONE,    Go,     Go],
     }
     // `End` would be wrong for an operation that reads; nothing but `Compact` has it.
 }
@@ -591,6 +608,7 @@ impl fmt::Display for Operation {
             Self::DmTable => "make a dm-crypt table of",
             Self::FormatOver => "format",
             Self::Info => "show",
+            Self::Lock => "lock",
         })
     }
 }

@@ -17,6 +17,7 @@ mod holes;
 mod identity;
 pub mod keys;
 mod location;
+pub mod lock;
 mod new_place;
 mod open;
 mod pace;

@@ -123,6 +123,12 @@ impl DataArea {
         self.size_bytes.store(size_bytes, Ordering::Release);
     }
 
+    /// Takes the sides, and with them the keys, of an area of the same geometry.
+    pub(super) fn take_keys_of(&self, other: &Self) {
+        let keys = other.sides.alone().take();
+        *self.sides.alone() = keys;
+    }
+
     pub(crate) const fn backend(&self) -> Backend {
         self.backend
     }

@@ -58,6 +58,12 @@ pub enum VolumeError {
     /// The volume was locked: its key is gone.
     #[error("the volume is locked")]
     Locked,
+    /// It was to be unlocked, and is not locked.
+    #[error("the volume is not locked")]
+    NotLocked,
+    /// It was to be unlocked with another namespace, or its header has changed since it was locked.
+    #[error("the header is not the one that was locked: it was changed meanwhile; open the namespace again")]
+    Changed,
     /// A part of the range belongs to an exclusive map, or a range that was to be mapped exclusively is mapped already.
     #[error("bytes {start}..{end} are mapped exclusively, or mapped and so cannot be")]
     Claimed {

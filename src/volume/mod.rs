@@ -16,6 +16,7 @@ mod error;
 mod life;
 mod range_lock;
 mod range_locked;
+mod reopen;
 mod requests;
 mod side;
 mod sides;
@@ -50,7 +51,7 @@ pub struct Volume {
     area: DataArea,
     header: Header,
     /// Kept open, and with it locked, while the volume is in use; the data's backing unless the header is detached.
-    _header_backing: Arc<Backing>,
+    header_backing: Arc<Backing>,
     /// Made by the first direct map.
     window: OnceLock<Arc<Window>>,
     claims: Claims,
@@ -146,7 +147,7 @@ impl Volume {
             in_use,
             area,
             header,
-            _header_backing: header_backing,
+            header_backing,
             window: OnceLock::new(),
             claims: Claims::default(),
             mapping: RwLock::new(()),

@@ -344,6 +344,7 @@ impl Cell<'_> {
             Operation::HeaderRestore | Operation::HeaderRepair => self.header(),
             Operation::ExportLuks2 | Operation::DmTable => self.header(),
             Operation::FormatOver | Operation::Info | Operation::Erase | Operation::Remove => self.header(),
+            Operation::Lock => self.header(),
         }
     }
 
@@ -545,6 +546,13 @@ impl Cell<'_> {
                 run.end_transform(volume).map(drop)
             }
             Operation::RekeyPause => volume.set_transform_paused(true).map_err(Cause::from),
+            Operation::Lock => {
+                let site = ops::lock::check(volume).map_err(|cause| self.failed(cause))?;
+                ops::lock::lock_in_use(volume).map_err(|cause| self.failed(cause))?;
+                assert!(volume.locked() && volume.read_at(&mut [0], 0).is_err());
+                ops::lock::unlock_in_use(&self.location(), site, Key::Credential(&own()), volume)?;
+                volume.read_at(&mut [0], 0).map_err(Cause::from)
+            }
             Operation::Resize => {
                 let size_bytes = Some(SIZE as u64 + (64 << 10));
                 let wanted = Wanted { size_bytes, even_smaller: false, sparse: true };

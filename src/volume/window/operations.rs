@@ -315,6 +315,12 @@ impl Volume {
     /// [`VolumeError::Media`] when something could not be made durable: it is lost, and the volume is locked all the
     /// same.
     pub fn lock(&self) -> Result<(), VolumeError> {
+        self.lock_as(false)
+    }
+
+    /// [`Self::lock`]; with `closed` the header also tells that the namespace was closed in order, if everything is durable
+    /// and it may be written.
+    pub(crate) fn lock_as(&self, closed: bool) -> Result<(), VolumeError> {
         self.check_owner()?;
         // First nobody waits for a page of a map any more: who does may hold what is waited for below.
         let mut result = Ok(());
@@ -336,6 +342,9 @@ impl Volume {
             window.each_batch(&window.whole(), |batch| {
                 note(&mut result, window.wipe_held(&batch).map(|_| ()).map_err(VolumeError::Window));
             });
+        }
+        if let (true, true, Some(engine)) = (closed && !self.read_only(), result.is_ok(), engine.as_mut()) {
+            note(&mut result, engine.mark(false).map_err(VolumeError::from));
         }
         all.forget_keys();
         engine.take();
