@@ -41,8 +41,8 @@ fn locking_keeps_every_store_and_refuses_everything_after() {
         assert!(matches!(volume.flush(), Err(VolumeError::Locked)));
         assert!(is_locked(&volume.map(0..PAGE, &MapOptions::new())));
         let export: &dyn Export = &*volume;
-        assert!(matches!(export.read_at(0, &mut [0]), Err(ExportError::ShuttingDown)));
-        assert!(matches!(export.write_at(0, &[0]), Err(ExportError::ShuttingDown)));
+        assert!(matches!(export.read_at(0, &mut [0]), Err(ExportError::Locked)));
+        assert!(matches!(export.write_at(0, &[0]), Err(ExportError::Locked)));
         assert!(is_locked(&map.read(0, &mut [0])));
         assert!(is_locked(&map.write(0, &[0])));
         assert!(is_locked(&map.persist(0..1)));

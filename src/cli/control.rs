@@ -1,5 +1,4 @@
-//! What `rekey`, `resize` and `key` say to a running server with `--control`, and what that answers: both ends of the
-//! conversation.
+//! What commands with `--control` say to a running server, and what that answers: both ends of the conversation.
 //!
 //! A request is one line of JSON and, behind it, the bytes of the credentials whose kinds and lengths the line tells; the
 //! answer is one line of JSON. The socket has mode 0600: whoever may connect is the server's user or root.
@@ -17,7 +16,7 @@ use zeroize::Zeroizing;
 use super::error::Error;
 use super::from_ops::slot_lines;
 use crate::namespace::{Cipher, Credential, DataUnit, KdfCost, SlotInfo, TransformError, UpdateError};
-use crate::ops::rekey::{Estimate, Wish};
+use crate::ops::rekey::{self, Estimate};
 use crate::ops::resize::{Resized, Wanted};
 use crate::ops::{self, Location, Operation, SlotPolicy, Whereabouts};
 use crate::secret::SecretBytes;
@@ -34,10 +33,39 @@ const ANSWER_BYTES_MAX: u64 = 1 << 20;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Request {
-    pub(crate) namespace: Who,
-    pub(crate) command: Command,
+    pub(crate) what: What,
     /// The credentials behind the line.
     credentials: Vec<Shape>,
+}
+
+/// What is asked for, and of what.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub(crate) enum What {
+    /// Of a namespace, which whoever asks has found on media.
+    Namespace { namespace: Who, command: Command },
+    /// Of an export, by its name.
+    Export { name: String, command: ExportCommand },
+    /// Of the server.
+    Server(ServerCommand),
+}
+
+/// What a server is to do with an export.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub(crate) enum ExportCommand {
+    /// Wipe its key and plaintext; requests wait meanwhile, or fail.
+    Lock { wait: bool },
+    /// Go on with it, with the key of a slot or the volume key itself.
+    Unlock { by_volume_key: bool },
+}
+
+/// What a server is to do as a whole.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub(crate) enum ServerCommand {
+    /// Lock all exports that can be.
+    LockAll { wait: bool },
 }
 
 /// The namespace that is meant: a copy of it has the same uuid, and lies elsewhere.
@@ -101,8 +129,8 @@ pub(crate) struct Change {
 }
 
 impl Change {
-    pub(crate) const fn wish(self) -> Wish {
-        Wish { cipher: self.key_bits, unit: self.unit_bytes, slots: self.slots }
+    pub(crate) const fn wish(self) -> rekey::Wish {
+        rekey::Wish { cipher: self.key_bits, unit: self.unit_bytes, slots: self.slots }
     }
 }
 
@@ -135,6 +163,16 @@ pub(crate) struct RekeyLine {
     pub(crate) state: RekeyState,
 }
 
+/// An export that is locked.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct LockedLine {
+    pub(crate) name: String,
+    /// Whether requests wait; otherwise they fail.
+    pub(crate) waits: bool,
+    /// What could not be made durable before.
+    pub(crate) failed: Option<String>,
+}
+
 /// The line of an answer.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -142,6 +180,10 @@ pub(crate) enum Answer {
     Rekey(RekeyState),
     Estimate(Estimate),
     Resized(Resized),
+    /// The exports that are locked now.
+    Locked(Vec<LockedLine>),
+    /// The export is open again.
+    Unlocked,
     /// It would become smaller, and was not told that it may.
     Shrinks {
         old_bytes: u64,
@@ -179,6 +221,7 @@ impl Answer {
             }
             Self::Refused { reason, help } => Err(Error::Refused { reason, help }),
             answer @ (Self::Rekey(_) | Self::Estimate(_) | Self::Resized(_) | Self::Slot(_)) => Ok(answer),
+            answer @ (Self::Locked(_) | Self::Unlocked) => Ok(answer),
         }
     }
 }
@@ -204,21 +247,24 @@ impl<'a> Asked<'a> {
 
     /// What it answers to `command`, and to the credentials that belong to it; a refusal is an error.
     pub(crate) fn about(&self, command: Command, credentials: &[&Credential]) -> Result<Answer, Error> {
-        let shape = |credential: &&Credential| match credential {
-            Credential::Passphrase(bytes) => Shape { passphrase: true, len_bytes: bytes.len() },
-            Credential::KeyFile(bytes) => Shape { passphrase: false, len_bytes: bytes.len() },
-        };
-        let shapes = credentials.iter().map(shape).collect();
-        let request = Request { namespace: self.who, command, credentials: shapes };
-        let secrets: Vec<&[u8]> = credentials
-            .iter()
-            .map(|credential| match credential {
-                Credential::Passphrase(bytes) | Credential::KeyFile(bytes) => &**bytes,
-            })
-            .collect();
-        let answer = ask(self.socket, &request, &secrets);
-        answer.map_err(|source| Error::Control { path: self.socket.into(), source })?.or_error(&self.path)
+        ask_for(self.socket, What::Namespace { namespace: self.who, command }, credentials)?.or_error(&self.path)
     }
+}
+
+/// What the server at `socket` answers to `what`, and to the credentials that belong to it.
+pub(crate) fn ask_for(socket: &Path, what: What, credentials: &[&Credential]) -> Result<Answer, Error> {
+    let shape = |credential: &&Credential| match credential {
+        Credential::Passphrase(bytes) => Shape { passphrase: true, len_bytes: bytes.len() },
+        Credential::KeyFile(bytes) => Shape { passphrase: false, len_bytes: bytes.len() },
+    };
+    let request = Request { what, credentials: credentials.iter().map(shape).collect() };
+    let secrets: Vec<&[u8]> = credentials
+        .iter()
+        .map(|credential| match credential {
+            Credential::Passphrase(bytes) | Credential::KeyFile(bytes) => &**bytes,
+        })
+        .collect();
+    ask(socket, &request, &secrets).map_err(|source| Error::Control { path: socket.into(), source })
 }
 
 impl Request {
@@ -322,11 +368,13 @@ mod tests {
         let namespace = Who { uuid: Uuid::from_u128(7), at };
         let cost = KdfCost::LEAST;
         let command = Command::KeyAdd { slot: None, label: "desk".into(), cost };
-        let line = serde_json::to_vec(&Request { namespace, command, credentials: shapes }).unwrap();
+        let what = What::Namespace { namespace, command };
+        let line = serde_json::to_vec(&Request { what, credentials: shapes }).unwrap();
         let sent = |behind: &[u8]| [&line, &b"\n"[..], behind].concat();
         let (request, credentials) = Request::parse(&sent(b"abcdefgh")).unwrap();
-        assert_eq!(request.namespace, namespace);
-        assert!(matches!(request.command, Command::KeyAdd { slot: None, cost: found, .. } if found == cost));
+        let What::Namespace { namespace: sent_namespace, command } = request.what else { panic!() };
+        assert_eq!(sent_namespace, namespace);
+        assert!(matches!(command, Command::KeyAdd { slot: None, cost: found, .. } if found == cost));
         let [Credential::Passphrase(first), Credential::KeyFile(second)] = &credentials[..] else { panic!() };
         assert_eq!((&**first, &**second), (&b"abc"[..], &b"defgh"[..]));
         for behind in [&b""[..], b"abc", b"abcdefg", b"abcdefghi"] {

@@ -105,6 +105,10 @@ pub(crate) enum Error {
     HoldsData { path: PathBuf },
     #[error("{path} is formatted, but only {done} of its {total} are filled with noise", path = path.display())]
     WipeStopped { path: PathBuf, done: ByteSize, total: ByteSize },
+    #[error("{name} is locked, but what was written to it may be lost: {reason}")]
+    LockedWithLoss { name: String, reason: String },
+    #[error("that key does not open {name}, which stays locked")]
+    WrongKey { name: String },
     #[error("the server refuses: {reason}")]
     Refused { reason: String, help: Option<String> },
     #[error("{path}: the server could not go on with its re-key: {reason}", path = path.display())]
@@ -227,6 +231,7 @@ impl Error {
             Self::HoldsData { .. } => Exit::Usage,
             Self::Adopt { source, .. } => adopt_exit(source),
             Self::OtherSlots { .. } | Self::Refused { .. } | Self::Gate { .. } => Exit::Usage,
+            Self::WrongKey { .. } => Exit::WrongKey,
             Self::Slide { .. } | Self::NoKeyGiven { .. } => Exit::Usage,
             Self::Rekey { source, .. } => rekey_exit(source),
             Self::OwnSlot { .. } | Self::NotConfirmed { .. } | Self::NotReplaced { .. } => Exit::Usage,

@@ -9,6 +9,7 @@ mod credentials;
 mod demo;
 mod dmtable;
 mod dump;
+mod duration;
 mod erase;
 mod error;
 mod format;
@@ -19,6 +20,7 @@ mod info;
 #[doc = include_str!("json.md")]
 pub mod json {}
 mod key;
+mod lock;
 mod log;
 mod open;
 mod output;
@@ -103,6 +105,19 @@ Examples:
   daxcrypt status --control vault.control
   daxcrypt status --control vault.control --json | jq .exports")]
     Status(status::StatusArgs),
+    /// Have a running server forget the key of an export, and all plaintext of it
+    #[command(after_help = "\
+Examples:
+  daxcrypt lock vault --control vault.control --wait     # a filesystem on it stays mounted, and stands still
+  daxcrypt lock vault --control vault.control            # requests fail
+  daxcrypt lock --all --control vault.control --wait     # before the machine sleeps")]
+    Lock(lock::LockArgs),
+    /// Give a running server the key of an export that is locked; requests that wait are answered
+    #[command(after_help = "\
+Examples:
+  daxcrypt unlock vault --control vault.control --key-file vault.key
+  daxcrypt unlock vault --control vault.control          # asks for a passphrase")]
+    Unlock(lock::UnlockArgs),
     /// Print the dm-crypt table line for the same bytes
     #[command(after_help = "\
 Examples:
@@ -226,7 +241,9 @@ pub fn main() -> ExitCode {
 const fn handles_keys(command: &Command) -> bool {
     match command {
         Command::Completions(_) | Command::Man(_) | Command::Bench(_) | Command::Info(_) | Command::Status(_) => false,
+        Command::Lock(_) => false,
         Command::Format(_)
+        | Command::Unlock(_)
         | Command::Serve(_)
         | Command::Dmtable(_)
         | Command::Key(_)
@@ -249,6 +266,8 @@ fn run(command: &Command) -> Result<(), Error> {
         Command::Info(args) => info::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Status(args) => status::run(args),
+        Command::Lock(args) => lock::lock(args),
+        Command::Unlock(args) => lock::unlock(args),
         Command::Dmtable(args) => dmtable::run(args),
         Command::Key(args) => key::run(args),
         Command::Rekey(args) => rekey::run(args),

@@ -49,6 +49,8 @@ struct Export {
     size_bytes: u64,
     read_only: bool,
     poisoned: bool,
+    #[serde(default)]
+    locked: bool,
     resident_plaintext_bytes: u64,
     stats: Stats,
 }
@@ -101,10 +103,11 @@ fn table(status: &Status) -> String {
     );
     let mut rows = vec![head(&["EXPORT", "SIZE", "ACCESS", "PLAINTEXT"])];
     for export in &status.exports {
-        let access = match (export.poisoned, export.read_only) {
-            (true, _) => "POISONED",
-            (false, true) => "read-only",
-            (false, false) => "read-write",
+        let access = match (export.poisoned, export.locked, export.read_only) {
+            (true, ..) => "POISONED",
+            (_, true, _) => "locked",
+            (_, _, true) => "read-only",
+            _ => "read-write",
         };
         let size = ByteSize(export.size_bytes).to_string();
         let plaintext = ByteSize(export.resident_plaintext_bytes).to_string();

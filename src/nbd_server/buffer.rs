@@ -7,6 +7,7 @@
 //! where the limit allows it; what was used of one is wiped when it is given back; [`ReplyBuffer`] exposes only what was
 //! written since it was last emptied. What the kernel's sockets hold is the kernel's, until the client has read it.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -38,6 +39,17 @@ impl Memory {
         used.fill(0);
         std::hint::black_box(used);
         self.used = 0;
+    }
+}
+
+impl Memory {
+    /// Wipes all but the bytes of `kept`, which were used.
+    fn wipe_around(&mut self, kept: Range<usize>) {
+        self.bytes[..kept.start].fill(0);
+        let behind = kept.end.min(self.used);
+        self.bytes[behind..self.used].fill(0);
+        std::hint::black_box(&mut self.bytes);
+        self.used = if kept.is_empty() { 0 } else { kept.end };
     }
 }
 
@@ -202,6 +214,17 @@ impl<'a> Buffers<'a> {
         let large = self.exchange(small);
         self.pool.give_back(loan, large);
         Changed::with(loan)
+    }
+
+    /// Wipes everything but what is unread and what waits to be sent.
+    pub(super) fn wipe_spent(&mut self) {
+        let ReceiveBuffer { memory, start, end } = &mut self.receive;
+        memory.wipe_around(*start..*end);
+        self.reply.memory.wipe_around(0..self.reply.filled);
+        if let Some((_, small)) = &mut self.resting {
+            small.receive.wipe();
+            small.reply.wipe();
+        }
     }
 
     fn exchange(&mut self, storage: Storage) -> Storage {

@@ -18,8 +18,8 @@ use super::failures::Failures;
 use super::handshake::{CloseReason, Handshake, Outcome, Step, TlsMode};
 use super::limits::{OPTION_PAYLOAD_BYTES_MAX, SMALL_BUFFER_BYTES};
 use super::negotiated::Negotiated;
-use super::server::{Chosen, Client, Shared};
-use super::slow::Slow;
+use super::shared::{Chosen, Client, Shared};
+use super::slow::{Finished, Slow};
 use super::socket::{self, KernelBuffers, Waited};
 use super::tls::TlsSession;
 use super::transmission::{OutOfSync, Transmission};
@@ -135,6 +135,10 @@ pub(super) struct Session<'a> {
     pub(super) header: RequestHeader,
     pub(super) fate: Fate,
     pub(super) failures: Failures,
+    /// What ended beside the connection because the export was locked, and is done again.
+    pub(super) interrupted: Vec<Finished>,
+    /// How often the export had been locked when the buffers were wiped last.
+    pub(super) tidy_rounds: u64,
     /// A run of data that a status query has found, so that the next query need not look again.
     pub(super) known_data: Range<u64>,
 }
@@ -151,7 +155,16 @@ pub(super) enum Fate {
 impl<'a> Session<'a> {
     fn new(link: Link<'a>, machine: Transmission) -> Self {
         let header = RequestHeader { flags: 0, command: 0, cookie: 0, offset: 0, len_bytes: 0 };
-        Self { link, machine, header, fate: Fate::Succeeded, failures: Failures::default(), known_data: 0..0 }
+        Self {
+            link,
+            machine,
+            header,
+            fate: Fate::Succeeded,
+            failures: Failures::default(),
+            interrupted: Vec::new(),
+            tidy_rounds: 0,
+            known_data: 0..0,
+        }
     }
 
     /// Answers every request that is buffered, sends the replies, receives more.
@@ -162,18 +175,25 @@ impl<'a> Session<'a> {
             self.answer(&header)?;
         }
         self.collect()?;
+        self.do_again()?;
         self.link.send_replies()?;
         if self.link.hangs_up() {
             return Err(End::Stopped);
         }
+        self.tidy();
         self.link.receive_request(header_bytes)
     }
 
     /// Answers the requests that have ended beside the connection.
     pub(super) fn collect(&mut self) -> Result<(), End> {
         if self.link.slow.any_finished() {
+            self.link.client.bell.silence();
             for finished in self.link.slow.take_finished() {
-                self.answer_finished(finished)?;
+                if self.is_to_wait(&finished) {
+                    self.interrupted.push(finished);
+                } else {
+                    self.answer_finished(finished)?;
+                }
             }
         }
         Ok(())
@@ -183,14 +203,17 @@ impl<'a> Session<'a> {
     pub(super) fn receive_more(&mut self) -> Result<(), End> {
         self.collect()?;
         self.link.send_replies()?;
+        self.tidy();
         self.link.receive_more(0)
     }
 
     /// Waits until one of the requests beside the connection has ended.
     pub(super) fn await_one(&mut self) -> Result<(), End> {
         self.link.send_replies()?;
-        if let Some(event) = self.link.slow.event() {
-            socket::wait(event, None, None, None)?;
+        while self.link.slow.in_flight() > 0 && !self.link.slow.any_finished() {
+            let bell = &self.link.client.bell;
+            socket::wait(bell.as_fd(), None, None, None)?;
+            bell.silence();
         }
         self.collect()
     }
@@ -200,6 +223,9 @@ impl<'a> Session<'a> {
         while self.link.slow.in_flight() > 0 {
             // The client may be gone, or even the socket broken: the work has to end all the same.
             let _ = self.await_one();
+        }
+        for finished in std::mem::take(&mut self.interrupted) {
+            let _ = self.answer_finished(finished);
         }
     }
 }
@@ -327,6 +353,12 @@ impl Link<'_> {
         }
     }
 
+    /// Wipes what no request needs any more.
+    pub(super) fn wipe_spent(&mut self) {
+        self.rest();
+        self.buffers.wipe_spent();
+    }
+
     /// When large buffers go back if they are not needed before.
     fn rest_at(&mut self, now: Instant) -> Option<Instant> {
         if std::mem::take(&mut self.needs_large) {
@@ -387,7 +419,11 @@ impl Link<'_> {
             let rest_at = self.rest_at(since);
             let until = [deadline, rest_at].into_iter().flatten().min();
             let stop = for_stop.then(|| self.shared.stop.as_fd());
-            let waited = socket::wait(self.socket(), stop, self.slow.event(), until)?;
+            let bell = &self.client.bell;
+            let waited = socket::wait(self.socket(), stop, Some(bell.as_fd()), until)?;
+            if waited == Waited::Other {
+                bell.silence();
+            }
             match rest_at {
                 Some(at) if waited == Waited::TimedOut && deadline.is_none_or(|deadline| at < deadline) => {
                     self.rest();

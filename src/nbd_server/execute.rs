@@ -35,11 +35,25 @@ impl Session<'_> {
         let start = Instant::now();
         (self.header, self.fate) = (*header, Fate::Succeeded);
         let answered = self.answer_uncounted(&Call { header: *header, replies: self.machine.replies(header), start });
+        self.counted(header, start, answered)
+    }
+
+    /// Counts a request, unless it is not answered yet.
+    fn counted(&self, header: &RequestHeader, start: Instant, answered: Result<(), End>) -> Result<(), End> {
         if self.fate != Fate::Deferred {
             let broken = matches!(answered, Err(ref end) if !matches!(end, End::Disconnected));
             self.link.client.traffic.record(header, start.elapsed(), self.fate == Fate::Failed || broken);
         }
         answered
+    }
+
+    /// Does once more what a lock has interrupted.
+    pub(super) fn run_again(&mut self, finished: &Finished) -> Result<(), End> {
+        let Finished { work, header, replies, start, .. } = *finished;
+        (self.header, self.fate) = (header, Fate::Succeeded);
+        let export = Arc::clone(&self.machine.negotiated().served.export);
+        let answered = self.run_work(work.again(), &export, &Call { header, replies, start });
+        self.counted(&header, start, answered)
     }
 
     fn answer_uncounted(&mut self, call: &Call) -> Result<(), End> {
@@ -101,16 +115,19 @@ impl Session<'_> {
                 return Ok(());
             }
         }
-        let done = work.run(export.as_ref(), self.link.client, self.link.shared);
+        let mut done = work.run(export.as_ref(), self.link.client, self.link.shared);
+        while matches!(done, Err(ExportError::Locked)) && self.wait_at_gate()? {
+            done = work.again().run(export.as_ref(), self.link.client, self.link.shared);
+        }
         self.reply(call.replies, &done)
     }
 
     /// Answers a request that has ended beside the connection.
     pub(super) fn answer_finished(&mut self, finished: Finished) -> Result<(), End> {
-        let Finished { header, replies, start, result } = finished;
+        let Finished { header, replies, start, result, .. } = finished;
         self.known_data = 0..0;
         (self.header, self.fate) = (header, Fate::Succeeded);
-        let given_up = matches!(result, Err(ExportError::ShuttingDown)) && self.link.hangs_up();
+        let given_up = matches!(result, Err(ExportError::ShuttingDown | ExportError::Locked)) && self.link.hangs_up();
         // A client of a server that hangs up repeats what was not answered.
         let answered = if given_up { Ok(()) } else { self.reply(replies, &result) };
         self.link.client.traffic.record(&header, start.elapsed(), result.is_err() || answered.is_err());
@@ -212,15 +229,20 @@ impl Session<'_> {
         last: bool,
     ) -> Result<Result<(), ExportError>, End> {
         let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
-        self.make_room(len + HEAD_BYTES)?;
-        let reply = &mut self.link.buffers.reply;
-        let before = reply.pending().len();
-        reply.push(replies.data(at, len_bytes, last).as_bytes());
-        let result = export.read_at(at, reply.grab(len));
-        if result.is_err() {
-            reply.truncate(before);
+        loop {
+            self.make_room(len + HEAD_BYTES)?;
+            let reply = &mut self.link.buffers.reply;
+            let before = reply.pending().len();
+            reply.push(replies.data(at, len_bytes, last).as_bytes());
+            let result = export.read_at(at, reply.grab(len));
+            if result.is_err() {
+                reply.truncate(before);
+            }
+            match result {
+                Err(ExportError::Locked) if self.wait_at_gate()? => {}
+                result => return Ok(result),
+            }
         }
-        Ok(result)
     }
 
     /// A read that is larger than the buffer and has to leave under one head. When the export fails after that head,
@@ -235,15 +257,21 @@ impl Session<'_> {
             let reply = &mut self.link.buffers.reply;
             let free = reply.free_bytes();
             let piece = usize::try_from(rest).map_or(free, |rest| rest.min(free));
+            let before = reply.pending().len();
             let buf = reply.grab(piece);
             if failed.is_some() {
                 buf.fill(0);
             } else if let Err(error) = export.read_at(at, buf) {
                 buf.fill(0);
+                reply.truncate(before);
+                if matches!(error, ExportError::Locked) && self.wait_at_gate()? {
+                    continue;
+                }
                 if !replies.chunked() {
-                    reply.truncate(0);
                     return Err(End::FailedMidReply);
                 }
+                self.make_room(piece)?;
+                self.link.buffers.reply.grab(piece).fill(0);
                 failed = Some((error, at));
             }
             at += piece as u64;
@@ -266,6 +294,10 @@ impl Session<'_> {
             if piece > 0 {
                 if result.is_ok() {
                     result = export.write_at(at, &unread[..piece]);
+                    if matches!(result, Err(ExportError::Locked)) && self.wait_at_gate()? {
+                        result = Ok(());
+                        continue;
+                    }
                 }
                 self.link.buffers.receive.consume(piece);
                 at += piece as u64;
@@ -297,7 +329,11 @@ impl Session<'_> {
         if !allocation {
             return self.push(replies.success().as_bytes());
         }
-        match self.extents(export, offset, len_bytes, one) {
+        let mut found = self.extents(export, offset, len_bytes, one);
+        while matches!(found, Err(ExportError::Locked)) && self.wait_at_gate()? {
+            found = self.extents(export, offset, len_bytes, one);
+        }
+        match found {
             Ok(extents) => {
                 let described = &extents[..extents.len().min(EXTENTS_MAX)];
                 self.push(&replies.block_status(len_bytes, one, described))
@@ -363,7 +399,7 @@ impl Session<'_> {
     fn fail(&mut self, replies: Replies, error: &ExportError, at: Option<u64>) -> Result<(), End> {
         self.fate = Fate::Failed;
         let served = &self.machine.negotiated().served;
-        if !matches!(error, ExportError::ShuttingDown) {
+        if !matches!(error, ExportError::ShuttingDown | ExportError::Locked) {
             self.failures.log(self.link.client, &served.info.name, &self.header, error);
         }
         self.link.shared.note_poison(served);
@@ -433,7 +469,7 @@ fn errno_of(error: &ExportError) -> u32 {
     match error {
         ExportError::Media | ExportError::Volume(_) => NBD_EIO,
         ExportError::NoSpace => NBD_ENOSPC,
-        ExportError::ShuttingDown => NBD_ESHUTDOWN,
+        ExportError::ShuttingDown | ExportError::Locked => NBD_ESHUTDOWN,
         ExportError::PastEnd => NBD_EINVAL,
         ExportError::ReadOnly => NBD_EPERM,
         ExportError::Unsupported => NBD_ENOTSUP,

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::access::{Allowed, Peer};
+use super::gate::Gate;
 use super::wire::STRING_BYTES_MAX;
 use crate::volume::VolumeError;
 
@@ -66,6 +67,9 @@ pub enum ExportError {
     /// The export is being closed.
     #[error("the export is shutting down")]
     ShuttingDown,
+    /// The export is locked: its key is not there.
+    #[error("the export is locked")]
+    Locked,
     /// The export has become smaller than it was when the client connected.
     #[error("beyond the end: the export has become smaller")]
     PastEnd,
@@ -170,6 +174,11 @@ pub trait Export: Send + Sync {
         false
     }
 
+    /// Whether its key was wiped, so that everything fails with [`ExportError::Locked`] until it is unlocked.
+    fn is_locked(&self) -> bool {
+        false
+    }
+
     /// Plaintext that is kept outside of requests' buffers, in bytes; for the status only.
     fn resident_plaintext_bytes(&self) -> u64 {
         0
@@ -211,8 +220,10 @@ pub struct Served {
     pub info: ExportInfo,
     /// The device.
     pub export: Arc<dyn Export>,
-    /// Position in the registry, from 0.
+    /// Its number, which no other one gets.
     pub(super) index: usize,
+    /// What becomes of requests while it is locked.
+    pub(super) gate: Arc<Gate>,
     /// Whether the log has told that it is poisoned.
     pub(super) poison_told: Arc<AtomicBool>,
 }
@@ -269,6 +280,7 @@ pub enum RegistryError {
 #[derive(Debug, Clone, Default)]
 pub struct Exports {
     list: Vec<Arc<Served>>,
+    next_index: usize,
 }
 
 impl Exports {
@@ -298,7 +310,9 @@ impl Exports {
         if i64::try_from(size_bytes).is_err() {
             return Err(RegistryError::TooLarge { size_bytes });
         }
-        self.list.push(Arc::new(Served { info, export, index: self.list.len(), poison_told: Arc::default() }));
+        let (index, gate) = (self.next_index, Arc::default());
+        self.list.push(Arc::new(Served { info, export, index, gate, poison_told: Arc::default() }));
+        self.next_index += 1;
         Ok(())
     }
 
@@ -306,6 +320,11 @@ impl Exports {
     pub fn find(&self, name: &str) -> Option<&Arc<Served>> {
         let exact = self.list.iter().find(|served| served.info.name == name);
         exact.or_else(|| if name.is_empty() { self.list.first() } else { None })
+    }
+
+    /// The export of that number.
+    pub(super) fn numbered(&self, index: usize) -> Option<&Arc<Served>> {
+        self.list.iter().find(|served| served.index == index)
     }
 
     /// All exports in order.
@@ -328,7 +347,7 @@ impl Exports {
             let info = ExportInfo { name: served.info.name.clone(), ..change(&served.info) };
             Arc::new(Served { info, ..Served::clone(served) })
         };
-        Self { list: self.list.iter().map(present).collect() }
+        Self { list: self.list.iter().map(present).collect(), ..*self }
     }
 
     /// How many exports there are.

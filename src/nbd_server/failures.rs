@@ -7,7 +7,7 @@ use std::error::Error;
 use std::time::{Duration, Instant};
 
 use super::export::ExportError;
-use super::server::Client;
+use super::shared::Client;
 use super::stats::COMMAND_NAMES;
 use super::wire::RequestHeader;
 

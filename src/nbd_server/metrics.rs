@@ -64,11 +64,14 @@ const COUNTERS: [(&str, &str, Field); 3] = [
     ("errors", "Requests that were answered with an error", |export| export.stats.errors),
 ];
 /// What is measured of each export.
-const GAUGES: [(&str, &str, Field); 4] = [
+const GAUGES: [(&str, &str, Field); 5] = [
     ("size_bytes", "Size of the export", |export| export.size_bytes),
     ("read_only", "1 if the export refuses writes", |export| u64::from(export.read_only)),
     ("poisoned", "1 if a flush has failed, so that nothing is known to become durable any more", |export| {
         u64::from(export.poisoned)
+    }),
+    ("locked", "1 if the export is locked: its key is not there, and requests wait or fail", |export| {
+        u64::from(export.locked)
     }),
     ("resident_plaintext_bytes", "Plaintext that is kept outside of requests' buffers", |export| {
         export.resident_plaintext_bytes
@@ -131,6 +134,7 @@ mod tests {
             size_bytes: 4096,
             read_only: true,
             poisoned: false,
+            locked: false,
             resident_plaintext_bytes: 7,
             stats,
         };

@@ -3,12 +3,11 @@
 //! Guards: connections and handshakes in progress are limited; one client's end, even a panic of ours, leaves the
 //! others alone; [`Server::run`] returns only after every connection has ended and every export is flushed.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
@@ -18,19 +17,18 @@ use rustix::net::{AddressFamily, sockopt};
 use vsock::VsockStream;
 
 use super::access::{Peer, UnixPeer};
-use super::buffer::BufferPool;
 use super::connection::{self, End};
-use super::export::{ExportError, ExportInfo, Exports, Served};
+use super::export::{ExportError, Exports};
 use super::failures::chain;
+use super::handle::Handle;
 use super::limits::Limits;
 use super::listener::Listener;
-use super::slow::Workers;
-use super::socket::{self, StopSignal};
-use super::stats::{ClientStatus, ExportStatus, Stats, Status, Traffic};
+use super::shared::{Client, Shared};
+use super::socket::{self, Bell};
+use super::stats::Traffic;
 use super::status::{self, Commands, Kind};
 use super::threads::{self, SharedOut};
 use super::tls::Tls;
-use crate::owner::Owner;
 use crate::peer_groups;
 use crate::spawn::without_signals;
 
@@ -98,245 +96,6 @@ pub struct Server {
     shared: Arc<Shared>,
 }
 
-/// Stops a server from another thread.
-#[derive(Debug, Clone)]
-pub struct Handle {
-    shared: Arc<Shared>,
-}
-
-impl Handle {
-    /// Makes [`Server::run`] finish: no new clients, `ESHUTDOWN` for new requests or no answer ([`Options::hang_up`]),
-    /// then flush and return. May be called any number of times.
-    pub fn stop(&self) {
-        self.shared.stop.set();
-    }
-
-    /// Presents the exports as `change` says, from now on with these limits and, if TLS is on and given, with that
-    /// configuration of it. Clients that are not admitted any more, or may not write any more, are closed. Whether TLS is
-    /// required stays as it is.
-    pub fn reload(&self, change: impl Fn(&ExportInfo) -> ExportInfo, limits: Limits, tls: Option<&Tls>) {
-        let shared = &self.shared;
-        let presented = Arc::new(shared.exports().presented(change));
-        *shared.exports.write().unwrap_or_else(PoisonError::into_inner) = presented;
-        shared.pool.set_budget(limits.buffer_bytes_max);
-        *shared.limits.write().unwrap_or_else(PoisonError::into_inner) = limits;
-        if let (Some(now), Some(new)) = (&shared.options.tls, tls) {
-            now.replace_with(new);
-        }
-        let clients = shared.clients();
-        for client in clients.values().filter(|client| !shared.still_admits(client)) {
-            tracing::warn!(client = client.id, peer = %client.peer, "client closed: it is not admitted any more");
-            client.shut_down();
-        }
-    }
-
-    /// What the server and its clients have done so far.
-    pub fn status(&self) -> Status {
-        self.shared.status()
-    }
-
-    /// Connections that are open now.
-    pub fn connection_count(&self) -> usize {
-        self.shared.clients().len()
-    }
-
-    /// Bytes of large buffers that connections use now.
-    pub fn buffer_bytes(&self) -> usize {
-        self.shared.pool.lent_bytes()
-    }
-}
-
-/// What all connections of a server share.
-#[derive(Debug)]
-pub(super) struct Shared {
-    exports: RwLock<Arc<Exports>>,
-    limits: RwLock<Limits>,
-    pub(super) options: Options,
-    pub(super) stop: StopSignal,
-    /// Set when the time that a stopping server gives is nearly over: long work ends.
-    hurry: AtomicBool,
-    pub(super) workers: Workers,
-    pub(super) pool: BufferPool,
-    pub(super) spinners: Spinners,
-    clients: Mutex<BTreeMap<u64, Arc<Client>>>,
-    client_left: Condvar,
-    /// What clients that have left did, by export.
-    left: Mutex<Vec<Traffic>>,
-    started: Instant,
-    /// The process that made the server.
-    owner: Owner,
-}
-
-impl Shared {
-    fn clients(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Client>>> {
-        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A client has ended: what it did goes to its export's totals.
-    fn forget(&self, id: u64) {
-        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        let client = self.clients().remove(&id);
-        if let Some((client, index)) =
-            client.and_then(|client| client.chosen.get().map(|chosen| chosen.index).map(|at| (client, at)))
-        {
-            left[index].merge(&client.traffic);
-        }
-        drop(left);
-        self.client_left.notify_all();
-    }
-
-    /// The exports as they are presented now.
-    pub(super) fn exports(&self) -> Arc<Exports> {
-        Arc::clone(&self.exports.read().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// The limits now.
-    pub(super) fn limits(&self) -> Limits {
-        self.limits.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Whether a client that has chosen an export may go on with it as it does.
-    pub(super) fn still_admits(&self, client: &Client) -> bool {
-        let Some(chosen) = client.chosen.get() else { return true };
-        let exports = self.exports();
-        let Some(served) = exports.iter().nth(chosen.index) else { return false };
-        served.info.allowed.admits(&chosen.peer) && (chosen.read_only || !served.is_read_only_for(&chosen.peer))
-    }
-
-    /// Says once, and at once, that an export cannot make anything durable any more.
-    pub(super) fn note_poison(&self, served: &Served) {
-        if served.export.is_poisoned() && !served.poison_told.swap(true, Ordering::Relaxed) {
-            tracing::error!(
-                export = served.info.name.as_str(),
-                "a flush failed: what was written since the last one may be lost, and every flush fails from now on; stop \
-                 the server and see to the device, then serve it again"
-            );
-        }
-    }
-
-    /// Whether long work ends now, because the server is about to cut off its clients.
-    pub(super) fn hurries(&self) -> bool {
-        self.hurry.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn status(&self) -> Status {
-        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut stats = vec![Stats::default(); left.len()];
-        stats.iter_mut().zip(left.iter()).for_each(|(stats, traffic)| stats.add(traffic));
-        let (clients, exports) = (self.clients(), self.exports());
-        let mut listed = Vec::new();
-        for (id, client) in clients.iter() {
-            let Some(chosen) = client.chosen.get() else { continue };
-            let index = chosen.index;
-            stats[index].add(&client.traffic);
-            let mut own = Stats::default();
-            own.add(&client.traffic);
-            let name = exports.iter().nth(index).map_or_else(String::new, |served| served.info.name.clone());
-            listed.push(ClientStatus {
-                id: *id,
-                export: name,
-                uid: client.peer.unix.as_ref().map(|unix| unix.uid),
-                peer: chosen.peer.to_string(),
-                read_only: chosen.read_only,
-                stats: own,
-            });
-        }
-        let listed_exports = exports.iter().zip(stats).map(|(served, stats)| ExportStatus {
-            name: served.info.name.clone(),
-            size_bytes: served.size_bytes(),
-            read_only: served.info.read_only,
-            poisoned: served.export.is_poisoned(),
-            resident_plaintext_bytes: served.export.resident_plaintext_bytes(),
-            stats,
-        });
-        Status {
-            uptime_seconds: self.started.elapsed().as_secs(),
-            connections: clients.len(),
-            buffer_bytes: self.pool.lent_bytes(),
-            exports: listed_exports.collect(),
-            clients: listed,
-        }
-    }
-}
-
-/// What a client has chosen, and as whom.
-#[derive(Debug)]
-pub(super) struct Chosen {
-    /// Position of the export.
-    pub(super) index: usize,
-    /// Who the client is, with the names in its certificate.
-    pub(super) peer: Peer,
-    /// Whether the export was read-only for it.
-    pub(super) read_only: bool,
-}
-
-/// A connected client.
-#[derive(Debug)]
-pub(super) struct Client {
-    /// Its number, from 1.
-    pub(super) id: u64,
-    /// The only owner of the descriptor.
-    pub(super) socket: OwnedFd,
-    pub(super) peer: Peer,
-    pub(super) handshaking: AtomicBool,
-    /// Since the handshake has ended.
-    pub(super) chosen: OnceLock<Chosen>,
-    pub(super) traffic: Traffic,
-}
-
-impl Client {
-    /// Whether it has not chosen an export, and was not told to go.
-    fn is_handshaking(&self) -> bool {
-        self.handshaking.load(Ordering::Relaxed)
-    }
-
-    /// Whether nobody will read a reply any more.
-    pub(super) fn has_left(&self) -> bool {
-        socket::peer_has_left(self.socket.as_fd())
-    }
-
-    /// Ends all traffic; the descriptor stays valid until the last user is gone.
-    fn shut_down(&self) {
-        self.handshaking.store(false, Ordering::Relaxed);
-        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
-    }
-}
-
-/// Limits how many connections poll at a time, so that polling never takes the processors from work.
-#[derive(Debug)]
-pub(super) struct Spinners {
-    active: AtomicUsize,
-    max: usize,
-}
-
-impl Spinners {
-    fn new() -> Self {
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { active: AtomicUsize::new(0), max: processors.div_ceil(2) }
-    }
-
-    /// Leave to poll, until the guard is dropped.
-    pub(super) fn enter(&self) -> Option<SpinGuard<'_>> {
-        if self.active.fetch_add(1, Ordering::Relaxed) < self.max {
-            return Some(SpinGuard { active: &self.active });
-        }
-        self.active.fetch_sub(1, Ordering::Relaxed);
-        None
-    }
-}
-
-/// One connection polls.
-#[derive(Debug)]
-pub(super) struct SpinGuard<'a> {
-    active: &'a AtomicUsize,
-}
-
-impl Drop for SpinGuard<'_> {
-    fn drop(&mut self) {
-        self.active.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 impl Server {
     /// A server of these exports, without listeners.
     ///
@@ -348,23 +107,8 @@ impl Server {
             let pool = threads::pool(options.threads).map_err(io::Error::other)?;
             exports.wrap(|export| Arc::new(SharedOut::new(export, pool.clone())));
         }
-        let left = exports.iter().map(|_| Traffic::default()).collect();
-        let shared = Shared {
-            exports: RwLock::new(Arc::new(exports)),
-            stop: StopSignal::new()?,
-            hurry: false.into(),
-            workers: Workers::default(),
-            pool: BufferPool::new(&limits),
-            spinners: Spinners::new(),
-            clients: Mutex::default(),
-            client_left: Condvar::new(),
-            left: Mutex::new(left),
-            started: Instant::now(),
-            limits: RwLock::new(limits),
-            owner: Owner::here(),
-            options,
-        };
-        Ok(Self { listeners: Vec::new(), reporters: Vec::new(), commands: None, shared: Arc::new(shared) })
+        let shared = Arc::new(Shared::new(exports, limits, options)?);
+        Ok(Self { listeners: Vec::new(), reporters: Vec::new(), commands: None, shared })
     }
 
     /// Adds a listener.
@@ -424,8 +168,10 @@ impl Server {
         });
         let mut flushed = Ok(());
         for (index, served) in shared.exports().iter().enumerate().filter(|(_, served)| !served.info.read_only) {
-            if let Err(source) = served.export.flush() {
-                flushed = flushed.and(Err(ServerError::Flush { index, source }));
+            match served.export.flush() {
+                // Whoever locked it has flushed it, and been told how that ended.
+                Ok(()) | Err(ExportError::Locked) => {}
+                Err(source) => flushed = flushed.and(Err(ServerError::Flush { index, source })),
             }
         }
         accepted.map_err(ServerError::from).and(flushed)
@@ -488,6 +234,13 @@ fn admit<'scope>(
     scope: &'scope Scope<'scope, '_>,
 ) {
     socket::tune(socket.as_fd());
+    let bell = match Bell::new() {
+        Ok(bell) => bell,
+        Err(error) => {
+            tracing::warn!(%error, "client refused");
+            return;
+        }
+    };
     let client = Arc::new(Client {
         id,
         socket,
@@ -495,6 +248,8 @@ fn admit<'scope>(
         handshaking: true.into(),
         chosen: OnceLock::new(),
         traffic: Traffic::default(),
+        bell,
+        wiped_rounds: 0.into(),
     });
     let limits = shared.limits();
     let mut clients = shared.clients();
@@ -573,7 +328,7 @@ fn drain(shared: &Shared) {
             return;
         }
         let next = if now < hurry_at { hurry_at } else { deadline };
-        clients = shared.client_left.wait_timeout(clients, next - now).unwrap_or_else(PoisonError::into_inner).0;
+        clients = shared.client_changed.wait_timeout(clients, next - now).unwrap_or_else(PoisonError::into_inner).0;
     }
 }
 

@@ -1,7 +1,7 @@
 //! Requests that may take long, beside the thread of their connection: that one goes on with other requests meanwhile.
 //!
 //! ```text
-//!  connection --Job--> Workers --Finished--> Outbox --event--> connection --> reply
+//!  connection --Job--> Workers --Finished--> Outbox --bell--> connection --> reply
 //! ```
 //!
 //! Guards: only the connection's own thread sends, so nothing here knows sockets' bytes or TLS; a job always finishes, even
@@ -11,7 +11,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -19,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use super::export::{Durability, Export, ExportError, Hole};
 use super::limits::{PERSIST_SLICE_BYTES, SLICE_BYTES, SLOW_THREADS_MAX};
-use super::server::{Client, Shared};
+use super::shared::{Client, Shared};
 use super::transmission::Replies;
 use super::wire::RequestHeader;
 use crate::spawn::without_signals;
@@ -40,6 +39,17 @@ pub(super) enum Work {
 }
 
 impl Work {
+    /// The same when an unknown part of it was done already.
+    pub(super) const fn again(self) -> Self {
+        match self {
+            // Something may have been changed, so it is too late to say that it cannot be done fast.
+            Self::Zeroes { offset, len_bytes, hole: Hole::Required, durability } => {
+                Self::Zeroes { offset, len_bytes, hole: Hole::Allowed, durability }
+            }
+            other => other,
+        }
+    }
+
     /// Does it, for `client`.
     pub(super) fn run(self, export: &dyn Export, client: &Client, shared: &Shared) -> Result<(), ExportError> {
         let goes_on = || !(shared.hurries() || client.has_left());
@@ -105,6 +115,7 @@ fn slices(offset: u64, len_bytes: u64, slice_bytes: u64) -> impl Iterator<Item =
 /// A request that has ended.
 #[derive(Debug)]
 pub(super) struct Finished {
+    pub(super) work: Work,
     pub(super) header: RequestHeader,
     pub(super) replies: Replies,
     pub(super) start: Instant,
@@ -112,32 +123,21 @@ pub(super) struct Finished {
 }
 
 /// What a connection has given away, and what has come back.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Outbox {
     finished: Mutex<Vec<Finished>>,
     /// Length of `finished`, for a look without the lock.
     count: AtomicUsize,
-    event: OwnedFd,
 }
 
 impl Outbox {
-    fn new() -> io::Result<Self> {
-        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
-        let event = rustix::event::eventfd(0, flags)?;
-        Ok(Self { finished: Mutex::default(), count: AtomicUsize::new(0), event })
-    }
-
     fn put(&self, finished: Finished) {
         let mut all = self.finished.lock().unwrap_or_else(PoisonError::into_inner);
         all.push(finished);
         self.count.store(all.len(), Ordering::Release);
-        drop(all);
-        // Any number but 0 will do. The counter holds 255 of this one, and is emptied whenever something is taken.
-        let _ = rustix::io::write(&self.event, &1u64.to_be_bytes());
     }
 
     fn take(&self) -> Vec<Finished> {
-        let _ = rustix::io::read(&self.event, &mut [0; 8]);
         let mut all = self.finished.lock().unwrap_or_else(PoisonError::into_inner);
         self.count.store(0, Ordering::Relaxed);
         std::mem::take(&mut *all)
@@ -147,7 +147,7 @@ impl Outbox {
 /// The requests of one connection that run beside it.
 #[derive(Debug, Default)]
 pub(super) struct Slow {
-    outbox: Option<Arc<Outbox>>,
+    outbox: Arc<Outbox>,
     in_flight: usize,
 }
 
@@ -156,19 +156,14 @@ impl Slow {
         self.in_flight
     }
 
-    /// Readable when something has ended; nothing while nothing runs.
-    pub(super) fn event(&self) -> Option<BorrowedFd<'_>> {
-        self.outbox.as_ref().filter(|_| self.in_flight > 0).map(|outbox| outbox.event.as_fd())
-    }
-
     /// Whether something has ended.
     pub(super) fn any_finished(&self) -> bool {
-        self.in_flight > 0 && self.outbox.as_ref().is_some_and(|outbox| outbox.count.load(Ordering::Acquire) > 0)
+        self.in_flight > 0 && self.outbox.count.load(Ordering::Acquire) > 0
     }
 
     /// What has ended.
     pub(super) fn take_finished(&mut self) -> Vec<Finished> {
-        let finished = self.outbox.as_ref().map_or_else(Vec::new, |outbox| outbox.take());
+        let finished = self.outbox.take();
         self.in_flight -= finished.len();
         finished
     }
@@ -181,11 +176,7 @@ impl Slow {
         export: Arc<dyn Export>,
         (client, shared): (&Arc<Client>, &Arc<Shared>),
     ) -> bool {
-        if self.outbox.is_none() {
-            // Without a descriptor for it the connection does everything itself.
-            self.outbox = Outbox::new().ok().map(Arc::new);
-        }
-        let Some(outbox) = self.outbox.clone() else { return false };
+        let outbox = Arc::clone(&self.outbox);
         let (client, for_job) = (Arc::clone(client), Arc::clone(shared));
         let job = move || {
             let run = AssertUnwindSafe(|| work.run(export.as_ref(), &client, &for_job));
@@ -194,8 +185,9 @@ impl Slow {
                 Err(ExportError::Io(io::Error::other("a request panicked")))
             });
             // Nothing of the export is held when its connection is told.
-            drop((export, client, for_job));
-            outbox.put(Finished { header, replies, start, result });
+            drop((export, for_job));
+            outbox.put(Finished { work, header, replies, start, result });
+            client.bell.ring();
         };
         let taken = shared.workers.take_on(Box::new(job));
         self.in_flight += usize::from(taken);

@@ -1,6 +1,6 @@
 //! A connected socket: receive without waiting, send everything, wait for bytes, for the server to stop or for other work.
 //!
-//! Guards: the descriptor is owned by one [`Client`](super::server::Client) and closed when the last user is gone, so a
+//! Guards: the descriptor is owned by one [`Client`](super::shared::Client) and closed when the last user is gone, so a
 //! late reply can never reach a reused descriptor. Nothing here knows the protocol.
 
 use std::io;
@@ -173,6 +173,44 @@ pub(super) fn poll(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Res
         }
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// Wakes the thread of a connection, whatever it waits for.
+#[derive(Debug)]
+pub(super) struct Bell(std::os::fd::OwnedFd);
+
+impl Bell {
+    pub(super) fn new() -> io::Result<Self> {
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        Ok(Self(rustix::event::eventfd(0, flags)?))
+    }
+
+    /// Rings until it is silenced. What it tells of was stored before.
+    pub(super) fn ring(&self) {
+        // Any number but 0 will do: a full counter rings too.
+        let _ = rustix::io::write(&self.0, &1u64.to_be_bytes());
+    }
+
+    /// What it tells of is looked at after this.
+    pub(super) fn silence(&self) {
+        let _ = rustix::io::read(&self.0, &mut [0; 8]);
+    }
+}
+
+impl AsFd for Bell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Waits until `bell` or `stop` is set; `false` when the client at `socket` has left, as [`peer_has_left`] knows it.
+pub(super) fn wait_beside(socket: impl AsFd, bell: &Bell, stop: &StopSignal) -> io::Result<bool> {
+    let socket = socket.as_fd();
+    let gone = if is_tcp(socket) { PollFlags::RDHUP } else { PollFlags::empty() };
+    let mut fds =
+        [PollFd::from_borrowed_fd(socket, gone), PollFd::new(bell, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+    poll(&mut fds, None)?;
+    Ok(fds[0].revents().is_empty())
 }
 
 /// The stop signal: once set, every waiter wakes.

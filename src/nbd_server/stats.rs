@@ -211,6 +211,8 @@ pub struct ExportStatus {
     pub read_only: bool,
     /// Whether a flush has failed, so that nothing is known to become durable any more.
     pub poisoned: bool,
+    /// Whether it is locked: its key is not there, and requests wait or fail.
+    pub locked: bool,
     /// Plaintext that is resident besides request buffers, in bytes.
     pub resident_plaintext_bytes: u64,
     /// Everything since the start.

@@ -23,7 +23,8 @@ use zeroize::Zeroizing;
 
 use super::listener::Listener;
 use super::metrics::CONTENT_TYPE;
-use super::server::{ACCEPT_PAUSE, Shared, is_shortage};
+use super::server::{ACCEPT_PAUSE, is_shortage};
+use super::shared::Shared;
 use super::socket;
 use crate::spawn::without_signals;
 
@@ -341,6 +342,10 @@ impl Drop for Busy {
 
 fn answer(socket: &OwnedFd, question: &Question, shared: &Shared, commands: Option<&Commands>) -> io::Result<()> {
     let text = match (question, commands) {
+        (Question::Command(_), Some(_)) if !may_command(socket) => {
+            let reason = "only the user of the server and root may command it";
+            serde_json::json!({ "refused": { "reason": reason, "help": null } }).to_string() + "\n"
+        }
         (Question::Command(command), Some(commands)) => (commands.answer)(command),
         (Question::Status | Question::Command(_), _) => {
             let mut status = serde_json::to_value(shared.status()).map_err(io::Error::from)?;
@@ -361,6 +366,13 @@ fn answer(socket: &OwnedFd, question: &Question, shared: &Shared, commands: Opti
     socket::send_all(socket.as_fd(), text.as_bytes(), Some(Instant::now() + PATIENCE))?;
     rustix::net::shutdown(socket, rustix::net::Shutdown::Write)?;
     Ok(())
+}
+
+/// Whether whoever connected is the user of this process or root: the socket's mode says so already, unless somebody has
+/// changed it.
+fn may_command(socket: &OwnedFd) -> bool {
+    let peer = rustix::net::sockopt::socket_peercred(socket);
+    peer.is_ok_and(|peer| peer.uid.is_root() || peer.uid == rustix::process::geteuid())
 }
 
 fn http(status: &str, kind: &str, body: &str, with_body: bool) -> String {

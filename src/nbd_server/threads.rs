@@ -113,6 +113,10 @@ impl Export for SharedOut {
         self.export.is_poisoned()
     }
 
+    fn is_locked(&self) -> bool {
+        self.export.is_locked()
+    }
+
     fn fast_zero(&self) -> bool {
         self.export.fast_zero()
     }

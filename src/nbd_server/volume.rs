@@ -59,6 +59,10 @@ impl Export for Volume {
         self.backing().is_poisoned()
     }
 
+    fn is_locked(&self) -> bool {
+        self.locked()
+    }
+
     fn fast_zero(&self) -> bool {
         // Only a file is known to punch at once; elsewhere "fast" would be a promise that may end in encrypting zeroes.
         self.discards() && self.backing().kind() == BackingKind::File
@@ -88,7 +92,7 @@ impl From<VolumeError> for ExportError {
         match error {
             VolumeError::ReadOnly => Self::ReadOnly,
             VolumeError::OutOfRange { .. } => Self::PastEnd,
-            VolumeError::Locked => Self::ShuttingDown,
+            VolumeError::Locked => Self::Locked,
             VolumeError::Media(MediaError::NoSpace) => Self::NoSpace,
             VolumeError::Media(MediaError::Unsupported) => Self::Unsupported,
             other => Self::Volume(other),

@@ -18,7 +18,8 @@ pub fn check(volume: &Volume) -> Result<Site, Cause> {
     match also_in_use(Operation::Lock, volume) {
         // A LUKS2 volume.
         Err(Cause::Volume(VolumeError::NoHeader)) => {
-            let way = Way { key: KeyWay::Slot, read_only: false, detached: false, caller: Caller::Control, force: false };
+            let way =
+                Way { key: KeyWay::Slot, read_only: false, detached: false, caller: Caller::Control, force: false };
             gate::check(Operation::Lock, &[State::Luks2], way)?;
         }
         checked => checked?,

@@ -36,7 +36,8 @@ impl Volume {
             return Err(VolumeError::Changed);
         }
         // Made apart, so that nobody meets keys of one half of a re-key and not of the other.
-        let area = self.area_with(Side::new(namespace.geometry().layout(), namespace.volume_key(), self.area.backend()));
+        let area =
+            self.area_with(Side::new(namespace.geometry().layout(), namespace.volume_key(), self.area.backend()));
         let mut new = Engine::new(namespace, &area);
         if in_use {
             new.mark(true)?;
@@ -74,7 +75,10 @@ impl Volume {
             Some(engine) => Some(engine.namespace().site().clone()),
             None if !self.locked() => {
                 let detached = !Arc::ptr_eq(&self.header_backing, self.backing());
-                Some(Site::whole(Arc::clone(self.backing())).with_header(detached.then(|| Arc::clone(&self.header_backing))))
+                Some(
+                    Site::whole(Arc::clone(self.backing()))
+                        .with_header(detached.then(|| Arc::clone(&self.header_backing))),
+                )
             }
             None => None,
         }

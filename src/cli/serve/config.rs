@@ -13,6 +13,7 @@ use super::exports::Source;
 use super::listeners::ListenTable;
 use super::tls::{TlsMode, TlsPlan};
 use crate::cli::credentials::KeyArgs;
+use crate::cli::duration::Span;
 use crate::cli::error::Error;
 use crate::cli::size::ByteSize;
 use crate::nbd_server::{Allowed, CertificateName, Limits};
@@ -28,6 +29,8 @@ struct File {
     threads: Option<u16>,
     #[serde(default)]
     hang_up: bool,
+    #[serde(default, deserialize_with = "span")]
+    lock_after: Option<Duration>,
     namespace: Vec<NamespaceTable>,
     #[serde(default)]
     listen: Vec<ListenTable>,
@@ -102,6 +105,12 @@ fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::
     usize::try_from(bytes).map(Some).map_err(de::Error::custom)
 }
 
+/// A time as on the command line, such as `"10m"`.
+fn span<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    let Span(duration) = String::deserialize(deserializer)?.parse().map_err(de::Error::custom)?;
+    Ok(Some(duration))
+}
+
 /// Reads the file at `path`.
 pub(super) fn read(path: &Path) -> Result<Plan, Error> {
     let text = std::fs::read_to_string(path).map_err(|source| Error::ConfigFile { path: path.into(), source })?;
@@ -132,6 +141,7 @@ impl File {
             threads: self.threads,
             hang_up: self.hang_up,
             keep_going: self.keep_going,
+            lock_after: self.lock_after,
         })
     }
 }

@@ -108,11 +108,11 @@ fn add(exports: &mut Exports, source: &Source, backend: Backend, volumes: &Volum
     // What this thread leaves on its stack stays there as long as the server runs.
     secret::with_wiped_stack(|| read_one_unit(&volume))
         .map_err(|source| Error::Volume { path: path.clone(), source })?;
-    let info = ExportInfo { name, ..source.info() };
+    let info = ExportInfo { name: name.clone(), ..source.info() };
     let volume = Arc::new(volume);
     let export: Arc<Volume> = Arc::clone(&volume);
     exports.add(info, export).map_err(|source| Error::Export { path: path.clone(), source })?;
-    volumes.add(location, volume);
+    volumes.add(&name, location, volume, source.luks2);
     Ok(())
 }
 

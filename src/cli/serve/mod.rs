@@ -6,8 +6,10 @@
 mod config;
 mod exports;
 mod listeners;
+mod locking;
 mod rekey;
 mod reload;
+mod steering;
 mod tls;
 mod volumes;
 
@@ -23,9 +25,11 @@ use signal_hook::iterator::Signals;
 use self::exports::Source;
 use self::listeners::{Account, Address};
 use self::reload::Reloader;
+use self::steering::Steering;
 use self::tls::{TlsMode, TlsPlan};
 use self::volumes::Volumes;
 use super::credentials::KeyArgs;
+use super::duration::Span;
 use super::error::Error;
 use super::log;
 use super::output::warning;
@@ -112,6 +116,10 @@ pub(crate) struct ServeArgs {
     /// client's own]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Lock an export that nobody has asked anything of for so long, such as 10m: its key and plaintext are wiped, and requests
+    /// wait until `daxcrypt unlock`
+    #[arg(long, value_name = "IDLE")]
+    lock_after: Option<Span>,
     /// When stopping, close connections instead of answering requests with an error, so that clients that connect again
     /// repeat them on the next server
     #[arg(long)]
@@ -134,6 +142,7 @@ struct Plan {
     threads: Option<u16>,
     hang_up: bool,
     keep_going: bool,
+    lock_after: Option<Duration>,
 }
 
 pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
@@ -168,6 +177,9 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     volumes.mark_in_use()?;
     let served = listen(&plan, server, &names, &volumes).and_then(|server| {
         obey_signals(signals, server.handle(), reloader);
+        if let Some(idle) = plan.lock_after {
+            locking::lock_when_idle(Arc::clone(&volumes), server.handle(), idle);
+        }
         tell_systemd("READY=1");
         Ok(server.run()?)
     });
@@ -203,8 +215,9 @@ fn listen(plan: &Plan, server: Server, names: &[(String, u64)], volumes: &Arc<Vo
         server = server.metrics(Listener::tcp(address)?);
     }
     if let Some(path) = &plan.control {
-        let (asked, told) = (Arc::clone(volumes), Arc::clone(volumes));
-        let commands = Commands::new(move |received| asked.answer(received));
+        let steering = Steering { volumes: Arc::clone(volumes), server: server.handle() };
+        let told = Arc::clone(volumes);
+        let commands = Commands::new(move |received| steering.answer(received));
         let commands = commands.besides("rekeys", move || told.rekeys());
         server = server.control(Listener::unix(path)?).commands(commands);
     }
@@ -256,6 +269,7 @@ fn plan(args: &ServeArgs) -> Result<Plan, Error> {
         threads: None,
         hang_up: false,
         keep_going: false,
+        lock_after: None,
     };
     with_file(nothing, args)
 }
@@ -272,6 +286,10 @@ fn with_file(mut plan: Plan, args: &ServeArgs) -> Result<Plan, Error> {
     plan.threads = args.threads.or(plan.threads);
     plan.hang_up |= args.hang_up;
     plan.keep_going |= args.keep_going;
+    plan.lock_after = args.lock_after.map(|Span(idle)| idle).or(plan.lock_after);
+    if plan.lock_after.is_some() && plan.control.is_none() {
+        return Err(Error::Usage("lock_after needs a control socket (control = ...), to unlock what is locked".into()));
+    }
     Ok(plan)
 }
 

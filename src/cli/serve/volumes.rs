@@ -1,14 +1,14 @@
 //! The volumes that are served, and what is done with each as a whole meanwhile: it is marked as in use, and the control
 //! socket has it re-keyed or resized, or its key slots changed.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::rekey::Running;
-use crate::cli::control::{Answer, Command, RekeyLine, Request, Who};
+use crate::cli::control::{Answer, Command, RekeyLine, Who};
 use crate::cli::error::Error;
 use crate::cli::output::complain;
 use crate::cli::size::ByteSize;
-use crate::namespace::{Credential, KdfCost};
+use crate::namespace::{Credential, KdfCost, Site};
 use crate::ops::resize::{self, Resized, Wanted};
 use crate::ops::{self, Cause, Location, Whereabouts, keys, rekey};
 use crate::volume::{Volume, VolumeError};
@@ -16,44 +16,65 @@ use crate::volume::{Volume, VolumeError};
 /// The volumes that are served, and the threads that re-key them; those are stopped when this is dropped.
 #[derive(Debug, Default)]
 pub(super) struct Volumes {
-    served: Mutex<Vec<Served>>,
+    served: RwLock<Vec<Arc<Served>>>,
     rekey_rate: Option<ByteSize>,
+    /// Held while a key is derived for an unlock: the memory of one derivation at a time is enough.
+    pub(super) deriving: Mutex<()>,
 }
 
+/// A volume that is served. Its commands run one after the other; whoever only asks how it stands waits for none of them.
 #[derive(Debug)]
 pub(super) struct Served {
+    /// The name of its export.
+    pub(super) name: String,
     pub(super) location: Location,
     pub(super) volume: Arc<Volume>,
-    pub(super) running: Option<Running>,
+    pub(super) luks2: bool,
     /// What the server itself was told, in bytes a second.
     pub(super) rekey_rate: Option<u64>,
+    /// Held while a command is obeyed.
+    obeying: Mutex<()>,
+    state: Mutex<State>,
+}
+
+/// What changes of a volume that is served.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) running: Option<Running>,
+    /// Bytes a second that the re-key was asked to keep to.
+    pub(super) asked_rate: Option<u64>,
+    /// While it is locked: where it is to be opened again, and whether its re-key then goes on.
+    pub(super) locked: Option<(Site, bool)>,
 }
 
 impl Volumes {
     /// None yet; `rekey_rate` bytes a second at most for each re-key.
     pub(super) fn new(rekey_rate: Option<ByteSize>) -> Self {
-        Self { served: Mutex::default(), rekey_rate }
+        Self { rekey_rate, ..Self::default() }
     }
 
     /// Takes note of a volume, says what was left undone with it, and goes on with its re-key if one may go on.
-    pub(super) fn add(&self, location: Location, volume: Arc<Volume>) {
-        let rekey_rate = self.rekey_rate.map(|rate| rate.0);
-        let mut served = Served { location, volume, running: None, rekey_rate };
+    pub(super) fn add(&self, name: &str, location: Location, volume: Arc<Volume>, luks2: bool) {
+        let served = Served {
+            name: name.to_owned(),
+            location,
+            volume,
+            luks2,
+            rekey_rate: self.rekey_rate.map(|rate| rate.0),
+            obeying: Mutex::default(),
+            state: Mutex::default(),
+        };
         if served.volume.header().unclean {
             let path = served.location.path().display();
             complain(format_args!("{path}: it was not closed in order; nothing that a client had flushed is lost"));
         }
         served.go_on_or_rest();
-        self.served().push(served);
+        self.served.write().unwrap_or_else(PoisonError::into_inner).push(Arc::new(served));
     }
 
     /// Marks every namespace that may be written as in use. When one cannot be marked, none is.
     pub(super) fn mark_in_use(&self) -> Result<(), Error> {
-        let served = self.served();
-        let mut writable = served.iter().filter(|served| !served.volume.read_only());
-        let marked =
-            writable.try_for_each(|served| served.volume.mark_in_use().map_err(|source| served.failed(source)));
-        drop(served);
+        let marked = self.served().iter().try_for_each(|served| served.mark_in_use());
         marked.inspect_err(|_| {
             let _ = self.close(); // the first error is the one to report
         })
@@ -63,23 +84,11 @@ impl Volumes {
     /// given, after all have been tried.
     pub(super) fn close(&self) -> Result<(), Error> {
         let mut closed = Ok(());
-        for served in &mut *self.served() {
-            served.stop();
-            if !served.volume.read_only() {
-                let marked = served.volume.mark_closed().map_err(|source| served.failed(source));
-                closed = closed.and(marked);
-            }
+        for served in self.served() {
+            let this = served.close();
+            closed = closed.and(this);
         }
         closed
-    }
-
-    /// Answers what came in on the control socket.
-    pub(super) fn answer(&self, received: &[u8]) -> String {
-        let answer = match Request::parse(received) {
-            Some((request, credentials)) => self.obey(&request, &credentials),
-            None => Answer::refused("the request cannot be read: is the server of another version?"),
-        };
-        serde_json::to_string(&answer).unwrap_or_default() + "\n"
     }
 
     /// The re-keys that are under way, or could not go on, as JSON.
@@ -93,28 +102,33 @@ impl Volumes {
         serde_json::to_value(told).unwrap_or_default()
     }
 
-    fn obey(&self, request: &Request, credentials: &[Credential]) -> Answer {
-        let mut served = self.served();
-        let obeyed = match find(&mut served, &request.namespace) {
-            Ok(served) => served.obey(&request.command, credentials).map_err(|cause| served.answer_of(request, cause)),
-            Err(reason) => Err(Answer::refused(reason)),
-        };
-        obeyed.unwrap_or_else(|answer| answer)
+    /// Does what the control socket asks of a namespace.
+    pub(super) fn obey(&self, who: &Who, command: &Command, credentials: &[Credential]) -> Answer {
+        match find(&self.served(), who) {
+            Ok(served) => served.obey(command, credentials).unwrap_or_else(|cause| served.answer_of(command, cause)),
+            Err(reason) => Answer::refused(reason),
+        }
     }
 
-    fn served(&self) -> MutexGuard<'_, Vec<Served>> {
-        self.served.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Those that are served now.
+    pub(super) fn served(&self) -> Vec<Arc<Served>> {
+        self.served.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The one that is the export of that name.
+    pub(super) fn named(&self, name: &str) -> Option<Arc<Served>> {
+        self.served().into_iter().find(|served| served.name == name)
     }
 }
 
 /// The volume that lies where the question says. One with the same uuid somewhere else is a copy, and is not guessed at.
-fn find<'a>(served: &'a mut [Served], who: &Who) -> Result<&'a mut Served, String> {
+fn find(served: &[Arc<Served>], who: &Who) -> Result<Arc<Served>, String> {
     let has_uuid = |served: &Served| served.volume.header().uuid == who.uuid;
     let is_there = |served: &Served| matches!(Whereabouts::of_volume(&served.volume), Ok(Some(at)) if at == who.at);
     let indices: Vec<_> = (0..served.len()).filter(|&index| has_uuid(&served[index])).collect();
     let meant: Vec<_> = indices.iter().copied().filter(|&index| is_there(&served[index])).collect();
     match (&meant[..], &indices[..]) {
-        (&[index], _) => Ok(&mut served[index]),
+        (&[index], _) => Ok(Arc::clone(&served[index])),
         (&[], &[]) => Err("the server does not serve that namespace".into()),
         (&[], &[copy, ..]) => {
             let path = served[copy].location.path().display();
@@ -125,7 +139,8 @@ fn find<'a>(served: &'a mut [Served], who: &Who) -> Result<&'a mut Served, Strin
 }
 
 impl Served {
-    fn obey(&mut self, command: &Command, credentials: &[Credential]) -> Result<Answer, Cause> {
+    fn obey(&self, command: &Command, credentials: &[Credential]) -> Result<Answer, Cause> {
+        let _alone = self.obeying();
         ops::also_in_use(command.operation(), &self.volume)?;
         let credential = |index: usize| credentials.get(index).ok_or(Cause::NoKeyGiven);
         match command {
@@ -173,6 +188,32 @@ impl Served {
         let Resized { old_bytes, new_bytes } = resized;
         tracing::info!(path = %self.location.path().display(), old_bytes, new_bytes, "resized");
         Ok(Answer::Resized(resized))
+    }
+
+    fn mark_in_use(&self) -> Result<(), Error> {
+        if self.volume.read_only() {
+            return Ok(());
+        }
+        self.volume.mark_in_use().map_err(|source| self.failed(source))
+    }
+
+    /// Ends its re-key, and marks it as closed, which one that is locked is already.
+    fn close(&self) -> Result<(), Error> {
+        self.stop();
+        if self.volume.read_only() || self.volume.locked() {
+            return Ok(());
+        }
+        self.volume.mark_closed().map_err(|source| self.failed(source))
+    }
+
+    /// Until the guard is dropped no other command is obeyed.
+    pub(super) fn obeying(&self) -> MutexGuard<'_, ()> {
+        self.obeying.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Held for moments only.
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn failed(&self, source: VolumeError) -> Error {
