@@ -124,7 +124,7 @@ pub enum State {
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 32] = [
         Self::Serve,
         Self::ServeReadOnly,
         Self::Export,
