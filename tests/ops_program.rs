@@ -40,7 +40,7 @@ fn command_line(operation: Operation, path: &str) -> Option<Vec<&str>> {
         Operation::FormatOver => vec!["format", path, "--size", "192K"],
         Operation::Serve | Operation::ServeReadOnly | Operation::RelocateDestination => return None,
         Operation::Compact | Operation::AllowDiscards => return None,
-        Operation::ExportLuks2 | Operation::KeyRemove => return None,
+        Operation::ExportLuks2 | Operation::KeyRemove | Operation::Lock => return None,
     })
 }
 
