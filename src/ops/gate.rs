@@ -8,7 +8,8 @@
 //! The table is asked twice: before the key is asked for, so that nobody types a passphrase for nothing, and with the
 //! authenticated header after it, which is the answer that counts.
 
-use std::fmt;
+mod words;
+
 use std::path::Path;
 
 use crate::namespace::{CopyState, Header, LockedNamespace, Namespace, OpenError, TransformKind};
@@ -574,43 +575,6 @@ const fn row(operation: Operation) -> [Cell; State::ALL.len()] {
         Operation::Lock =>              [Go,      Go,      Go,      Go,      Go,      Go,      AWAY,    Go,      NONE,    Go,     Go],
     }
     // `End` would be wrong for an operation that reads; nothing but `Compact` has it.
-}
-
-impl fmt::Display for Operation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Serve | Self::ServeReadOnly => "serve",
-            Self::Export => "export",
-            Self::Import => "import into",
-            Self::RekeyPreview | Self::RekeyBegin => "re-key",
-            Self::RekeyResume => "go on with the re-key of",
-            Self::RekeyPause => "pause the re-key of",
-            Self::RekeyStatus => "tell the re-key of",
-            Self::RelocateSource => "relocate",
-            Self::CopySource => "copy",
-            Self::RelocateDestination => "relocate to",
-            Self::Adopt => "adopt",
-            Self::Compact => "move",
-            Self::Resize => "resize",
-            Self::AllowDiscards => "allow discards in",
-            Self::HeaderBackup => "back up the header of",
-            Self::HeaderRestore => "restore the header of",
-            Self::HeaderRepair => "repair the header of",
-            Self::ExportLuks2 => "export a LUKS2 header of",
-            Self::KeyList => "list the key slots of",
-            Self::KeyTest => "test a key of",
-            Self::KeyAdd => "add a key slot to",
-            Self::KeyRemove => "remove a key slot of",
-            Self::KeyChange => "change a key slot of",
-            Self::KeyDump => "write out the volume key of",
-            Self::Erase => "erase",
-            Self::Remove => "remove",
-            Self::DmTable => "make a dm-crypt table of",
-            Self::FormatOver => "format",
-            Self::Info => "show",
-            Self::Lock => "lock",
-        })
-    }
 }
 
 #[cfg(test)]

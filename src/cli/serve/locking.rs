@@ -168,6 +168,7 @@ pub(super) fn lock_when_idle(volumes: Arc<Volumes>, server: Handle, idle: Durati
             }
         }
     };
-    // It must not take the signals from the thread that waits for them.
-    let _ = crate::spawn::without_signals(|| thread::Builder::new().name("daxcrypt-idle".into()).spawn(look));
+    if let Err(error) = thread::Builder::new().name("daxcrypt-idle".into()).spawn(look) {
+        tracing::error!(%error, "nothing will be locked for being idle");
+    }
 }
