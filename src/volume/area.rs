@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::VolumeError;
+use super::range_lock::ForAll;
 use super::range_locked::{Held, HeldAlone, RangeLocked};
 use super::side::Side;
 use super::sides::{Former, Saved, Sides};
@@ -161,6 +162,13 @@ impl DataArea {
     /// Holds logical `range` alone.
     pub(super) fn exclusive(&self, range: Range<u64>) -> HeldRange<'_> {
         HeldRange { area: self, sides: self.sides.exclusive(range) }
+    }
+
+    /// As [`Self::exclusive`]; `None` when somebody else has begun since, and done, what the range was to be held for.
+    #[inline]
+    pub(super) fn exclusive_unless_served(&self, range: Range<u64>) -> Option<(HeldRange<'_>, ForAll<'_>)> {
+        let (sides, for_all) = self.sides.exclusive_unless_served(range)?;
+        Some((HeldRange { area: self, sides }, for_all))
     }
 
     /// Holds everything alone.

@@ -12,11 +12,15 @@
 //! then sleeps. Before, it says so and looks at the flags again, with the heavy half of a barrier between, while everybody
 //! who gives a range back looks for waiters with the light half: either the flag is seen or the waiter is. The barrier is
 //! the sleeper's alone: nobody waits for the mutex meanwhile. Who gives a range back wakes those who can have theirs now.
+//!
+//! Some work need be done only once for all who ask for it before it begins (making a word durable). Who finds the very range
+//! taken joins a [`Party`] of those who wait for it; whoever is granted it takes down how many have joined so far, does the
+//! work, and says that these are served. They need the range no more. It costs who meets nobody one comparison.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Mutex, MutexGuard, PoisonError, barrier, hint, thread};
 
 /// How many ranges are held at once; more wait. One for each bit of a word.
@@ -28,6 +32,9 @@ const OVERTAKEN_MAX: u32 = 32;
 /// How often a request looks whether its range is free before it sleeps: first it watches, then it lets others run.
 const WATCHES: u32 = 3;
 const YIELDS: u32 = 12;
+
+/// How many ranges have a party at a time; who finds none free waits for its turn as others do.
+const PARTIES: usize = 4;
 
 /// How often a watch looks at the flag of the holder in its way: together some microseconds.
 const LOOKS: u32 = 100;
@@ -64,6 +71,26 @@ struct Table {
     /// In the order in which they came.
     waiting: VecDeque<Waiter>,
     next_ticket: u64,
+    /// The first so many of `parties` have been used.
+    party_count: usize,
+    parties: [Party; PARTIES],
+}
+
+/// Those who wait for the same work on the same range.
+#[derive(Clone, Copy, Debug)]
+struct Party {
+    start: u64,
+    end: u64,
+    /// How many have joined, ever: it never goes back, also when the party becomes that of another range.
+    joined: u64,
+}
+
+/// A place in a party.
+#[derive(Clone, Copy, Debug)]
+struct Member {
+    party: usize,
+    /// Served when so many and one more are.
+    number: u64,
 }
 
 #[derive(Debug)]
@@ -101,6 +128,10 @@ pub(crate) struct RangeLock {
     waiters: AtomicUsize,
     /// By slot: whether its holder has ended.
     ended: [AtomicBool; SLOTS],
+    /// By party: how many of those who joined have been served.
+    served: [AtomicU64; PARTIES],
+    /// By party: how many wait in it. Grows under the mutex.
+    members: [AtomicUsize; PARTIES],
 }
 
 /// A granted range; given back when dropped.
@@ -111,15 +142,42 @@ pub(crate) struct RangeGuard<'a> {
     slot: usize,
 }
 
+/// Those for whom whoever was granted a range does the work too.
+#[derive(Debug)]
+pub(crate) struct ForAll<'a> {
+    lock: &'a RangeLock,
+    /// The party, and how many of it.
+    party: Option<(usize, u64)>,
+}
+
+impl ForAll<'_> {
+    /// The work is done.
+    pub(crate) fn served(self) {
+        if let Some((party, count)) = self.party {
+            self.lock.served[party].fetch_max(count, Ordering::Release);
+        }
+    }
+}
+
 impl Default for RangeLock {
     fn default() -> Self {
         barrier::prepare();
         let nothing = Request { start: 0, end: 0, mode: Mode::Shared };
-        let table = Table { granted: [nothing; SLOTS], slots: 0, waiting: VecDeque::new(), next_ticket: 0 };
+        let nobody = Party { start: 0, end: 0, joined: 0 };
+        let table = Table {
+            granted: [nothing; SLOTS],
+            slots: 0,
+            waiting: VecDeque::new(),
+            next_ticket: 0,
+            party_count: 0,
+            parties: [nobody; PARTIES],
+        };
         Self {
             table: Mutex::new(table),
             waiters: AtomicUsize::new(0),
             ended: std::array::from_fn(|_| AtomicBool::new(false)),
+            served: std::array::from_fn(|_| AtomicU64::new(0)),
+            members: std::array::from_fn(|_| AtomicUsize::new(0)),
         }
     }
 }
@@ -133,6 +191,55 @@ impl RangeLock {
     /// Waits until no holder overlaps `range`.
     pub(crate) fn exclusive(&self, range: Range<u64>) -> RangeGuard<'_> {
         self.acquire(range.start, range.end, Mode::Exclusive)
+    }
+
+    /// As [`Self::exclusive`], to do what need be done once for all who ask for it before it begins. `None` when somebody
+    /// else has begun and done it since this call.
+    #[inline]
+    pub(crate) fn exclusive_unless_served(&self, range: Range<u64>) -> Option<(RangeGuard<'_>, ForAll<'_>)> {
+        let request = Request { start: range.start, end: range.end, mode: Mode::Exclusive };
+        let mut table = self.table();
+        let in_line = table.waiting.len();
+        match self.grant(&mut table, &request, in_line) {
+            Ok(slot) => Some(self.granted_for_all(&table, &request, slot)),
+            Err(in_the_way) => {
+                let same =
+                    |slot: usize| table.granted[slot].start == range.start && table.granted[slot].end == range.end;
+                let member = match in_the_way {
+                    InTheWay::Holder(slot) if !same(slot) => None,
+                    _ => self.join(&mut table, &request),
+                };
+                drop(table);
+                self.wait(&request, in_the_way, member)
+            }
+        }
+    }
+
+    #[inline]
+    fn granted_for_all(&self, table: &Table, request: &Request, slot: usize) -> (RangeGuard<'_>, ForAll<'_>) {
+        let party = table.party_of(request).map(|party| (party, table.parties[party].joined));
+        (RangeGuard { lock: self, slot }, ForAll { lock: self, party })
+    }
+
+    /// A place among those who wait for the same range.
+    fn join(&self, table: &mut Table, request: &Request) -> Option<Member> {
+        let empty = |party: &usize| self.members[*party].load(Ordering::Acquire) == 0;
+        let party = table.party_of(request).or_else(|| (0..PARTIES).find(empty))?;
+        table.party_count = table.party_count.max(party + 1);
+        let joined = table.parties[party].joined;
+        table.parties[party] = Party { start: request.start, end: request.end, joined: joined + 1 };
+        self.members[party].fetch_add(1, Ordering::AcqRel);
+        Some(Member { party, number: joined })
+    }
+
+    fn is_served(&self, member: Option<Member>) -> bool {
+        member.is_some_and(|Member { party, number }| self.served[party].load(Ordering::Acquire) > number)
+    }
+
+    fn leave(&self, member: Option<Member>) {
+        if let Some(Member { party, .. }) = member {
+            self.members[party].fetch_sub(1, Ordering::AcqRel);
+        }
     }
 
     /// Waits until there is no holder at all.
@@ -149,27 +256,48 @@ impl RangeLock {
             Ok(slot) => RangeGuard { lock: self, slot },
             Err(in_the_way) => {
                 drop(table);
-                self.wait(&request, in_the_way)
+                self.wait(&request, in_the_way, None).expect("nobody serves who has not joined").0
             }
         }
     }
 
+    /// `None` when `member` was served.
     #[cold]
-    fn wait(&self, request: &Request, in_the_way: InTheWay) -> RangeGuard<'_> {
+    fn wait(
+        &self,
+        request: &Request,
+        in_the_way: InTheWay,
+        member: Option<Member>,
+    ) -> Option<(RangeGuard<'_>, ForAll<'_>)> {
+        let granted = self.wait_awake(request, in_the_way, member).unwrap_or_else(|| self.sleep(request, member));
+        self.leave(member);
+        granted
+    }
+
+    /// `None` when it is time to sleep; nothing in it when `member` was served.
+    fn wait_awake(
+        &self,
+        request: &Request,
+        in_the_way: InTheWay,
+        member: Option<Member>,
+    ) -> Option<Option<(RangeGuard<'_>, ForAll<'_>)>> {
         let mut in_the_way = in_the_way;
         for round in 0..WATCHES + YIELDS {
             match in_the_way {
                 InTheWay::Holder(slot) if round < WATCHES => self.watch(slot),
                 _ => thread::yield_now(),
             }
+            if self.is_served(member) {
+                return Some(None);
+            }
             let mut table = self.table();
             let in_line = table.waiting.len();
             match self.grant(&mut table, request, in_line) {
-                Ok(slot) => return RangeGuard { lock: self, slot },
+                Ok(slot) => return Some(Some(self.granted_for_all(&table, request, slot))),
                 Err(now) => in_the_way = now,
             }
         }
-        self.sleep(request)
+        None
     }
 
     /// Looks for a moment whether the holder of `slot` has ended.
@@ -182,17 +310,27 @@ impl RangeLock {
         }
     }
 
-    fn sleep(&self, request: &Request) -> RangeGuard<'_> {
+    /// `None` when `member` was served.
+    fn sleep(&self, request: &Request, member: Option<Member>) -> Option<(RangeGuard<'_>, ForAll<'_>)> {
         let ticket = self.get_in_line(request);
         barrier::heavy();
         let mut table = self.table();
         loop {
             let own =
                 table.waiting.iter().position(|waiter| waiter.ticket == ticket).expect("a waiter keeps its place");
-            if let Ok(slot) = self.grant(&mut table, request, own) {
+            let served = self.is_served(member);
+            let granted = if served { None } else { self.grant(&mut table, request, own).ok() };
+            if served || granted.is_some() {
                 table.waiting.remove(own);
                 self.waiters.store(table.waiting.len(), Ordering::SeqCst);
-                return RangeGuard { lock: self, slot };
+            }
+            if let Some(slot) = granted {
+                return Some(self.granted_for_all(&table, request, slot));
+            }
+            if served {
+                drop(table);
+                self.wake(); // it may have been woken in place of who needs the range
+                return None;
             }
             table.waiting[own].woken = false;
             drop(table);
@@ -268,6 +406,15 @@ impl RangeLock {
     /// The table is consistent between any two statements that can panic, so a poisoned mutex is still good.
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    /// The party that waits, or has waited, for that range.
+    #[inline]
+    fn party_of(&self, request: &Request) -> Option<usize> {
+        let parties = self.parties.iter().take(self.party_count);
+        parties.into_iter().position(|party| party.start == request.start && party.end == request.end)
     }
 }
 
@@ -421,6 +568,87 @@ mod tests {
         });
         assert_eq!(counter.into_inner(), 24_000);
         assert!(lock.table().waiting.is_empty());
+    }
+
+    /// Has `count` threads ask for 0..16 while it is held; how many do the work when it is given back.
+    fn work_of_a_party(count: u64, serve: bool) -> u64 {
+        let (lock, works) = (RangeLock::default(), AtomicU64::new(0));
+        let held = lock.exclusive(0..16);
+        thread::scope(|scope| {
+            for _ in 0..count {
+                scope.spawn(|| {
+                    if let Some((_guard, for_all)) = lock.exclusive_unless_served(0..16) {
+                        works.fetch_add(1, Ordering::Relaxed);
+                        if serve {
+                            for_all.served();
+                        }
+                    }
+                });
+            }
+            while lock.table().parties[0].joined < count {
+                thread::yield_now();
+            }
+            drop(held);
+        });
+        assert!(lock.members.iter().all(|members| members.load(Ordering::Relaxed) == 0));
+        assert!(lock.table().waiting.is_empty());
+        works.into_inner()
+    }
+
+    #[test]
+    fn one_of_those_who_wait_for_the_same_work_does_it_for_all() {
+        for count in [1, 2, 8, 40] {
+            assert_eq!(work_of_a_party(count, true), 1, "{count} threads");
+        }
+        assert_eq!(work_of_a_party(8, false), 8, "work that failed is nobody else's");
+    }
+
+    #[test]
+    fn nobody_is_served_by_work_that_had_begun_or_by_that_on_another_range() {
+        let lock = RangeLock::default();
+        let (guard, for_all) = lock.exclusive_unless_served(0..16).unwrap();
+        thread::scope(|scope| {
+            let late = scope.spawn(|| lock.exclusive_unless_served(0..16).is_some());
+            let wider = scope.spawn(|| lock.exclusive_unless_served(0..32).is_some());
+            while lock.table().parties[0].joined < 1 || lock.table().waiting.len() < 2 {
+                thread::yield_now();
+            }
+            for_all.served();
+            drop(guard);
+            assert!(late.join().unwrap() && wider.join().unwrap());
+        });
+    }
+
+    /// Each thread counts its word up and asks for the words to be saved: what it finds saved then is no older.
+    #[test]
+    fn what_was_stored_before_the_call_is_part_of_the_work() {
+        const ROUNDS: u64 = 5000;
+        let lock = RangeLock::default();
+        let words: [AtomicU64; 4] = std::array::from_fn(|_| AtomicU64::new(0));
+        let saved: [AtomicU64; 4] = std::array::from_fn(|_| AtomicU64::new(0));
+        let works = AtomicU64::new(0);
+        thread::scope(|scope| {
+            for own in 0..4 {
+                let (lock, words, saved, works) = (&lock, &words, &saved, &works);
+                scope.spawn(move || {
+                    for count in 1..=ROUNDS {
+                        words[own].store(count, Ordering::Relaxed);
+                        if let Some((_guard, for_all)) = lock.exclusive_unless_served(0..16) {
+                            works.fetch_add(1, Ordering::Relaxed);
+                            for (word, saved) in words.iter().zip(saved) {
+                                saved.store(word.load(Ordering::Relaxed), Ordering::Relaxed);
+                            }
+                            if count % 64 == 0 {
+                                thread::yield_now(); // so that others join
+                            }
+                            for_all.served();
+                        }
+                        assert!(saved[own].load(Ordering::Relaxed) >= count);
+                    }
+                });
+            }
+        });
+        assert!(works.into_inner() <= 4 * ROUNDS);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::cell::UnsafeCell;
 use std::fmt;
 use std::ops::{Deref, DerefMut, Range};
 
-use super::range_lock::{RangeGuard, RangeLock};
+use super::range_lock::{ForAll, RangeGuard, RangeLock};
 
 /// See the module's head.
 pub(super) struct RangeLocked<T> {
@@ -46,6 +46,13 @@ impl<T> RangeLocked<T> {
     /// Waits until nobody else holds any of `range`.
     pub(super) fn exclusive(&self, range: Range<u64>) -> Held<'_, T> {
         Held { locked: self, _range: self.lock.exclusive(range) }
+    }
+
+    /// [`Self::exclusive`] for work that somebody else may do meanwhile: see [`RangeLock::exclusive_unless_served`].
+    #[inline]
+    pub(super) fn exclusive_unless_served(&self, range: Range<u64>) -> Option<(Held<'_, T>, ForAll<'_>)> {
+        let (guard, for_all) = self.lock.exclusive_unless_served(range)?;
+        Some((Held { locked: self, _range: guard }, for_all))
     }
 
     /// Waits until nobody holds anything.

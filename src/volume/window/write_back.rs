@@ -58,22 +58,38 @@ impl Volume {
     /// As [`Self::write_back`].
     pub(crate) fn persist_within_page(&self, window: &Window, range: &Range<u64>) -> Result<(), VolumeError> {
         let blocks = blocks_of(range);
-        let page = blocks.start / PAGE_BYTES;
-        {
-            let held = self.area.exclusive(blocks.clone());
-            if window.resident.contains(page) {
-                let written = held.blocks().write(blocks.start, window.memory.source(&blocks));
-                if written.is_err() {
-                    window.unsynced.insert(page);
-                }
-                written?;
-                if self.backing().granularity() == Granularity::CacheLine {
-                    return Ok(()); // such a write is durable, and one more fence costs as much as the lock
-                }
+        if self.backing().granularity() == Granularity::CacheLine {
+            // Who waits for the same blocks is served by whoever has them next.
+            let Some((held, for_all)) = self.area.exclusive_unless_served(blocks.clone()) else { return Ok(()) };
+            if self.write_within_page(held.blocks(), window, &blocks)? {
+                for_all.served();
+                return Ok(()); // such a write is durable, and one more fence costs as much as the lock
             }
+        } else {
+            let held = self.area.exclusive(blocks.clone());
+            self.write_within_page(held.blocks(), window, &blocks)?;
         }
         // Also for what is absent: it may have been evicted to media since, and not be durable there.
         self.persist_media(blocks)
+    }
+
+    /// Writes `blocks` of one page back, which the caller holds exclusively. Whether they were resident.
+    #[inline]
+    fn write_within_page(
+        &self,
+        held: HeldBlocks<'_>,
+        window: &Window,
+        blocks: &Range<u64>,
+    ) -> Result<bool, VolumeError> {
+        let page = blocks.start / PAGE_BYTES;
+        if !window.resident.contains(page) {
+            return Ok(false);
+        }
+        let written = held.write(blocks.start, window.memory.source(blocks));
+        if written.is_err() {
+            window.unsynced.insert(page);
+        }
+        written.map(|()| true)
     }
 
     /// Writes whole blocks back that are resident, under the caller's exclusive hold.
