@@ -6,21 +6,17 @@
 //! so ciphertext that was moved reads as noise.
 //!
 //! ```
-//! use std::sync::Arc;
-//!
-//! use daxcrypt::namespace::{self, Credential, FormatOptions, HEADER_AREA_BYTES, LockedNamespace};
-//! use daxcrypt::pmem::{Access, Allocation, Backing};
+//! use daxcrypt::namespace::Credential;
 //! use daxcrypt::secret::SecretBytes;
+//! use daxcrypt::volume::Volume;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let folder = tempfile::tempdir()?;
 //! let path = folder.path().join("vault.img");
 //! let key = Credential::KeyFile(SecretBytes::random(64)?);
+//! drop(Volume::create(&path, 1 << 20, &key)?);
 //!
-//! let backing = Arc::new(Backing::create(&path, HEADER_AREA_BYTES + (1 << 20), Allocation::Full)?);
-//! drop(namespace::format(backing, FormatOptions::default(), &key)?);
-//!
-//! let volume = LockedNamespace::open(Arc::new(Backing::open(&path, Access::ReadWrite)?))?.unlock(&key)?;
+//! let volume = Volume::open(&path, &key)?;
 //! volume.write_at(b"hello, pmem", 4096)?;
 //! volume.persist(4096..4107)?; // durable on media when it returns
 //!

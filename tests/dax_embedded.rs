@@ -115,6 +115,15 @@ fn a_forked_child_is_refused_everywhere_and_changes_nothing() {
             assert!(is_forked_map(&map.prefetch(0..SIZE)));
             assert!(is_forked_map(&map.evict(0..SIZE)));
             assert!(is_forked_map(&slice.persist(0..9)));
+            assert!(is_forked_map(&slice.flush(0..9)) && is_forked_map(&slice.evict(0..9)));
+            assert!(is_forked_map(&map.write_persist(0, &[1])));
+            assert!(is_forked_map(&map.persist_at(map.as_ptr(), 9)));
+            assert!(is_forked_map(&map.atomic_u64(0)) && is_forked_map(&map.atomic_u32(0)));
+            let part = map.part(PAGE..SIZE).unwrap();
+            assert!(is_forked_map(&part.write_persist(0, &[1])) && is_forked_map(&part.atomic_u64(0)));
+            assert!(is_forked_map(&exclusive.map_exclusive_with(0..SIZE, &writable())));
+            assert!(is_forked_map(&exclusive.map_frozen(0..SIZE, &writable())));
+            assert!(Volume::open(vault.path(), &credential()).is_err(), "the parent has it");
             let text = volume.flush().unwrap_err().to_string();
             assert!(text.contains("open it again in this process"), "{text}");
             let backing = volume.backing();
@@ -643,13 +652,17 @@ fn empty_ranges_do_nothing_and_reversed_ones_are_errors() {
     let map = volume.map(0..SIZE, &writable()).unwrap();
     assert!((0..64).all(|page| load(&map, page * PAGE) == pattern(page * PAGE)));
     type Call<'a> = &'a dyn Fn(std::ops::Range<u64>) -> bool;
-    let calls: [(&str, Call<'_>); 7] = [
+    let part = map.part(0..SIZE).unwrap();
+    let calls: [(&str, Call<'_>); 10] = [
         ("persist", &|range| map.persist(range).is_ok()),
         ("flush", &|range| map.flush(range).is_ok()),
         ("prefetch", &|range| map.prefetch(range).is_ok()),
         ("zero", &|range| map.zero(range).is_ok()),
         ("copy_within", &|range| map.copy_within(range, 7).is_ok()),
         ("evict", &|range| map.evict(range).is_ok_and(|bytes| bytes == 0)),
+        ("part.persist", &|range| part.persist(range).is_ok()),
+        ("part.zero", &|range| part.zero(range).is_ok()),
+        ("part.prefetch", &|range| part.prefetch(range).is_ok()),
         ("Volume::persist", &|range| volume.persist(range).is_ok()),
     ];
     let resident = volume.resident_bytes();

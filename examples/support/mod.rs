@@ -8,11 +8,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use daxcrypt::namespace::{self, Credential, FormatOptions, HEADER_AREA_BYTES, LockedNamespace};
-use daxcrypt::pmem::{Access, Allocation, Backing};
+use daxcrypt::namespace::Credential;
 use daxcrypt::secret::SecretBytes;
 use daxcrypt::volume::Volume;
-use daxcrypt::xts::Backend;
 
 const SIZE_BYTES: u64 = 16 << 20;
 
@@ -21,16 +19,13 @@ pub(crate) fn open_or_create(folder: &Path) -> Result<Arc<Volume>, Box<dyn Error
     let (image, key_file) = (folder.join("vault.img"), folder.join("vault.key"));
     if image.exists() {
         let key = Credential::KeyFile(SecretBytes::copy_of(&fs::read(key_file)?));
-        let backing = Backing::open(&image, Access::ReadWrite)?;
-        return Ok(Arc::new(LockedNamespace::open(Arc::new(backing))?.unlock(&key)?));
+        return Ok(Volume::open(image, &key)?);
     }
     let key = SecretBytes::random(64)?;
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(key_file)?;
     std::io::Write::write_all(&mut file, &key)?;
-    let backing = Arc::new(Backing::create(&image, HEADER_AREA_BYTES + SIZE_BYTES, Allocation::Full)?);
-    let namespace = namespace::format(backing, FormatOptions::default(), &Credential::KeyFile(key))?;
-    let volume = Volume::new(namespace, Backend::from_env()?);
+    let volume = Volume::create(image, SIZE_BYTES, &Credential::KeyFile(key))?;
     volume.write_zeroes(0, SIZE_BYTES)?; // a new namespace reads as noise
     volume.flush()?;
-    Ok(Arc::new(volume))
+    Ok(volume)
 }

@@ -15,6 +15,14 @@ pub enum DaxError {
         /// Where it was to begin, in bytes.
         start: u64,
     },
+    /// A word begins at a multiple of its length.
+    #[error("a word of {alignment} bytes must begin at a multiple of its length, and {offset} is none")]
+    Misaligned {
+        /// Where it was to begin, in bytes from the start of the map.
+        offset: u64,
+        /// What that must be a multiple of.
+        alignment: u64,
+    },
     /// The range is empty (where a map is to be made), ends before it begins, or does not lie in the volume or the map.
     #[error("bytes {start}..{end} are empty, reversed or outside of {len_bytes} bytes")]
     OutOfRange {

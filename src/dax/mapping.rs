@@ -70,7 +70,7 @@ impl DaxMapping {
         Ok(map)
     }
 
-    fn core(&self) -> &Arc<Core> {
+    pub(super) fn core(&self) -> &Arc<Core> {
         self.core.as_ref().expect("a map has its core until it is closed")
     }
 
@@ -349,6 +349,11 @@ impl DaxMapping {
         synced.and(left)
     }
 
+    /// Refuses once the volume is locked: its memory raises SIGBUS.
+    pub(super) fn check_unlocked(&self) -> Result<(), DaxError> {
+        if self.core().volume.locked() { Err(VolumeError::Locked.into()) } else { Ok(()) }
+    }
+
     /// Bytes of the volume.
     fn logical(&self, offset: u64, len_bytes: u64) -> Result<Range<u64>, DaxError> {
         self.core().volume.check_owner()?;
@@ -373,7 +378,7 @@ impl DaxMapping {
         if self.writable() { self.logical_range(range) } else { Err(DaxError::ReadOnly) }
     }
 
-    fn logical_writable(&self, offset: u64, len_bytes: u64) -> Result<Range<u64>, DaxError> {
+    pub(super) fn logical_writable(&self, offset: u64, len_bytes: u64) -> Result<Range<u64>, DaxError> {
         if self.writable() { self.logical(offset, len_bytes) } else { Err(DaxError::ReadOnly) }
     }
 }

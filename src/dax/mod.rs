@@ -72,6 +72,7 @@
 //! (`UFFD_USER_MODE_ONLY`, 5.11): only system calls on absent pages fail. Where a filter of system calls (that of
 //! containers, as a rule) refuses userfaultfd, maps are eager.
 
+mod access;
 mod ahead;
 mod core;
 mod error;
@@ -84,9 +85,10 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use self::access::DaxPart;
 use self::core::Core;
 pub use self::error::DaxError;
-pub use self::exclusive::ExclusiveMap;
+pub use self::exclusive::{ExclusiveMap, FrozenMap, Persister};
 pub use self::mapping::DaxMapping;
 use self::mapping::whole_pages;
 pub use self::options::{MapMode, MapOptions, Tracking};
@@ -124,15 +126,52 @@ impl Volume {
     /// As [`Self::map`]; [`DaxError::Volume`] with [`VolumeError::Claimed`] when the range
     /// overlaps another map.
     pub fn map_exclusive(self: &Arc<Self>, range: std::ops::Range<u64>) -> Result<ExclusiveMap, DaxError> {
+        self.map_exclusive_with(range, &MapOptions::new().write_back_interval(Duration::ZERO))
+    }
+
+    /// [`Self::map_exclusive`] with options: a bound, how pages come in, and a background write-back, by which other readers
+    /// see bytes that were not persisted. It is writable in any case.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::map_exclusive`].
+    pub fn map_exclusive_with(
+        self: &Arc<Self>,
+        range: std::ops::Range<u64>,
+        options: &MapOptions,
+    ) -> Result<ExclusiveMap, DaxError> {
         self.check_owner()?;
         let _size = self.keep_size();
-        check(self, &range, true)?;
-        if !range.end.is_multiple_of(PAGE_BYTES) && range.end != self.size() {
-            return Err(DaxError::Unaligned { start: range.end });
-        }
-        let options = MapOptions::new().writable().write_back_interval(Duration::ZERO);
-        ExclusiveMap::new(self, range, &options)
+        check_exclusive(self, &range, true)?;
+        ExclusiveMap::new(self, range, options)
     }
+
+    /// Maps bytes `range` of the volume for reading, as a slice that nobody changes: as for [`Self::map_exclusive`], every
+    /// write to the range fails and no other map overlaps it, not even another one of this kind (share the one that there
+    /// is). Read-only volumes have it too.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::map_exclusive`], but for [`DaxError::ReadOnly`].
+    pub fn map_frozen(
+        self: &Arc<Self>,
+        range: std::ops::Range<u64>,
+        options: &MapOptions,
+    ) -> Result<FrozenMap, DaxError> {
+        self.check_owner()?;
+        let _size = self.keep_size();
+        check_exclusive(self, &range, false)?;
+        FrozenMap::new(self, range, options)
+    }
+}
+
+/// Whether `range` can be mapped exclusively.
+fn check_exclusive(volume: &Volume, range: &std::ops::Range<u64>, writable: bool) -> Result<(), DaxError> {
+    check(volume, range, writable)?;
+    if !range.end.is_multiple_of(PAGE_BYTES) && range.end != volume.size() {
+        return Err(DaxError::Unaligned { start: range.end });
+    }
+    Ok(())
 }
 
 /// Whether `range` can be mapped.

@@ -66,6 +66,12 @@ impl MapOptions {
         self
     }
 
+    /// Takes that back.
+    pub(super) const fn read_only(mut self) -> Self {
+        self.writable = false;
+        self
+    }
+
     /// Keeps at most `bytes` of the volume's plaintext in memory (256 KiB when less is asked for), as long as this map lives.
     /// The least bound of all maps of the volume holds.
     #[must_use]

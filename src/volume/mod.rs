@@ -10,6 +10,7 @@
 //! bytes never disturb each other.
 
 mod area;
+mod begin;
 mod buffers;
 mod claims;
 mod error;
@@ -29,6 +30,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use self::area::{BLOCK_BYTES, DataArea};
+pub use self::begin::BeginError;
 pub(crate) use self::claims::ClaimGuard;
 use self::claims::Claims;
 pub use self::error::{EphemeralError, VolumeError};

@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use super::operations::blocks_of;
 use super::{PAGE_BYTES, Window, WriteBack, pages_of};
+use crate::pmem::Granularity;
 use crate::volume::area::HeldBlocks;
-use crate::volume::requests::{read_media, write_media};
+use crate::volume::requests::{read_media, write_media, write_pieces};
 use crate::volume::{Volume, VolumeError, len};
 
 impl Volume {
@@ -40,6 +41,26 @@ impl Volume {
             }
         }
         Ok(len(&(range.start..rest.start)))
+    }
+
+    /// Stores `data` to the checked `range` and makes it durable: resident pages in the window and on media, absent ones on
+    /// media.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError::Locked`], [`VolumeError::Media`].
+    pub(crate) fn write_through(&self, window: &Window, range: Range<u64>, data: &[u8]) -> Result<(), VolumeError> {
+        if self.locked() {
+            return Err(VolumeError::Locked);
+        }
+        write_pieces(range.clone(), data, |piece, data| {
+            let held = self.area.exclusive(blocks_of(&piece));
+            self.write_coherent(held.blocks(), window, piece, data)
+        })?;
+        match self.backing().granularity() {
+            Granularity::CacheLine => Ok(()), // such a write is durable
+            Granularity::Page => self.persist_media(range),
+        }
     }
 
     /// The beginning of `piece`, as far as it is whole pages, and whether there is more of it. The last page of the volume is
