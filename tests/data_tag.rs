@@ -10,11 +10,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::{Bench, Server, noise};
+use daxcrypt::dax::MapOptions;
 use daxcrypt::namespace::{
     Credential, DataUnit, FormatOptions, LockedNamespace, MovedNamespace, Namespace, RekeyOptions, Site, UnlockError,
     format,
 };
-use daxcrypt::pmem::{Access, Allocation, Backing, OpenError};
+use daxcrypt::pmem::{Access, Allocation, Backing, OpenError, OpenOptions};
 use daxcrypt::secret::SecretBytes;
 use daxcrypt::volume::Volume;
 use daxcrypt::xts::Backend;
@@ -242,6 +243,41 @@ fn a_rekey_has_the_tag_of_its_new_key_from_the_beginning_and_leaves_none_of_the_
         pair.refuses();
         fs::write(pair.header(), &after[1]).unwrap();
     }
+}
+
+/// Who looks without a lock while somebody re-keys it is not told that the data is other data.
+#[test]
+fn a_tag_that_goes_while_a_key_is_derived_is_told_apart_from_other_data() {
+    let pair = Pair::new(64 << 10, FormatOptions::default());
+    let peek = || {
+        let options = OpenOptions::new(Access::ReadOnly).lock_range(0..0);
+        let [data, header] = [pair.data(), pair.header()].map(|path| Arc::new(options.open(&path).unwrap()));
+        LockedNamespace::open_in(Site::whole(data).with_header(Some(header))).unwrap()
+    };
+    let locked = peek();
+    let volume = pair.volume();
+    volume.begin_rekey(&credential(), &RekeyOptions::default()).unwrap();
+    volume.transform_step(4096).unwrap();
+    let refused = locked.unlock_key(&credential()).unwrap_err();
+    assert!(matches!(refused, UnlockError::Changed), "{refused}");
+    peek().unlock_key(&credential()).unwrap();
+}
+
+/// A map of all of it, whose last page holds less than a page of data, stays away from the tag.
+#[test]
+fn a_map_of_detached_data_leaves_its_tag_alone() {
+    let options = FormatOptions { unit: DataUnit::Bytes512, ..of_size(20_992) };
+    let pair = Pair::new(64 << 10, options);
+    let tag_and_rest = || pair.bytes()[0][20_992..].to_vec();
+    let before = tag_and_rest();
+    let volume = Arc::new(pair.volume());
+    let map = volume.map(0..20_992, &MapOptions::new().writable()).unwrap();
+    map.write(0, &noise(6, 20_992)).unwrap();
+    map.persist(0..20_992).unwrap();
+    map.close().unwrap();
+    drop(volume);
+    assert!(tag_and_rest() == before);
+    assert_eq!(read(&pair.volume()), noise(6, 20_992));
 }
 
 /// Moved as ciphertext, to a place where the data begins later, earlier or at the same distance from the base; the tag is

@@ -447,6 +447,7 @@ fn restore_hint(error: &RestoreError) -> Option<String> {
 fn unlock_exit(error: &UnlockError) -> Exit {
     match error {
         UnlockError::Credential(CredentialError::Memory { .. }) => Exit::Io,
+        UnlockError::Changed => Exit::Busy,
         UnlockError::EmptySlot { .. } | UnlockError::NotEphemeral | UnlockError::Ephemeral => Exit::Usage,
         UnlockError::Forged
         | UnlockError::Erased

@@ -15,7 +15,7 @@ use super::geometry::{
 use super::header::{self, MacKey};
 use super::kdf::{Credential, Kdf, KdfCost, KdfWork};
 use super::metadata::{Cipher, CipherName, Metadata, check_label};
-use super::signature::foreign_beginning;
+use super::signature::foreign_signature;
 use super::site::Site;
 use super::slot::{Slot, SlotError};
 use super::unlocked::Namespace;
@@ -172,9 +172,11 @@ const FOREIGN_HEADER_BYTES: u64 = 16 << 20;
 /// Destroys the header that detached data begins with: its keys are not the new namespace's, and whoever has one could open
 /// what it encrypted, until writes happen to reach it.
 fn clear_foreign_header(site: &Site) -> Result<(), WriteError> {
-    if foreign_beginning(site.data(), site.start())?.is_some() {
-        let end = site.start() + site.available_bytes().min(FOREIGN_HEADER_BYTES);
-        overwrite_with_zeros(site.data(), site.start()..end, |_| {})?;
+    let Some((_, signature)) = foreign_signature(site.data(), site.start())? else { return Ok(()) };
+    let end = site.start() + site.available_bytes().min(FOREIGN_HEADER_BYTES);
+    // What announces it goes last: after a power cut in between the next try must find that there is something left.
+    for range in [signature.end..end, site.start()..signature.start, signature] {
+        overwrite_with_zeros(site.data(), range, |_| {})?;
     }
     Ok(())
 }

@@ -150,13 +150,15 @@ impl Namespace {
     ///
     /// # Errors
     ///
-    /// [`UnlockError::OtherData`].
+    /// [`UnlockError::OtherData`]; [`UnlockError::Changed`] when the tag has gone elsewhere since the header was read.
     pub fn verify_data(&self) -> Result<(), UnlockError> {
         let Some(offset) = self.metadata.tag_offset else { return Ok(()) };
         let found = self.page(offset).map_or(Ok(None), |page| page.find(&self.tag()));
         let at = self.site.start().saturating_add(offset);
         match found {
             Ok(Some(_)) => Ok(()),
+            // Who looks without a lock may see a tag go while he derives a key.
+            _ if !self.area.is_unchanged() => Err(UnlockError::Changed),
             Ok(None) => Err(UnlockError::OtherData { at, source: None }),
             Err(error) => Err(UnlockError::OtherData { at, source: Some(error) }),
         }

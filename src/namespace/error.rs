@@ -199,6 +199,9 @@ pub enum UnlockError {
         /// What kept it from being read.
         source: Option<MediaError>,
     },
+    /// Somebody who has it in use has changed it meanwhile.
+    #[error("somebody else changed the header while it was being unlocked: try again")]
+    Changed,
     /// What an earlier user left in the header area could not be made durable, so nothing may be changed on top of it.
     #[error(
         "what the header area shows could not be made durable: until the media take writes, open it for reading only"

@@ -4,6 +4,7 @@
 //! format listed here announces itself. A place with no known signature but with any byte set counts as data too.
 
 use std::fmt;
+use std::ops::Range;
 
 use super::area::first_nonzero;
 use super::geometry::HEADER_AREA_BYTES;
@@ -90,12 +91,24 @@ pub fn signature_found(backing: &Backing, base: u64) -> Result<Option<Signature>
 /// What no ciphertext begins with: the signature of a key holder or of a partition table at the start of detached data, which
 /// then is not the data of that header.
 pub(super) fn foreign_beginning(backing: &Backing, start: u64) -> Result<Option<&'static str>, MediaError> {
-    let is_telling = |name: &&str| ["a daxcrypt", "a LUKS", "a GPT"].iter().any(|telling| name.starts_with(telling));
-    Ok(known_format(backing, start)?.filter(is_telling))
+    Ok(foreign_signature(backing, start)?.map(|(name, _)| name))
+}
+
+/// The same, and where in the backing the signature is.
+pub(super) fn foreign_signature(
+    backing: &Backing,
+    start: u64,
+) -> Result<Option<(&'static str, Range<u64>)>, MediaError> {
+    let is_telling = |name: &str| ["a daxcrypt", "a LUKS", "a GPT"].iter().any(|telling| name.starts_with(telling));
+    Ok(known_signature(backing, start)?.filter(|(name, _)| is_telling(name)))
 }
 
 /// The name of the first known format whose signature is at its place.
 pub(super) fn known_format(backing: &Backing, base: u64) -> Result<Option<&'static str>, MediaError> {
+    Ok(known_signature(backing, base)?.map(|(name, _)| name))
+}
+
+fn known_signature(backing: &Backing, base: u64) -> Result<Option<(&'static str, Range<u64>)>, MediaError> {
     let head_bytes = backing.len_bytes().saturating_sub(base).min(HEADER_AREA_BYTES);
     for &(name, offset, signature) in KNOWN {
         let end = offset + signature.len() as u64;
@@ -106,7 +119,7 @@ pub(super) fn known_format(backing: &Backing, base: u64) -> Result<Option<&'stat
         let found = &mut found[..signature.len()];
         backing.read(base + offset..base + end, |source| source.copy_to(found))?;
         if found == signature {
-            return Ok(Some(name));
+            return Ok(Some((name, base + offset..base + end)));
         }
     }
     Ok(None)

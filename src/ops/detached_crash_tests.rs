@@ -9,7 +9,10 @@ use super::rekey::{self, Wish};
 use super::resize::{self, Wanted};
 use super::{Location, Run, Unwatched};
 use crate::leftovers::{Old, nothing_old_is_left};
-use crate::namespace::{self, Credential, FormatOptions, LockedNamespace, Namespace, Site};
+use crate::namespace::{
+    self, AdoptError, Credential, FormatOptions, LockedNamespace, MovedNamespace, Namespace, OpenError, RekeyOptions,
+    Site,
+};
 use crate::pmem::sim::{BarrierKind, Bounds, CrashImage, Effort, SimOptions, Story, Told, assert_proof, visible_bytes};
 use crate::pmem::{Backing, Granularity};
 use crate::secret::SecretBytes;
@@ -36,6 +39,20 @@ fn pattern(len: u64) -> Vec<u8> {
 /// The header comes first, and the data beside it.
 fn site(backings: &[Arc<Backing>]) -> Site {
     Site::whole(Arc::clone(&backings[1])).with_header(Some(Arc::clone(&backings[0])))
+}
+
+fn content(namespace: Namespace) -> Result<Vec<u8>, String> {
+    let volume = Volume::new(namespace, Backend::detect());
+    let mut found = vec![0; usize::try_from(volume.size()).unwrap()];
+    volume.read_at(&mut found, 0).map_err(text)?;
+    Ok(found)
+}
+
+/// Moves everything there is to move, if there is a transform.
+fn end_transform(namespace: Namespace) -> Result<(), String> {
+    let (mut watch, stop) = (Unwatched, AtomicBool::new(false));
+    let volume = Volume::new(namespace, Backend::detect());
+    Run::new(&mut watch, &stop, None).end_transform(&volume).map(drop).map_err(text)
 }
 
 fn unlock(site: Site) -> Result<Namespace, String> {
@@ -120,9 +137,7 @@ impl Detached {
                 if namespace.pending_transform().is_none() && self.is_under_old_key(backings) {
                     rekey::begin(&mut namespace, &credential(), Wish::default()).map_err(text)?;
                 }
-                let (mut watch, stop) = (Unwatched, AtomicBool::new(false));
-                let volume = Volume::new(namespace, Backend::detect());
-                Run::new(&mut watch, &stop, None).end_transform(&volume).map(drop).map_err(text)
+                end_transform(namespace)
             }
         }
     }
@@ -162,10 +177,7 @@ impl Story for Detached {
         if ![from, to].contains(&namespace.geometry().size_bytes()) || namespace.header().tag_offset.is_none() {
             return Err(format!("it has become {:?}", namespace.header()));
         }
-        let volume = Volume::new(namespace, Backend::detect());
-        let mut found = vec![0; usize::try_from(from.min(to)).unwrap()];
-        volume.read_at(&mut found, 0).map_err(text)?;
-        if found != pattern(from.min(to)) {
+        if !content(namespace)?.starts_with(&pattern(from.min(to))) {
             return Err("the content is garbled".into());
         }
         if told.is_empty() {
@@ -250,4 +262,117 @@ fn a_header_before_its_tag_would_be_noticed() {
         story.check(&[header, data], image, &[])
     });
     assert!(failure.unwrap_err().error.contains("the tag of this header"));
+}
+
+/// Ciphertext that was moved to where its data begins later or earlier than it lies, so that the tag has to go elsewhere.
+struct Adoption {
+    options: SimOptions,
+    /// Where it is now.
+    base: u64,
+    beginning: Vec<Vec<u8>>,
+    old: Old,
+}
+
+const MIB: u64 = 1 << 20;
+
+impl Adoption {
+    fn new(granularity: Granularity, from: u64, to: u64) -> Self {
+        let options = SimOptions::new(granularity);
+        let [header, data] = [2 * MIB, 6 * MIB].map(|len| {
+            let len = usize::try_from(len).unwrap();
+            Arc::new(Backing::simulated(len, options).0)
+        });
+        let format = FormatOptions {
+            base: from,
+            size_bytes: Some(SMALL),
+            header: Some(Arc::clone(&header)),
+            ..FormatOptions::default()
+        };
+        let namespace = namespace::format(Arc::clone(&data), format, &credential()).unwrap();
+        Volume::new(namespace, Backend::detect()).write_at(&pattern(SMALL), 0).unwrap();
+        let mut moved = visible_bytes(&data);
+        let [from, new] = [from, to].map(|start| usize::try_from(start).unwrap());
+        let end = moved.len() - from.max(new);
+        moved.copy_within(from..from + end, new);
+        moved[..new].fill(0);
+        let beginning = vec![visible_bytes(&header), moved];
+        Self { options, base: to, old: Old::of(&beginning[0]), beginning }
+    }
+
+    fn site(&self, backings: &[Arc<Backing>]) -> Site {
+        Site::part(Arc::clone(&backings[1]), self.base, u64::MAX).with_header(Some(Arc::clone(&backings[0])))
+    }
+
+    fn go_on(&self, backings: &[Arc<Backing>]) -> Result<(), String> {
+        let namespace = match MovedNamespace::open_in(self.site(backings)) {
+            Ok(moved) => moved.adopt(&credential(), &RekeyOptions::default()).map_err(text)?,
+            Err(AdoptError::NotMoved { .. }) => unlock(self.site(backings))?,
+            Err(error) => return Err(text(error)),
+        };
+        end_transform(namespace)
+    }
+}
+
+impl Story for Adoption {
+    type Note = ();
+    type Seen = ();
+
+    fn options(&self) -> SimOptions {
+        self.options
+    }
+
+    fn beginning(&self) -> Vec<Vec<u8>> {
+        self.beginning.clone()
+    }
+
+    fn run(&self, backings: &[Arc<Backing>], told: &Told<()>) -> Result<(), String> {
+        self.go_on(backings)?;
+        told.tell(());
+        Ok(())
+    }
+
+    /// It opens, or can be adopted still, and then opens.
+    fn check(&self, backings: &[Arc<Backing>], image: CrashImage<'_>, told: &[()]) -> Result<(), String> {
+        if let Err(OpenError::Relocated { .. }) = LockedNamespace::open_in(self.site(backings)) {
+            self.go_on(backings)?;
+        }
+        let namespace = unlock(self.site(backings))?;
+        if namespace.header().tag_offset.is_none() {
+            return Err("it has lost its tag".into());
+        }
+        if content(namespace)? != pattern(SMALL) {
+            return Err("the content is garbled".into());
+        }
+        if told.is_empty() { Ok(()) } else { self.ended(image, None) }
+    }
+
+    fn finish(&self, backings: &[Arc<Backing>]) -> Result<(), String> {
+        self.go_on(backings)
+    }
+
+    fn ended(&self, image: CrashImage<'_>, _seen: Option<&()>) -> Result<(), String> {
+        if self.old.found_in(image.media).is_some() {
+            return Err("an old sealed key is left".into());
+        }
+        let namespace = unlock(self.site(&image.reopen(self.options).0))?;
+        let end = namespace.geometry().data_offset() + SMALL;
+        match (namespace.pending_transform().is_none(), namespace.header().tag_offset) {
+            (true, Some(tag)) if tag == end => Ok(()),
+            other => Err(format!("whether it is adopted, and the place of its tag, are {other:?}")),
+        }
+    }
+}
+
+#[test]
+fn an_adoption_of_detached_data_survives() {
+    for (name, granularity, from, to) in [
+        ("up, page", Granularity::Page, 0, MIB),
+        ("up, cache line", Granularity::CacheLine, 0, MIB),
+        ("down, page", Granularity::Page, MIB, 2 * MIB),
+        ("down, cache line", Granularity::CacheLine, MIB, 2 * MIB),
+    ] {
+        let effort = Effort { seconds_every: 24, reach: 0, ..Effort::of_environment() };
+        let proof = assert_proof(&format!("detached adoption {name}"), &Adoption::new(granularity, from, to), &effort);
+        assert!(proof.explored.crash_points > 20, "{proof}");
+    }
 }
