@@ -23,6 +23,7 @@
 //! to it since. The MAC key is derived from the new volume key: nothing that its holder did not write is acted on. This
 //! layer orders nothing: the sequence of save, record and move is the engine's (`volume`).
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use hmac::{Hmac, KeyInit, Mac};
@@ -42,6 +43,8 @@ const ROOM_OFFSET: u64 = 1 << 20;
 const ROOM_BYTES: u64 = 1 << 20;
 /// Distance of the two records: no page and no sector holds both.
 const RECORD_DISTANCE_BYTES: u64 = 4096;
+/// The pages of both records.
+const RECORDS_BYTES: u64 = 2 * RECORD_DISTANCE_BYTES;
 const SAVED_OFFSET: u64 = 64 << 10;
 
 /// Most bytes of ciphertext that a window may have.
@@ -221,9 +224,16 @@ impl Journal {
         if stored == computed { Ok(saved) } else { Err(TransformError::SavedWindow { stored, computed }) }
     }
 
-    /// Overwrites the journal room with zeros, durably.
-    pub(super) fn clear(&self) -> Result<(), MediaError> {
-        clear_room(&self.backing, self.start)
+    /// Overwrites the saved ciphertext of windows, which is under the old key, with zeros, durably. It is of no account
+    /// between windows. Comes before the header forgets the transform: who finds one does this again, however it failed.
+    pub(super) fn clear_saved(&self) -> Result<(), MediaError> {
+        self.backing.check_flushes()?;
+        clear(&self.backing, self.start + SAVED_OFFSET..self.start + ROOM_BYTES)
+    }
+
+    /// Overwrites the records with zeros, durably. The header does not tell of the transform any more.
+    pub(super) fn clear_records(&self) -> Result<(), MediaError> {
+        clear(&self.backing, self.start..self.start + RECORDS_BYTES)
     }
 
     fn store(&self, start: u64, bytes: &[u8]) -> Result<(), MediaError> {
@@ -276,16 +286,19 @@ impl Journal {
 }
 
 /// Overwrites the journal room of a header area without a transform with zeros, durably: nothing of an earlier one is left,
-/// also where its end was cut or failed. Holes stay holes.
+/// also where its end was cut or failed. The records are overwritten even if they are zeros, which may be on no media: the
+/// flush of whoever stored them may have failed. The rest is zeros on media before a header forgets its transform, and
+/// stays as it is where it has no blocks.
 pub(super) fn clear_unused(area: &HeaderArea) -> Result<(), MediaError> {
     let (backing, start) = (area.backing(), area.base() + ROOM_OFFSET);
     backing.check_flushes()?;
-    let extents = backing.extents(start..start + ROOM_BYTES, 2)?;
-    if extents.iter().any(|extent| extent.allocated) { clear_room(backing, start) } else { Ok(()) }
+    clear(backing, start..start + RECORDS_BYTES)?;
+    let rest = start + RECORDS_BYTES..start + ROOM_BYTES;
+    let extents = backing.extents(rest.clone(), 2)?;
+    if extents.iter().any(|extent| extent.allocated) { clear(backing, rest) } else { Ok(()) }
 }
 
-fn clear_room(backing: &Backing, start: u64) -> Result<(), MediaError> {
-    let range = start..start + ROOM_BYTES;
+fn clear(backing: &Backing, range: Range<u64>) -> Result<(), MediaError> {
     backing.write(range.clone(), |mut target| target.fill(0))?;
     backing.persist(range)
 }

@@ -6,7 +6,9 @@
 //!
 //! Order is the guarantee. A record of step 0 is durable before the header tells of the transform, so a header that does
 //! always has a record; both header copies are durable before the first window moves, so no copy that is left knows the
-//! old slots; and both are durable without the old key before the journal is wiped. Moving data is not done here.
+//! old slots; the windows that the journal has saved are wiped before a header forgets that there were any, so that a wipe
+//! that failed is done again; and both copies are durable without the old key before the records are wiped. Moving data is
+//! not done here.
 
 use aes_gcm_siv::aead::AeadInOut;
 use aes_gcm_siv::{Nonce, Tag};
@@ -509,19 +511,22 @@ impl Namespace {
         Ok(())
     }
 
-    /// Ends the transform, all of whose bytes have arrived: both header copies forget the old volume key, it is wiped from
-    /// memory, and then the journal from media.
+    /// Ends the transform, all of whose bytes have arrived: the windows that the journal has saved are wiped from media, both
+    /// header copies forget the old volume key, it is wiped from memory, and then the records from media.
     ///
     /// # Errors
     ///
-    /// [`TransformError`]; the transform then still counts as under way, unless the error is [`TransformError::Media`].
+    /// [`TransformError`]; the transform then still counts as under way, unless only the records could not be wiped. Who
+    /// opens the namespace next for writing wipes them.
     pub fn finish_transform(&mut self) -> Result<(), TransformError> {
         let Some(pending) = &self.pending else { return Ok(()) };
         debug_assert_eq!(pending.record.done_bytes, pending.source.size_bytes(), "every byte has arrived");
+        pending.journal.check(&pending.record, pending.source.size_bytes())?; // or it would be somebody else's window
+        pending.journal.clear_saved()?;
         let metadata = Metadata { requirements: Vec::new(), transform: None, ..self.metadata.clone() };
         self.update(metadata)?;
         if let Some(pending) = self.pending.take() {
-            pending.journal.clear()?;
+            pending.journal.clear_records()?;
         }
         Ok(self.settle_tag()?)
     }
