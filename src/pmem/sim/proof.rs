@@ -104,7 +104,7 @@ pub struct Effort {
     pub seconds_every: usize,
     /// At most so many kills, evenly over the recording.
     pub kills: usize,
-    /// At most so many calls that fail, evenly.
+    /// At most so many calls that fail, evenly; when that is all of them, each in every way.
     pub faults: usize,
     /// How many barriers after one that was left out its absence must show. 0: no mutants.
     pub reach: usize,
@@ -232,11 +232,20 @@ impl<S: Story> Prover<'_, S> {
     }
 
     fn faults(&self, calls: usize, proof: &mut Proof) -> Result<(), String> {
+        let all_ways = self.effort.faults >= calls;
         let calls: Vec<_> = (0..calls).collect();
+        let mut ways = Vec::new();
         for (number, call) in spread(&calls, self.effort.faults).into_iter().enumerate() {
             // Out of step with each other, and with an operation that stores and flushes by turns.
             let fault = if number % 3 < 2 { Fault::Io } else { Fault::NoSpace };
             let cache = if number % 5 < 3 { PageCache::Kept } else { PageCache::Evicted };
+            let every = [Fault::Io, Fault::NoSpace]
+                .map(|fault| [PageCache::Kept, PageCache::Evicted].map(|cache| (fault, cache)));
+            let one = [(fault, cache)];
+            let tried = if all_ways { every.as_flattened() } else { &one };
+            ways.extend(tried.iter().map(|&(fault, cache)| (call, fault, cache)));
+        }
+        for (number, (call, fault, cache)) in ways.into_iter().enumerate() {
             let tried = self.fault(call, fault, cache, number);
             proof.fault_states +=
                 tried.map_err(|error| format!("call {call} fails ({fault:?}, {cache:?}): {error}"))?;
@@ -302,11 +311,20 @@ fn spread(all: &[usize], count: usize) -> Vec<usize> {
     (0..count).map(|index| all[index * (all.len() - 1) / last]).collect()
 }
 
+/// Samples at each crash point without `tools/crash`.
+#[cfg(test)]
+const GATE_SAMPLES: usize = 2;
+
 #[cfg(test)]
 impl Effort {
     /// As much as `DAXCRYPT_CRASH_SAMPLES` says, which `tools/crash` sets; little without it.
     pub(crate) fn of_environment() -> Self {
-        Self::new(std::env::var("DAXCRYPT_CRASH_SAMPLES").map_or(2, |samples| samples.parse().unwrap()))
+        Self::new(std::env::var("DAXCRYPT_CRASH_SAMPLES").map_or(GATE_SAMPLES, |samples| samples.parse().unwrap()))
+    }
+
+    /// Whether it is that of the gate.
+    pub(crate) const fn is_gate(&self) -> bool {
+        self.bounds.samples <= GATE_SAMPLES
     }
 }
 
