@@ -6,10 +6,11 @@
 //! (`MADV_WIPEONFORK`, also for a raw `clone`), and that each process fills with a number of its own.
 #![allow(unsafe_code)]
 
+use std::io;
 use std::mem::align_of;
 use std::ptr;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
 
@@ -50,6 +51,55 @@ impl Owner {
     #[inline]
     pub(crate) fn is_here(&self) -> bool {
         self.word.load(Ordering::Relaxed) == self.number
+    }
+}
+
+/// A value that each process has for itself: a child gets a fresh one, and never waits for a lock that was held in its parent.
+#[derive(Debug)]
+pub(crate) struct PerProcess<T> {
+    first: OnceLock<Box<Generation<T>>>,
+}
+
+#[derive(Debug)]
+struct Generation<T> {
+    owner: Owner,
+    value: T,
+    next: OnceLock<Box<Self>>,
+}
+
+impl<T: Default> PerProcess<T> {
+    pub(crate) const fn new() -> Self {
+        Self { first: OnceLock::new() }
+    }
+
+    /// That of this process.
+    pub(crate) fn here(&self) -> &T {
+        let mut place = &self.first;
+        loop {
+            let made = || Box::new(Generation { owner: Owner::here(), value: T::default(), next: OnceLock::new() });
+            let generation = place.get_or_init(made);
+            if generation.owner.is_here() {
+                return &generation.value;
+            }
+            place = &generation.next;
+        }
+    }
+}
+
+impl<T> PerProcess<Mutex<Weak<T>>> {
+    /// What this process shares, made when nobody has it.
+    ///
+    /// # Errors
+    ///
+    /// Those of `make`.
+    pub(crate) fn shared(&self, make: impl FnOnce() -> io::Result<T>) -> io::Result<Arc<T>> {
+        let mut place = self.here().lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(shared) = place.upgrade() {
+            return Ok(shared);
+        }
+        let made = Arc::new(make()?);
+        *place = Arc::downgrade(&made);
+        Ok(made)
     }
 }
 
@@ -112,5 +162,17 @@ mod tests {
             in_a_child(|| Owner::here().is_here() && !owner.is_here())
         }));
         assert!(owner.is_here());
+    }
+
+    #[test]
+    fn a_child_has_shared_things_of_its_own_and_waits_for_no_lock_of_its_parent() {
+        static SHARED: PerProcess<Mutex<Weak<u32>>> = PerProcess::new();
+        let first = SHARED.shared(|| Ok(1)).unwrap();
+        assert!(Arc::ptr_eq(&first, &SHARED.shared(|| Ok(2)).unwrap()));
+        let held = SHARED.here().lock().unwrap();
+        assert!(in_a_child(|| *SHARED.shared(|| Ok(3)).unwrap() == 3));
+        drop((held, first));
+        assert_eq!(*SHARED.shared(|| Ok(4)).unwrap(), 4);
+        assert!(SHARED.shared(|| Err(io::ErrorKind::Other.into())).is_err());
     }
 }

@@ -11,13 +11,14 @@ use std::io;
 use std::mem::size_of;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::mm::UserfaultfdFlags;
 
 use crate::memory::Source;
+use crate::owner::PerProcess;
 
 const UFFD_API: u64 = 0xaa;
 const GROUP: u8 = 0xaa;
@@ -231,14 +232,15 @@ impl Uffd {
         self.features
     }
 
-    /// Opens one that answers nobody: a touch of an absent page in its ranges raises SIGBUS, and a system call that would make
-    /// such a page fails.
+    /// The one of this process that answers nobody: a touch of an absent page in its ranges raises SIGBUS, and a system call
+    /// that would make such a page fails.
     ///
     /// # Errors
     ///
     /// As [`Self::open`].
-    pub(crate) fn open_guard() -> io::Result<Self> {
-        Self::with_features(open_for_user_mode()?, FEATURE_MISSING_SHMEM | FEATURE_SIGBUS)
+    pub(crate) fn guard() -> io::Result<Arc<Self>> {
+        static SHARED: PerProcess<Mutex<Weak<Uffd>>> = PerProcess::new();
+        SHARED.shared(|| Self::with_features(open_for_user_mode()?, FEATURE_MISSING_SHMEM | FEATURE_SIGBUS))
     }
 
     fn with_features(fd: OwnedFd, features: u64) -> io::Result<Self> {
@@ -436,8 +438,10 @@ pub(crate) struct PageMap {
 }
 
 impl PageMap {
-    pub(crate) fn open() -> io::Result<Self> {
-        Ok(Self { file: File::open("/proc/self/pagemap")? })
+    /// That of this process, which all maps share.
+    pub(crate) fn of_process() -> io::Result<Arc<Self>> {
+        static SHARED: PerProcess<Mutex<Weak<PageMap>>> = PerProcess::new();
+        SHARED.shared(|| Ok(Self { file: File::open("/proc/self/pagemap")? }))
     }
 
     /// Calls `found` for every run of pages in `range` that was stored to since it was protected, and protects it again

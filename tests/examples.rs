@@ -3,6 +3,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 #[path = "../examples/append_log.rs"]
 mod append_log;
@@ -11,8 +12,12 @@ mod counter;
 #[path = "../examples/shared_kv.rs"]
 mod shared_kv;
 
+/// One at a time: a child that is just beginning has the locks of files that its parent had open.
+static ONE: Mutex<()> = Mutex::new(());
+
 #[test]
 fn the_counter_counts_on() {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = tempfile::tempdir().unwrap();
     for expected in 1..=5 {
         assert_eq!(counter::count(folder.path()).unwrap(), expected);
@@ -21,6 +26,7 @@ fn the_counter_counts_on() {
 
 #[test]
 fn the_log_keeps_its_records_in_order() {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = tempfile::tempdir().unwrap();
     let mut expected = Vec::new();
     for round in 0..3_u8 {
@@ -44,6 +50,7 @@ fn record(number: u64) -> Vec<u8> {
 
 #[test]
 fn a_log_that_is_killed_has_every_record_that_was_appended() {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     const NAME: &str = "a_log_that_is_killed_has_every_record_that_was_appended";
     if let Some(folder) = std::env::var_os(LOG) {
         let mut log = append_log::Log::open(folder.as_ref()).unwrap();
@@ -80,6 +87,7 @@ fn a_log_that_is_killed_has_every_record_that_was_appended() {
 
 #[test]
 fn the_map_and_the_client_see_each_other() {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = tempfile::tempdir().unwrap();
     for _ in 0..2 {
         assert_eq!(shared_kv::share(folder.path()).unwrap(), ["blue", "apple", "heron"]);

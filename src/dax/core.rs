@@ -30,6 +30,9 @@ use crate::volume::{ClaimGuard, Volume, VolumeError};
 /// while the others come.
 const AHEAD_PAGES_MAX: u64 = 256;
 
+/// How many faults of a map are answered before others are looked at.
+const ANSWERED_MAX: u32 = 16;
+
 /// Before a touch that found no room is let go to try again.
 const ROOM_RETRY: Duration = Duration::from_millis(5);
 
@@ -48,9 +51,9 @@ pub(super) struct Core {
     pub(super) writable: bool,
     /// Whose faults are answered; nobody's of an eager map.
     taken: Option<Faults>,
-    /// For everybody but the fault thread, which has its own: those that nobody uses now.
+    /// For everybody but the fault threads, which have their own: those that nobody uses now.
     scratch: Mutex<Vec<SecretBytes>>,
-    /// Whether the fault thread has ended by itself: the view is revoked, and page tables tell of no stores any more.
+    /// Whether faults are answered no more: the view is revoked, and page tables tell of no stores any more.
     broken: AtomicBool,
     /// Held for a whole sync: whoever finds that another one has taken the marks must not return before it has written
     /// what they stand for.
@@ -58,22 +61,21 @@ pub(super) struct Core {
     _claim: ClaimGuard,
 }
 
-/// What the fault thread keeps between faults.
-#[derive(Debug)]
-pub(super) struct Server {
+/// What is known of the faults of a map between two of them.
+#[derive(Debug, Default)]
+pub(super) struct Run {
     ahead: FaultAhead,
-    scratch: SecretBytes,
     /// Whether the last fault found no room: one warning is enough.
     no_room: bool,
 }
 
-impl Server {
-    /// # Errors
-    ///
-    /// Without memory: it is had before there is a thread that could only end.
-    pub(super) fn new() -> io::Result<Self> {
-        Ok(Self { ahead: FaultAhead::default(), scratch: SecretBytes::try_zeroed(SCRATCH_BYTES)?, no_room: false })
-    }
+/// A place for plaintext on its way.
+///
+/// # Errors
+///
+/// Without memory: a thread has it before it begins, since it could only end.
+pub(super) fn scratch() -> io::Result<SecretBytes> {
+    SecretBytes::try_zeroed(SCRATCH_BYTES)
 }
 
 /// The way into the page tables of a view.
@@ -167,7 +169,7 @@ impl Core {
             return Err(DaxError::FaultThread);
         }
         let spare = self.scratch().pop();
-        let mut scratch = spare.map_or_else(|| SecretBytes::try_zeroed(SCRATCH_BYTES), Ok).map_err(DaxError::Os)?;
+        let mut scratch = spare.map_or_else(scratch, Ok).map_err(DaxError::Os)?;
         let brought = self.bring_with(range, false, &mut scratch);
         let mut spares = self.scratch();
         if spares.len() < SPARES_MAX {
@@ -229,17 +231,20 @@ impl Core {
         Ok(())
     }
 
-    /// Answers the waiting faults. A page whose data cannot be had is poisoned: whoever touches it gets SIGBUS, and
-    /// nothing else is harmed.
-    pub(super) fn answer(&self, server: &mut Server) -> io::Result<()> {
-        let Some(faults) = self.view.faults() else { return Ok(()) };
-        while let Some(fault) = faults.next_fault()? {
-            self.resolve(faults, fault, server);
+    /// Answers some of the waiting faults: whether there were any. A page whose data cannot be had is poisoned: whoever
+    /// touches it gets SIGBUS, and nothing else is harmed.
+    pub(super) fn answer(&self, run: &mut Run, scratch: &mut [u8]) -> io::Result<bool> {
+        let Some(faults) = self.view.faults() else { return Ok(false) };
+        for answered in 0..ANSWERED_MAX {
+            match faults.next_fault()? {
+                Some(fault) => self.resolve(faults, fault, run, scratch),
+                None => return Ok(answered > 0),
+            }
         }
-        Ok(())
+        Ok(true)
     }
 
-    fn resolve(&self, faults: &Uffd, fault: Fault, server: &mut Server) {
+    fn resolve(&self, faults: &Uffd, fault: Fault, run: &mut Run, scratch: &mut [u8]) {
         let page_address = fault.address - fault.address % PAGE_BYTES;
         let here = page_address..page_address + PAGE_BYTES;
         let start = page_address - self.start_address() + self.view.range().start;
@@ -249,16 +254,16 @@ impl Core {
             let _ = self.view.allow_stores(start).or_else(|_| faults.wake(&here));
             return;
         }
-        let page_count = server.ahead.pages(start / PAGE_BYTES, AHEAD_PAGES_MAX.min(self.window.page_count_max() / 4));
+        let page_count = run.ahead.pages(start / PAGE_BYTES, AHEAD_PAGES_MAX.min(self.window.page_count_max() / 4));
         let end = (start + page_count * PAGE_BYTES).min(self.view.range().end);
         let brought = self
-            .bring_with(&(start..end), fault.stores, &mut server.scratch)
-            .or_else(|_| self.bring_with(&(start..start + PAGE_BYTES), fault.stores, &mut server.scratch));
+            .bring_with(&(start..end), fault.stores, &mut *scratch)
+            .or_else(|_| self.bring_with(&(start..start + PAGE_BYTES), fault.stores, &mut *scratch));
         let no_room = matches!(brought, Err(DaxError::Volume(VolumeError::WindowFull { .. })));
-        if let (Err(error), true, false) = (&brought, no_room, server.no_room) {
+        if let (Err(error), true, false) = (&brought, no_room, run.no_room) {
             tracing::warn!("a touch of a direct map waits for room: {}", chain(error));
         }
-        server.no_room = no_room;
+        run.no_room = no_room;
         if no_room {
             // Nothing is wrong with this page. Whoever waits for it faults again, behind the others, until there is room or
             // the map ends; an error would be a SIGBUS, and with it the end of what the program could not write yet.

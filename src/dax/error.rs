@@ -45,11 +45,11 @@ pub enum DaxError {
         /// The bound in bytes.
         resident_max: u64,
     },
-    /// The thread that answers the page faults of the map has ended. What was stored was written back, unless another error
+    /// Nobody answers the page faults of the map any more. What was stored was written back, unless another error
     /// was told.
     #[error(
-        "the thread that answers the page faults of this map has ended (the log says why): its memory raises SIGBUS, and what \
-         was stored has been written back; close it and make a new map"
+        "nobody answers the page faults of this map any more (the log says why): its memory raises SIGBUS, and what was stored \
+         has been written back; close it and make a new map"
     )]
     FaultThread,
     /// The volume failed.

@@ -15,7 +15,7 @@ use zeroize::Zeroizing;
 use super::core::Core;
 use super::error::DaxError;
 use super::options::{MapMode, MapOptions, Tracking};
-use super::threads::{FaultThread, WriteBackThread};
+use super::threads::Working;
 use crate::volume::window::{PAGE_BYTES, WriteBack, pages_of};
 use crate::volume::{VolumeError, write_pieces};
 
@@ -34,8 +34,7 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 #[derive(Debug)]
 pub struct DaxMapping {
     core: Option<Arc<Core>>,
-    faults: Option<FaultThread>,
-    write_back: Option<WriteBackThread>,
+    working: Option<Working>,
     range: Range<u64>,
     memory_locked: bool,
 }
@@ -45,9 +44,10 @@ impl DaxMapping {
     pub(super) fn new(core: Core, range: Range<u64>, options: &MapOptions) -> Result<Self, DaxError> {
         let core = Arc::new(core);
         let memory_locked = core.view.lock_memory();
-        let mut map = Self { core: Some(core), faults: None, write_back: None, range, memory_locked };
-        if map.mode() != MapMode::Eager {
-            map.faults = Some(FaultThread::start(Arc::clone(map.core())).map_err(DaxError::Os)?);
+        let mut map = Self { core: Some(core), working: None, range, memory_locked };
+        let write_back = options.writable && !options.write_back.is_zero();
+        if map.mode() != MapMode::Eager || write_back {
+            map.working = Some(Working::begin(map.core()).map_err(DaxError::Os)?);
         }
         match map.mode() {
             MapMode::Eager if options.lazy => tracing::warn!(
@@ -63,9 +63,10 @@ impl DaxMapping {
         if !memory_locked {
             tracing::warn!("a direct map is not locked in memory (RLIMIT_MEMLOCK): its plaintext may be swapped out");
         }
-        if options.writable && !options.write_back.is_zero() {
-            let started = WriteBackThread::start(Arc::clone(map.core()), options.write_back);
-            map.write_back = Some(started.map_err(DaxError::Os)?);
+        if write_back && let Some(mut working) = map.working.take() {
+            let synced = working.sync_every(map.core(), options.write_back);
+            map.working = Some(working);
+            synced.map_err(DaxError::Os)?;
         }
         Ok(map)
     }
@@ -328,22 +329,22 @@ impl DaxMapping {
         self.end()
     }
 
-    /// The write-back thread ends first, then every access, then the fault thread, which has woken everybody by then. The
-    /// address range stays taken until the last of them is gone.
+    /// The write-back ends first, then every access, then the answering of faults: everybody was woken by then. The address
+    /// range stays taken until the last of them is gone.
     fn end(&mut self) -> Result<(), DaxError> {
         let Some(core) = self.core.take() else { return Ok(()) };
         if let Err(error) = core.volume.check_owner() {
-            // A child: its threads are not there, and what it holds of them is the parent's.
-            mem::forget((self.write_back.take(), self.faults.take()));
+            // A child: the threads are not there, and what it holds of them is the parent's.
+            mem::forget(self.working.take());
             return Err(error.into());
         }
-        if let Some(thread) = self.write_back.take() {
-            thread.stop();
+        if let Some(working) = &mut self.working {
+            working.end_syncs();
         }
         let synced = if core.volume.locked() { Ok(()) } else { core.sync(core.view.range()) };
         let left = core.leave();
-        if let Some(thread) = self.faults.take() {
-            thread.stop();
+        if let Some(working) = self.working.take() {
+            working.end();
         }
         drop(core);
         synced.and(left)

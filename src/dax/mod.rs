@@ -52,8 +52,9 @@
 //! - Locking all memory (`mlockall`) brings every page in, as it must; so do not with maps larger than memory. What reads
 //!   memory from outside (`/proc/PID/mem`, `process_vm_readv`) gets an error for a page that is absent.
 //! - The library's threads block all signals but the synchronous ones, so `sigwait` and `signalfd` work as in a program
-//!   without them. When a map's fault thread ends all the same (a subscriber of logs that panics), every touch is SIGBUS,
-//!   `close` still writes back what was stored, and calls say [`DaxError::FaultThread`].
+//!   without them. All maps of a process share them: two that answer faults, one that writes back. When a fault cannot be
+//!   answered all the same (a subscriber of logs that panics), every touch of that map is SIGBUS, `close` still writes back
+//!   what was stored, and calls say [`DaxError::FaultThread`]. A map costs a descriptor, an exclusive one two.
 //! - Plaintext is left out of core dumps, and locked in memory where `RLIMIT_MEMLOCK` allows
 //!   ([`DaxMapping::memory_locked`]). Pages are overwritten before they are given back.
 //!
@@ -196,7 +197,7 @@ fn check(volume: &Volume, range: &std::ops::Range<u64>, writable: bool) -> Resul
 struct Opened {
     uffd: Uffd,
     taken: Faults,
-    map: Option<PageMap>,
+    map: Option<Arc<PageMap>>,
 }
 
 /// The faults of a map, if the kernel gives them to us: all of them, or those of the program's own loads and stores.
@@ -210,7 +211,7 @@ fn open_faults(options: &MapOptions) -> io::Result<Option<Opened>> {
         if options.write_async
             && features.notes_stores()
             && let Some(uffd) = unless_refused(Uffd::open(features, taken))?
-            && let Some(map) = unless_refused(PageMap::open())?
+            && let Some(map) = unless_refused(PageMap::of_process())?
         {
             return Ok(Some(Opened { uffd, taken, map: Some(map) }));
         }

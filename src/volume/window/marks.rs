@@ -7,7 +7,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::memory::View;
 use super::pages::PageSet;
@@ -22,7 +22,7 @@ const SCAN_GAP_BYTES: u64 = 32 * PAGE_BYTES;
 #[derive(Debug)]
 pub(crate) enum Marks {
     /// In the page tables, by the kernel.
-    Kernel(PageMap),
+    Kernel(Arc<PageMap>),
     /// By who answers faults: the first store to a page is trapped.
     Trapped(Traps),
     /// Nowhere.

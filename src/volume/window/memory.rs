@@ -15,7 +15,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Weak};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::mm::{Advice, MapFlags, MlockFlags, MprotectFlags, ProtFlags, madvise, mlock_with, mmap, mprotect, munmap};
@@ -23,13 +23,16 @@ use rustix::mm::{Advice, MapFlags, MlockFlags, MprotectFlags, ProtFlags, madvise
 use super::PAGE_BYTES;
 use super::marks::Marks;
 use crate::memory::{Source, Target};
-use crate::owner::Owner;
+use crate::owner::{Owner, PerProcess};
 use crate::pmem;
 use crate::uffd::{self, Uffd};
 use crate::volume::buffers::ListedMap;
 
 /// `MADV_DONTNEED_LOCKED` (Linux 5.18, uapi/asm-generic/mman-common.h): `MADV_DONTNEED` for locked memory too.
 const MADV_DONTNEED_LOCKED: libc::c_int = 24;
+
+/// An empty memfd, which all windows share.
+static NOTHING: PerProcess<Mutex<Weak<OwnedFd>>> = PerProcess::new();
 
 /// The memfd and the volume's own mapping of it. Ranges are logical offsets within [`Self::new`]'s.
 #[derive(Debug)]
@@ -40,7 +43,7 @@ pub(crate) struct WindowMemory {
     nothing: Arc<OwnedFd>,
     own: Mapped,
     /// Keeps holes of `own` from being filled by anybody else.
-    guard: Option<Uffd>,
+    guard: Option<Arc<Uffd>>,
 }
 
 impl WindowMemory {
@@ -52,7 +55,7 @@ impl WindowMemory {
         ftruncate(&file, len_bytes)?;
         fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
         let own = Mapped::new(&file, &(0..len_bytes))?;
-        let guard = match Uffd::open_guard() {
+        let guard = match Uffd::guard() {
             Err(error) if uffd::is_refusal(&error) => None,
             guard => Some(guard?),
         };
@@ -60,7 +63,7 @@ impl WindowMemory {
             guard.register_absent(&own.addresses(&(0..len_bytes)))?;
         }
         own.allow(ProtFlags::READ | ProtFlags::WRITE)?;
-        let nothing = Arc::new(memfd_create("daxcrypt-gone", MemfdFlags::CLOEXEC)?);
+        let nothing = NOTHING.shared(|| Ok(memfd_create("daxcrypt-gone", MemfdFlags::CLOEXEC)?))?;
         Ok(Self { range, file, nothing, own, guard })
     }
 
