@@ -14,6 +14,7 @@ use uuid::Uuid;
 use zeroize::Zeroizing;
 
 use super::error::Error;
+use super::export_limits::LimitArgs;
 use super::from_ops::slot_lines;
 use crate::namespace::{Cipher, Credential, DataUnit, KdfCost, SlotInfo, TransformError, UpdateError};
 use crate::ops::rekey::{self, Estimate};
@@ -58,6 +59,8 @@ pub(crate) enum ExportCommand {
     Lock { wait: bool },
     /// Go on with it, with the key of a slot or the volume key itself.
     Unlock { by_volume_key: bool },
+    /// Close its clients, and serve it no more.
+    Remove,
 }
 
 /// What a server is to do as a whole.
@@ -66,6 +69,29 @@ pub(crate) enum ExportCommand {
 pub(crate) enum ServerCommand {
     /// Lock all exports that can be.
     LockAll { wait: bool },
+    /// Serve one more.
+    AddExport(NewExport),
+    /// Close the client of that number.
+    KickClient(u64),
+    /// Read lists, limits and certificates again.
+    Reload,
+}
+
+/// A namespace that is to be served, too.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct NewExport {
+    /// As the server finds it: absolute.
+    pub(crate) path: PathBuf,
+    pub(crate) header: Option<PathBuf>,
+    pub(crate) accept_data: bool,
+    pub(crate) luks2: bool,
+    pub(crate) name: Option<String>,
+    pub(crate) description: String,
+    pub(crate) read_only: bool,
+    pub(crate) limits: LimitArgs,
+    /// Whether the credential is the volume key itself.
+    pub(crate) by_volume_key: bool,
 }
 
 /// The namespace that is meant: a copy of it has the same uuid, and lies elsewhere.
@@ -184,6 +210,10 @@ pub(crate) enum Answer {
     Locked(Vec<LockedLine>),
     /// The export is open again.
     Unlocked,
+    /// The export of that name is served.
+    Added(String),
+    /// It has been done.
+    Done,
     /// It would become smaller, and was not told that it may.
     Shrinks {
         old_bytes: u64,
@@ -221,7 +251,7 @@ impl Answer {
             }
             Self::Refused { reason, help } => Err(Error::Refused { reason, help }),
             answer @ (Self::Rekey(_) | Self::Estimate(_) | Self::Resized(_) | Self::Slot(_)) => Ok(answer),
-            answer @ (Self::Locked(_) | Self::Unlocked) => Ok(answer),
+            answer @ (Self::Locked(_) | Self::Unlocked | Self::Added(_) | Self::Done) => Ok(answer),
         }
     }
 }

@@ -107,7 +107,7 @@ pub(crate) enum Error {
     WipeStopped { path: PathBuf, done: ByteSize, total: ByteSize },
     #[error("{name} is locked, but what was written to it may be lost: {reason}")]
     LockedWithLoss { name: String, reason: String },
-    #[error("that key does not open {name}, which stays locked")]
+    #[error("that key does not open {name}")]
     WrongKey { name: String },
     #[error("the server refuses: {reason}")]
     Refused { reason: String, help: Option<String> },

@@ -8,12 +8,10 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::control::{Answer, ExportCommand, LockedLine, ServerCommand, What, ask_for};
-use super::credentials::{KeyArgs, Prompt};
+use super::credentials::KeyArgs;
 use super::error::Error;
 use super::output::outln;
-use super::secrets;
-use crate::namespace::Credential;
-use crate::secret::SecretBytes;
+use super::steer::credential;
 
 #[derive(Args, Debug)]
 pub(crate) struct LockArgs {
@@ -71,11 +69,7 @@ fn sentence(line: &LockedLine) -> String {
 
 pub(crate) fn unlock(args: &UnlockArgs) -> Result<(), Error> {
     let name = Path::new(&args.name);
-    let (credential, by_volume_key) = match &args.key.escrow_file {
-        Some(file) => (Credential::KeyFile(SecretBytes::copy_of(secrets::escrow_file(file)?.bytes())), true),
-        // LUKS2 sets no lower bound for key files, and the server knows what the export is.
-        None => (args.key.read_with(Prompt::Once, &args.name, 1)?, false),
-    };
+    let (credential, by_volume_key) = credential(&args.key, &args.name)?;
     let asked = What::Export { name: args.name.clone(), command: ExportCommand::Unlock { by_volume_key } };
     match ask_for(&args.control, asked, &[&credential])? {
         Answer::WrongCredential => Err(Error::WrongKey { name: args.name.clone() }),

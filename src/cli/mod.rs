@@ -12,6 +12,7 @@ mod dump;
 mod duration;
 mod erase;
 mod error;
+mod export_limits;
 mod format;
 mod from_ops;
 mod generate;
@@ -38,6 +39,7 @@ mod secrets;
 mod serve;
 mod size;
 mod status;
+mod steer;
 mod undumped;
 
 use std::process::ExitCode;
@@ -97,7 +99,7 @@ Then, with the kernel's client:
   nbd-client -unix /run/user/1000/vault.sock /dev/nbd0 -N vault
 or without it:
   nbdfuse mnt 'nbd+unix:///vault?socket=/run/user/1000/vault.sock' & losetup -f --show mnt/nbd")]
-    Serve(serve::ServeArgs),
+    Serve(Box<serve::ServeArgs>),
     /// Show what a running server and its clients do
     #[command(after_help = "\
 Examples:
@@ -118,6 +120,24 @@ Examples:
   daxcrypt unlock vault --control vault.control --key-file vault.key
   daxcrypt unlock vault --control vault.control          # asks for a passphrase")]
     Unlock(lock::UnlockArgs),
+    /// Have a running server serve one namespace more, or one less
+    #[command(after_help = "\
+Examples:
+  daxcrypt exports add other.img --key-file other.key --control vault.control
+  daxcrypt exports add region.img#tenant-a --name a --read-only --control vault.control
+  daxcrypt exports remove a --control vault.control")]
+    Exports(steer::ExportsCommandArgs),
+    /// List the clients of a running server, and close one
+    #[command(after_help = "\
+Examples:
+  daxcrypt client list --control vault.control
+  daxcrypt client kick 7 --control vault.control")]
+    Client(steer::ClientCommandArgs),
+    /// Have a running server read its lists, limits and certificates again, as SIGHUP does, and say what became of it
+    #[command(after_help = "\
+Examples:
+  daxcrypt reload --control vault.control")]
+    Reload(steer::ReloadArgs),
     /// Print the dm-crypt table line for the same bytes
     #[command(after_help = "\
 Examples:
@@ -241,9 +261,10 @@ pub fn main() -> ExitCode {
 const fn handles_keys(command: &Command) -> bool {
     match command {
         Command::Completions(_) | Command::Man(_) | Command::Bench(_) | Command::Info(_) | Command::Status(_) => false,
-        Command::Lock(_) => false,
+        Command::Lock(_) | Command::Client(_) | Command::Reload(_) => false,
         Command::Format(_)
         | Command::Unlock(_)
+        | Command::Exports(_)
         | Command::Serve(_)
         | Command::Dmtable(_)
         | Command::Key(_)
@@ -266,6 +287,9 @@ fn run(command: &Command) -> Result<(), Error> {
         Command::Info(args) => info::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Status(args) => status::run(args),
+        Command::Exports(args) => steer::exports(args),
+        Command::Client(args) => steer::client(args),
+        Command::Reload(args) => steer::reload(args),
         Command::Lock(args) => lock::lock(args),
         Command::Unlock(args) => lock::unlock(args),
         Command::Dmtable(args) => dmtable::run(args),

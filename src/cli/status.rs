@@ -84,6 +84,20 @@ pub(crate) fn run(args: &StatusArgs) -> Result<(), Error> {
     out!("{}", table(&status))
 }
 
+/// `client list`: the clients alone.
+pub(crate) fn clients(control: &Path, json: bool) -> Result<(), Error> {
+    let failed = |source| Error::Control { path: control.into(), source };
+    let answer = ask(control).map_err(failed)?;
+    if json {
+        let status: serde_json::Value = serde_json::from_str(&answer).map_err(|error| failed(error.into()))?;
+        return outln!("{}", status["clients"]);
+    }
+    let status: Status = serde_json::from_str(&answer).map_err(|error| failed(error.into()))?;
+    let mut text = String::new();
+    client_rows(&mut text, &status.clients);
+    out!("{text}")
+}
+
 fn ask(path: &Path) -> io::Result<String> {
     let stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -119,14 +133,18 @@ fn table(status: &Status) -> String {
     }
     if !status.clients.is_empty() {
         text.push('\n');
-        rows = vec![head(&["CLIENT", "EXPORT", "UID"])];
-        for client in &status.clients {
-            let uid = client.uid.map_or_else(|| "-".to_owned(), |uid| uid.to_string());
-            rows.push(row([client.id.to_string(), printable(&client.export), uid], &client.stats));
-        }
-        align(&mut text, &rows);
+        client_rows(&mut text, &status.clients);
     }
     text
+}
+
+fn client_rows(text: &mut String, clients: &[Client]) {
+    let mut rows = vec![head(&["CLIENT", "EXPORT", "UID"])];
+    for client in clients {
+        let uid = client.uid.map_or_else(|| "-".to_owned(), |uid| uid.to_string());
+        rows.push(row([client.id.to_string(), printable(&client.export), uid], &client.stats));
+    }
+    align(text, &rows);
 }
 
 fn rekey_text(state: &RekeyState) -> String {

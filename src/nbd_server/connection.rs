@@ -40,6 +40,8 @@ pub(super) enum End {
     Closed,
     #[error("it is not admitted any more")]
     NotAdmitted,
+    #[error("its export has as many connections as it may have")]
+    TooMany,
     #[error("the server stops")]
     Stopped,
     #[error("no export was chosen in time")]
@@ -88,6 +90,9 @@ pub(super) fn serve(client: &Arc<Client>, shared: &Arc<Shared>) -> End {
     // What was changed since the client was admitted has not seen it.
     if !shared.still_admits(client) {
         return End::NotAdmitted;
+    }
+    if !shared.limit(client) {
+        return End::TooMany;
     }
     link.deadline = None;
     if let Some(tls) = &mut link.tls {

@@ -32,6 +32,7 @@ struct Call {
 impl Session<'_> {
     /// Answers one request whose header has been consumed.
     pub(super) fn answer(&mut self, header: &RequestHeader) -> Result<(), End> {
+        self.throttle(header)?;
         let start = Instant::now();
         (self.header, self.fate) = (*header, Fate::Succeeded);
         let answered = self.answer_uncounted(&Call { header: *header, replies: self.machine.replies(header), start });

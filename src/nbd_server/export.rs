@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::access::{Allowed, Peer};
 use super::gate::Gate;
+use super::throttle::{Rates, Throttle};
 use super::wire::STRING_BYTES_MAX;
 use crate::volume::VolumeError;
 
@@ -211,6 +212,19 @@ pub struct ExportInfo {
     pub tls_required: bool,
     /// Who may use the export.
     pub allowed: Allowed,
+    /// How much may be asked of it.
+    pub limits: ExportLimits,
+}
+
+/// How much may be asked of an export; 0 is no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ExportLimits {
+    /// By all of its clients together.
+    pub rates: Rates,
+    /// By each connection.
+    pub client_rates: Rates,
+    /// Connections at a time that have chosen it.
+    pub connections_max: usize,
 }
 
 /// One served export.
@@ -224,6 +238,8 @@ pub struct Served {
     pub(super) index: usize,
     /// What becomes of requests while it is locked.
     pub(super) gate: Arc<Gate>,
+    /// For all of its clients together.
+    pub(super) throttle: Arc<Throttle>,
     /// Whether the log has told that it is poisoned.
     pub(super) poison_told: Arc<AtomicBool>,
 }
@@ -310,8 +326,9 @@ impl Exports {
         if i64::try_from(size_bytes).is_err() {
             return Err(RegistryError::TooLarge { size_bytes });
         }
-        let (index, gate) = (self.next_index, Arc::default());
-        self.list.push(Arc::new(Served { info, export, index, gate, poison_told: Arc::default() }));
+        let (index, gate, throttle) = (self.next_index, Arc::default(), Arc::<Throttle>::default());
+        throttle.set(info.limits.rates);
+        self.list.push(Arc::new(Served { info, export, index, gate, throttle, poison_told: Arc::default() }));
         self.next_index += 1;
         Ok(())
     }
@@ -345,9 +362,16 @@ impl Exports {
     pub fn presented(&self, change: impl Fn(&ExportInfo) -> ExportInfo) -> Self {
         let present = |served: &Arc<Served>| {
             let info = ExportInfo { name: served.info.name.clone(), ..change(&served.info) };
+            served.throttle.set(info.limits.rates);
             Arc::new(Served { info, ..Served::clone(served) })
         };
         Self { list: self.list.iter().map(present).collect(), ..*self }
+    }
+
+    /// All but the one of that number.
+    pub(super) fn without(&self, index: usize) -> Self {
+        let list = self.list.iter().filter(|served| served.index != index).cloned().collect();
+        Self { list, ..*self }
     }
 
     /// How many exports there are.

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use super::connection::{End, Session};
 use super::export::ExportError;
 use super::slow::Finished;
-use super::socket;
+use super::socket::{self, Beside};
 
 /// What requests meet while their export is locked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,7 +99,7 @@ impl Session<'_> {
                 return Err(End::Stopped);
             }
             let (client, stop) = (self.link.client, &self.link.shared.stop);
-            if !socket::wait_beside(&client.socket, &client.bell, stop)? {
+            if socket::wait_beside(&client.socket, &client.bell, stop, None)? == Beside::Left {
                 return Err(End::Closed);
             }
             client.bell.silence();

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
-use super::export::{ExportInfo, Served};
+use super::export::{Export, ExportError, ExportInfo, Exports, RegistryError, Served};
 use super::gate::WhileLocked;
 use super::limits::Limits;
 use super::shared::Shared;
@@ -36,8 +36,12 @@ impl Handle {
         if let (Some(now), Some(new)) = (&shared.options.tls, tls) {
             now.replace_with(new);
         }
-        let clients = shared.clients();
-        for client in clients.values().filter(|client| !shared.still_admits(client)) {
+        let clients: Vec<_> = shared.clients().values().cloned().collect();
+        for client in &clients {
+            shared.limit(client);
+            client.bell.ring();
+        }
+        for client in clients.iter().filter(|client| !shared.still_admits(client)) {
             tracing::warn!(client = client.id, peer = %client.peer, "client closed: it is not admitted any more");
             client.shut_down();
         }
@@ -84,6 +88,51 @@ impl Handle {
             self.open_gate(&served);
         }
         Some(unlocked)
+    }
+
+    /// Serves one export more.
+    ///
+    /// # Errors
+    ///
+    /// As [`Exports::add`].
+    pub fn add_export(&self, info: ExportInfo, export: Arc<dyn Export>) -> Result<(), RegistryError> {
+        let shared = &self.shared;
+        let mut exports = shared.exports.write().unwrap_or_else(PoisonError::into_inner);
+        let mut more = Exports::clone(&exports);
+        more.add(info, shared.shared_out(export))?;
+        *exports = Arc::new(more);
+        Ok(())
+    }
+
+    /// Serves the export of that name no more: closes its clients, waits for what they have under way, and flushes it. `None`
+    /// without such an export.
+    pub fn remove_export(&self, name: &str) -> Option<Result<(), ExportError>> {
+        let (shared, served) = (&self.shared, self.served(name)?);
+        let mut exports = shared.exports.write().unwrap_or_else(PoisonError::into_inner);
+        *exports = Arc::new(exports.without(served.index));
+        drop(exports);
+        let mut clients = shared.clients();
+        while clients.values().any(|client| client.is_at(&served)) {
+            clients.values().filter(|client| client.is_at(&served)).for_each(|client| client.shut_down());
+            clients = shared.client_changed.wait(clients).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(clients);
+        shared.forget_export(&served);
+        match served.export.flush() {
+            _ if served.info.read_only => Some(Ok(())),
+            // Whoever locked it has flushed it.
+            Err(ExportError::Locked) => Some(Ok(())),
+            flushed => Some(flushed),
+        }
+    }
+
+    /// Closes the client of that number; `false` without one.
+    pub fn kick(&self, client: u64) -> bool {
+        let clients = self.shared.clients();
+        let Some(client) = clients.get(&client) else { return false };
+        tracing::warn!(client = client.id, peer = %client.peer, "client closed: somebody asked for it");
+        client.shut_down();
+        true
     }
 
     /// Whether [`stop`](Self::stop) was called.

@@ -41,6 +41,7 @@ mod stats;
 mod status;
 mod systemd;
 mod threads;
+mod throttle;
 mod tls;
 pub mod transmission;
 mod volume;
@@ -48,7 +49,7 @@ pub mod wire;
 
 pub use access::{Allowed, CertificateName, NoCertificateName, Peer, UnixPeer};
 pub use export::{
-    Durability, Export, ExportError, ExportInfo, Exports, Extent, ExtentKind, Hole, RegistryError, Served,
+    Durability, Export, ExportError, ExportInfo, ExportLimits, Exports, Extent, ExtentKind, Hole, RegistryError, Served,
 };
 pub use gate::WhileLocked;
 pub use handle::Handle;
@@ -60,4 +61,5 @@ pub use server::{Options, Server, ServerError};
 pub use stats::{COMMAND_NAMES, ClientStatus, ExportStatus, Stats, Status};
 pub use status::Commands;
 pub use systemd::{inherited_listeners, notify};
+pub use throttle::Rates;
 pub use tls::{ClientCertificates, Tls, TlsError};

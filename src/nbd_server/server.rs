@@ -28,6 +28,7 @@ use super::socket::{self, Bell};
 use super::stats::Traffic;
 use super::status::{self, Commands, Kind};
 use super::threads::{self, SharedOut};
+use super::throttle::Throttle;
 use super::tls::Tls;
 use crate::peer_groups;
 use crate::spawn::without_signals;
@@ -101,12 +102,8 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// When the operating system gives no event descriptor or no threads.
-    pub fn new(mut exports: Exports, limits: Limits, options: Options) -> Result<Self, ServerError> {
-        if options.threads > 1 {
-            let pool = threads::pool(options.threads).map_err(io::Error::other)?;
-            exports.wrap(|export| Arc::new(SharedOut::new(export, pool.clone())));
-        }
+    /// When the operating system gives no event descriptor.
+    pub fn new(exports: Exports, limits: Limits, options: Options) -> Result<Self, ServerError> {
         let shared = Arc::new(Shared::new(exports, limits, options)?);
         Ok(Self { listeners: Vec::new(), reporters: Vec::new(), commands: None, shared })
     }
@@ -154,6 +151,7 @@ impl Server {
             return Err(ServerError::Forked);
         }
         let Self { listeners, reporters, commands, shared } = self;
+        share_out(&shared)?;
         let accepted = std::thread::scope(|scope| {
             for (kind, listener) in &reporters {
                 let (shared, commands) = (&shared, commands.as_ref());
@@ -176,6 +174,19 @@ impl Server {
         }
         accepted.map_err(ServerError::from).and(flushed)
     }
+}
+
+/// Makes the threads that share large requests. Not before, so that they have what whoever runs the server has given up.
+fn share_out(shared: &Shared) -> io::Result<()> {
+    if shared.options.threads > 1 {
+        let pool = threads::pool(shared.options.threads).map_err(io::Error::other)?;
+        let mut exports = shared.exports.write().unwrap_or_else(PoisonError::into_inner);
+        let mut wrapped = Exports::clone(&exports);
+        wrapped.wrap(|export| Arc::new(SharedOut::new(export, Arc::clone(&pool))));
+        *exports = Arc::new(wrapped);
+        let _ = shared.large.set(pool); // a server runs once
+    }
+    Ok(())
 }
 
 fn accept_all<'scope>(
@@ -249,6 +260,7 @@ fn admit<'scope>(
         chosen: OnceLock::new(),
         traffic: Traffic::default(),
         bell,
+        throttle: Throttle::default(),
         wiped_rounds: 0.into(),
     });
     let limits = shared.limits();

@@ -7,14 +7,18 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Instant;
 
+use rayon::ThreadPool;
+
 use super::access::Peer;
 use super::buffer::BufferPool;
-use super::export::{Exports, Served};
+use super::export::{Export, Exports, Served};
 use super::limits::Limits;
 use super::server::Options;
 use super::slow::Workers;
 use super::socket::{self, Bell, StopSignal};
 use super::stats::{ClientStatus, ExportStatus, Stats, Status, Traffic};
+use super::threads::SharedOut;
+use super::throttle::Throttle;
 use crate::owner::Owner;
 
 /// What all connections of a server share.
@@ -27,6 +31,8 @@ pub(super) struct Shared {
     /// Set when the time that a stopping server gives is nearly over: long work ends.
     pub(super) hurry: AtomicBool,
     pub(super) workers: Workers,
+    /// The threads that share large requests, if there are any.
+    pub(super) large: OnceLock<Arc<ThreadPool>>,
     pub(super) pool: BufferPool,
     pub(super) spinners: Spinners,
     clients: Mutex<BTreeMap<u64, Arc<Client>>>,
@@ -42,6 +48,7 @@ pub(super) struct Shared {
 impl Shared {
     pub(super) fn new(exports: Exports, limits: Limits, options: Options) -> io::Result<Self> {
         Ok(Self {
+            large: OnceLock::new(),
             exports: RwLock::new(Arc::new(exports)),
             stop: StopSignal::new()?,
             hurry: false.into(),
@@ -75,6 +82,19 @@ impl Shared {
         self.client_changed.notify_all();
     }
 
+    /// The export, with its large requests shared out if there are threads for that.
+    pub(super) fn shared_out(&self, export: Arc<dyn Export>) -> Arc<dyn Export> {
+        match self.large.get() {
+            Some(pool) => Arc::new(SharedOut::new(export, Arc::clone(pool))),
+            None => export,
+        }
+    }
+
+    /// Nothing is told any more of what clients of an export did.
+    pub(super) fn forget_export(&self, served: &Served) {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).remove(&served.index);
+    }
+
     /// Wakes the connections of an export.
     pub(super) fn ring(&self, served: &Served) {
         self.clients().values().filter(|client| client.is_at(served)).for_each(|client| client.bell.ring());
@@ -104,6 +124,15 @@ impl Shared {
         let exports = self.exports();
         let Some(served) = exports.numbered(chosen.index) else { return false };
         served.info.allowed.admits(&chosen.peer) && (chosen.read_only || !served.is_read_only_for(&chosen.peer))
+    }
+
+    /// Gives a client its own limits. `false` when its export has as many connections as it may have.
+    pub(super) fn limit(&self, client: &Client) -> bool {
+        let (exports, clients) = (self.exports(), self.clients());
+        let Some(served) = client.chosen.get().and_then(|chosen| exports.numbered(chosen.index)) else { return true };
+        client.throttle.set(served.info.limits.client_rates);
+        let max = served.info.limits.connections_max;
+        max == 0 || clients.values().filter(|other| other.is_at(served)).count() <= max
     }
 
     /// Says once, and at once, that an export cannot make anything durable any more.
@@ -188,6 +217,8 @@ pub(super) struct Client {
     pub(super) traffic: Traffic,
     /// Wakes its thread.
     pub(super) bell: Bell,
+    /// For its own requests.
+    pub(super) throttle: Throttle,
     /// How often its export had been locked when it wiped its buffers last.
     pub(super) wiped_rounds: AtomicU64,
 }

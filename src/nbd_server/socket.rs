@@ -203,14 +203,35 @@ impl AsFd for Bell {
     }
 }
 
-/// Waits until `bell` or `stop` is set; `false` when the client at `socket` has left, as [`peer_has_left`] knows it.
-pub(super) fn wait_beside(socket: impl AsFd, bell: &Bell, stop: &StopSignal) -> io::Result<bool> {
+/// What a connection that does not receive has waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Beside {
+    /// The client has left, as [`peer_has_left`] knows it.
+    Left,
+    Stopping,
+    Rang,
+    TimedOut,
+}
+
+/// Waits until the client at `socket` has left, until `bell` or `stop` is set, or until `deadline`.
+pub(super) fn wait_beside(
+    socket: impl AsFd,
+    bell: &Bell,
+    stop: &StopSignal,
+    deadline: Option<Instant>,
+) -> io::Result<Beside> {
     let socket = socket.as_fd();
     let gone = if is_tcp(socket) { PollFlags::RDHUP } else { PollFlags::empty() };
     let mut fds =
         [PollFd::from_borrowed_fd(socket, gone), PollFd::new(bell, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
-    poll(&mut fds, None)?;
-    Ok(fds[0].revents().is_empty())
+    poll(&mut fds, deadline)?;
+    let ready = |index: usize| !fds[index].revents().is_empty();
+    Ok(match (ready(0), ready(2)) {
+        (true, _) => Beside::Left,
+        (false, true) => Beside::Stopping,
+        _ if deadline.is_some_and(|deadline| deadline <= Instant::now()) => Beside::TimedOut,
+        _ => Beside::Rang,
+    })
 }
 
 /// The stop signal: once set, every waiter wakes.

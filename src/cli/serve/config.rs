@@ -15,6 +15,7 @@ use super::tls::{TlsMode, TlsPlan};
 use crate::cli::credentials::KeyArgs;
 use crate::cli::duration::Span;
 use crate::cli::error::Error;
+use crate::cli::export_limits::LimitArgs;
 use crate::cli::size::ByteSize;
 use crate::nbd_server::{Allowed, CertificateName, Limits};
 
@@ -31,6 +32,10 @@ struct File {
     hang_up: bool,
     #[serde(default, deserialize_with = "span")]
     lock_after: Option<Duration>,
+    #[serde(default)]
+    export_folders: Vec<PathBuf>,
+    #[serde(default = "yes")]
+    sandbox: bool,
     namespace: Vec<NamespaceTable>,
     #[serde(default)]
     listen: Vec<ListenTable>,
@@ -70,6 +75,8 @@ struct NamespaceTable {
     #[serde(default)]
     allowed_certificates: Vec<String>,
     #[serde(default)]
+    limits: LimitArgs,
+    #[serde(default)]
     write_uids: Vec<u32>,
     #[serde(default)]
     write_gids: Vec<u32>,
@@ -103,6 +110,10 @@ struct TlsTable {
 fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
     let ByteSize(bytes) = String::deserialize(deserializer)?.parse().map_err(de::Error::custom)?;
     usize::try_from(bytes).map(Some).map_err(de::Error::custom)
+}
+
+const fn yes() -> bool {
+    true
 }
 
 /// A time as on the command line, such as `"10m"`.
@@ -142,6 +153,8 @@ impl File {
             hang_up: self.hang_up,
             keep_going: self.keep_going,
             lock_after: self.lock_after,
+            export_folders: self.export_folders.iter().map(|path| folder.join(path)).collect(),
+            sandbox: self.sandbox,
         })
     }
 }
@@ -208,6 +221,7 @@ impl NamespaceTable {
                 certificate_names: allowed_names,
             },
             writers,
+            limits: self.limits.into(),
         })
     }
 }

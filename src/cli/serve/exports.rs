@@ -12,9 +12,10 @@ use crate::cli::error::Error;
 use crate::cli::open;
 use crate::cli::output::warning;
 use crate::cli::place::PlaceArgs;
-use crate::nbd_server::{Allowed, ExportInfo, Exports};
-use crate::ops::{self, Operation};
-use crate::secret;
+use crate::namespace::Credential;
+use crate::nbd_server::{Allowed, ExportInfo, ExportLimits, Exports};
+use crate::ops::{self, Key, Location, Operation};
+use crate::secret::{self, SecretBytes, VolumeKey};
 use crate::volume::Volume;
 use crate::xts::Backend;
 
@@ -36,6 +37,7 @@ pub(super) struct Source {
     pub(super) allow_discards: bool,
     pub(super) tls_required: bool,
     pub(super) allowed: Allowed,
+    pub(super) limits: ExportLimits,
     /// Who may write, if not all of those.
     pub(super) writers: Allowed,
 }
@@ -50,6 +52,7 @@ impl Source {
             writers: self.writers.clone(),
             tls_required: self.tls_required,
             allowed: self.allowed.clone(),
+            limits: self.limits,
         }
     }
 
@@ -59,19 +62,14 @@ impl Source {
     }
 }
 
-/// Opens, unlocks and reads every namespace, and gives the paths of those that are served too. With `keep_going` one that
-/// fails is left out, unless all do.
-pub(super) fn open_all(
-    sources: &[Source],
-    keep_going: bool,
-    volumes: &Volumes,
-) -> Result<(Exports, Vec<PathBuf>), Error> {
+/// Opens, unlocks and reads every namespace. With `keep_going` one that fails is left out, unless all do.
+pub(super) fn open_all(sources: &[Source], keep_going: bool, volumes: &Volumes) -> Result<Exports, Error> {
     let backend = Backend::from_env()?;
     let mut exports = Exports::new();
-    let (mut first_error, mut paths) = (None, Vec::new());
+    let mut first_error = None;
     for source in sources {
         match add(&mut exports, source, backend, volumes) {
-            Ok(()) => paths.push(source.path.clone()),
+            Ok(()) => {}
             Err(error) if keep_going => {
                 warning!("not served: {}", error.chain());
                 first_error.get_or_insert(error);
@@ -81,25 +79,84 @@ pub(super) fn open_all(
     }
     match first_error {
         Some(error) if exports.is_empty() => Err(error),
-        _ => Ok((exports, paths)),
+        _ => Ok(exports),
     }
 }
 
+/// A volume that can be served.
+pub(super) struct Opened {
+    pub(super) info: ExportInfo,
+    pub(super) location: Location,
+    pub(super) volume: Arc<Volume>,
+}
+
 fn add(exports: &mut Exports, source: &Source, backend: Backend, volumes: &Volumes) -> Result<(), Error> {
-    let path = &source.path;
-    let operation = if source.read_only { Operation::ServeReadOnly } else { Operation::Serve };
-    let place = PlaceArgs { path: path.clone(), header: source.header.clone(), accept_data: source.accept_data };
-    let location = place.location();
+    let opened = open(source, backend)?;
+    let name = opened.info.name.clone();
+    let export: Arc<Volume> = Arc::clone(&opened.volume);
+    exports.add(opened.info, export).map_err(|error| Error::Export { path: source.path.clone(), source: error })?;
+    volumes.add(&name, opened.location, opened.volume, source.luks2);
+    Ok(())
+}
+
+impl Source {
+    fn operation(&self) -> Operation {
+        if self.read_only { Operation::ServeReadOnly } else { Operation::Serve }
+    }
+
+    fn place(&self) -> PlaceArgs {
+        PlaceArgs { path: self.path.clone(), header: self.header.clone(), accept_data: self.accept_data }
+    }
+}
+
+/// Opens what `source` names, with the key that it names.
+fn open(source: &Source, backend: Backend) -> Result<Opened, Error> {
+    let (place, operation) = (source.place(), source.operation());
     let volume = if source.luks2 {
         open::volume(&place, operation, &source.key, true)?
     } else {
         let mut namespace = open::namespace(&place, operation, &source.key)?;
         if source.allow_discards {
-            ops::also(Operation::AllowDiscards, &location, &namespace)?;
-            namespace.allow_discards().map_err(|source| Error::AllowDiscards { path: path.clone(), source })?;
+            ops::also(Operation::AllowDiscards, &place.location(), &namespace)?;
+            let allowed = namespace.allow_discards();
+            allowed.map_err(|error| Error::AllowDiscards { path: source.path.clone(), source: error })?;
         }
         Volume::new(namespace, backend)
     };
+    made_ready(source, volume)
+}
+
+/// Opens what `source` names, with a credential that came from elsewhere; without one it must be ephemeral.
+pub(super) fn open_with(source: &Source, key: Option<&Credential>, by_volume_key: bool) -> Result<Opened, Error> {
+    let (place, operation, backend) = (source.place(), source.operation(), Backend::from_env()?);
+    let volume = match (key, source.luks2) {
+        (Some(_), true) if by_volume_key => {
+            return Err(Error::Usage("--escrow-file is for namespaces, and not for LUKS2 volumes".into()));
+        }
+        (Some(credential), true) => {
+            let unlocked = open::luks2(&place, &place.open(operation)?)?.unlock(credential);
+            Volume::from_luks2(
+                unlocked.map_err(|error| Error::Luks2Unlock { path: place.path, source: error })?,
+                backend,
+            )
+        }
+        (key, _) => {
+            let key = match key {
+                None => Key::Ephemeral,
+                Some(Credential::Passphrase(bytes) | Credential::KeyFile(bytes)) if by_volume_key => {
+                    let volume_key = VolumeKey::new(SecretBytes::copy_of(bytes));
+                    Key::VolumeKey(volume_key.map_err(|_| Error::WrongKey { name: source.path.display().to_string() })?)
+                }
+                Some(credential) => Key::Credential(credential),
+            };
+            Volume::new(open::found(&place, operation)?.unlock(key)?, backend)
+        }
+    };
+    made_ready(source, volume)
+}
+
+fn made_ready(source: &Source, volume: Volume) -> Result<Opened, Error> {
+    let path = &source.path;
     let label = volume.header().label.clone();
     let name = source.name.clone().unwrap_or_else(|| if label.is_empty() { stem(path) } else { label });
     if volume.discards() {
@@ -108,12 +165,8 @@ fn add(exports: &mut Exports, source: &Source, backend: Backend, volumes: &Volum
     // What this thread leaves on its stack stays there as long as the server runs.
     secret::with_wiped_stack(|| read_one_unit(&volume))
         .map_err(|source| Error::Volume { path: path.clone(), source })?;
-    let info = ExportInfo { name: name.clone(), ..source.info() };
-    let volume = Arc::new(volume);
-    let export: Arc<Volume> = Arc::clone(&volume);
-    exports.add(info, export).map_err(|source| Error::Export { path: path.clone(), source })?;
-    volumes.add(&name, location, volume, source.luks2);
-    Ok(())
+    let info = ExportInfo { name, ..source.info() };
+    Ok(Opened { info, location: source.place().location(), volume: Arc::new(volume) })
 }
 
 /// Shows that data can be read, before anybody is told so.

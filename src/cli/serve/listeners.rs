@@ -33,6 +33,16 @@ pub(super) enum Address {
 )]
 pub(super) struct NoVsockAddress;
 
+impl Address {
+    /// The file of a Unix socket.
+    pub(super) fn socket_path(&self) -> Option<&Path> {
+        match self {
+            Self::Unix(path, _) => Some(path),
+            Self::Tcp(_) | Self::Vsock(..) | Self::Inherited => None,
+        }
+    }
+}
+
 impl FromStr for Address {
     type Err = NoVsockAddress;
 

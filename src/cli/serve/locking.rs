@@ -74,7 +74,7 @@ impl Volumes {
     }
 }
 
-fn not_served(name: &str) -> Answer {
+pub(super) fn not_served(name: &str) -> Answer {
     let help = Some("`daxcrypt status` shows the names of exports".into());
     Answer::Refused { reason: format!("there is no export {name:?}"), help }
 }

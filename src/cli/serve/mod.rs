@@ -9,6 +9,7 @@ mod listeners;
 mod locking;
 mod rekey;
 mod reload;
+mod sandbox;
 mod steering;
 mod tls;
 mod volumes;
@@ -25,16 +26,18 @@ use signal_hook::iterator::Signals;
 use self::exports::Source;
 use self::listeners::{Account, Address};
 use self::reload::Reloader;
+use self::sandbox::Opens;
 use self::steering::Steering;
 use self::tls::{TlsMode, TlsPlan};
 use self::volumes::Volumes;
 use super::credentials::KeyArgs;
 use super::duration::Span;
 use super::error::Error;
+use super::export_limits::LimitArgs;
 use super::log;
 use super::output::warning;
 use super::size::ByteSize;
-use crate::nbd_server::{self, Allowed, Commands, Handle, Limits, Listener, Options, Server};
+use crate::nbd_server::{self, Allowed, Commands, Limits, Listener, Options, Server};
 use crate::secret;
 
 #[derive(Args, Clone, Debug)]
@@ -44,7 +47,7 @@ pub(crate) struct ServeArgs {
     paths: Vec<PathBuf>,
     /// Take namespaces, limits and TLS from a TOML file, and its listeners besides those given here
     #[arg(long, value_name = "FILE", conflicts_with_all = ["paths", "KeyArgs", "read_only", "allow_discards", "tls",
-        "tls_certificates", "tls_verify_client", "max_connections", "max_buffer"])]
+        "tls_certificates", "tls_verify_client", "max_connections", "max_buffer", "LimitArgs"])]
     config: Option<PathBuf>,
     /// File that holds the header of the one namespace, when it is detached
     #[arg(long, value_name = "FILE", conflicts_with = "config")]
@@ -106,6 +109,8 @@ pub(crate) struct ServeArgs {
     /// for them: all the plaintext that a server keeps, but for 40 KiB a client [default: 128M]
     #[arg(long, value_name = "SIZE", visible_alias = "resident-max")]
     max_buffer: Option<ByteSize>,
+    #[command(flatten)]
+    limits: LimitArgs,
     /// Microseconds to poll for the next request before sleeping; 0 turns polling off [default: 50]
     #[arg(long, value_name = "MICROSECONDS")]
     poll_us: Option<u64>,
@@ -120,6 +125,13 @@ pub(crate) struct ServeArgs {
     /// wait until `daxcrypt unlock`
     #[arg(long, value_name = "IDLE")]
     lock_after: Option<Span>,
+    /// Folder whose namespaces `daxcrypt exports add` may add: the sandbox opens no others but those that are served from the
+    /// start (may be given several times)
+    #[arg(long = "export-folder", value_name = "DIR")]
+    export_folders: Vec<PathBuf>,
+    /// Keep every right of the process: without seccomp, Landlock and dropped capabilities
+    #[arg(long)]
+    no_sandbox: bool,
     /// When stopping, close connections instead of answering requests with an error, so that clients that connect again
     /// repeat them on the next server
     #[arg(long)]
@@ -143,6 +155,8 @@ struct Plan {
     hang_up: bool,
     keep_going: bool,
     lock_after: Option<Duration>,
+    export_folders: Vec<PathBuf>,
+    sandbox: bool,
 }
 
 pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
@@ -158,13 +172,12 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     let plan = read_plan(args)?;
     let tls = tls::set_up(&plan.tls, &plan.namespaces)?;
     let volumes = Arc::new(Volumes::new(args.rekey_max_rate));
-    let (exports, paths) = exports::open_all(&plan.namespaces, plan.keep_going, &volumes)?;
+    let exports = exports::open_all(&plan.namespaces, plan.keep_going, &volumes)?;
     if secret::lock_refused() {
         warning!("key memory could not be locked in RAM (ulimit -l), so it may reach swap");
     }
     let names: Vec<_> = exports.iter().map(|served| (served.info.name.clone(), served.size_bytes())).collect();
-    let served = paths.into_iter().zip(&names).map(|(path, (name, _))| (path, name.clone())).collect();
-    let reloader = Reloader::new(args, served, tls.is_some());
+    let reloader = Reloader::new(args, &volumes, tls.is_some());
     let mut options = Options { tls, ..Options::default() };
     options.poll = plan.poll.unwrap_or(options.poll);
     options.threads = plan.threads.map_or(options.threads, usize::from);
@@ -175,8 +188,14 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Error> {
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
         .map_err(|source| Error::Io { doing: "cannot catch SIGTERM, SIGINT and SIGHUP", source })?;
     volumes.mark_in_use()?;
-    let served = listen(&plan, server, &names, &volumes).and_then(|server| {
-        obey_signals(signals, server.handle(), reloader);
+    let steering = Arc::new(Steering { volumes: Arc::clone(&volumes), server: server.handle(), reloader });
+    let served = listen(&plan, server, &names, &steering).and_then(|server| {
+        if plan.sandbox {
+            sandbox::enter(&Opens::of(&plan, args.config.as_deref(), &plan.export_folders));
+        }
+        // Threads have what their maker has: none is made before.
+        volumes.start_rekeys();
+        obey_signals(signals, steering);
         if let Some(idle) = plan.lock_after {
             locking::lock_when_idle(Arc::clone(&volumes), server.handle(), idle);
         }
@@ -209,15 +228,14 @@ fn fitting_limits(wanted: &Limits) -> Limits {
 /// The server with all its ways in. Nobody is answered yet.
 ///
 /// Those of clients are opened last: whoever finds the server's socket finds all that it was asked for.
-fn listen(plan: &Plan, server: Server, names: &[(String, u64)], volumes: &Arc<Volumes>) -> Result<Server, Error> {
+fn listen(plan: &Plan, server: Server, names: &[(String, u64)], steering: &Arc<Steering>) -> Result<Server, Error> {
     let mut server = server;
     for address in plan.metrics.iter().map(|text| listeners::resolve(text)).collect::<Result<Vec<_>, _>>()?.concat() {
         server = server.metrics(Listener::tcp(address)?);
     }
     if let Some(path) = &plan.control {
-        let steering = Steering { volumes: Arc::clone(volumes), server: server.handle() };
-        let told = Arc::clone(volumes);
-        let commands = Commands::new(move |received| steering.answer(received));
+        let (asked, told) = (Arc::clone(steering), Arc::clone(&steering.volumes));
+        let commands = Commands::new(move |received| asked.answer(received));
         let commands = commands.besides("rekeys", move || told.rekeys());
         server = server.control(Listener::unix(path)?).commands(commands);
     }
@@ -243,6 +261,7 @@ fn plan(args: &ServeArgs) -> Result<Plan, Error> {
         tls_required: false,
         allowed: Allowed::default(),
         writers: Allowed::default(),
+        limits: args.limits.into(),
     };
     let mut limits = Limits::default();
     if let Some(connections) = args.max_connections {
@@ -270,6 +289,8 @@ fn plan(args: &ServeArgs) -> Result<Plan, Error> {
         hang_up: false,
         keep_going: false,
         lock_after: None,
+        export_folders: Vec::new(),
+        sandbox: true,
     };
     with_file(nothing, args)
 }
@@ -286,6 +307,8 @@ fn with_file(mut plan: Plan, args: &ServeArgs) -> Result<Plan, Error> {
     plan.threads = args.threads.or(plan.threads);
     plan.hang_up |= args.hang_up;
     plan.keep_going |= args.keep_going;
+    plan.export_folders.extend(args.export_folders.iter().cloned());
+    plan.sandbox &= !args.no_sandbox;
     plan.lock_after = args.lock_after.map(|Span(idle)| idle).or(plan.lock_after);
     if plan.lock_after.is_some() && plan.control.is_none() {
         return Err(Error::Usage("lock_after needs a control socket (control = ...), to unlock what is locked".into()));
@@ -294,14 +317,14 @@ fn with_file(mut plan: Plan, args: &ServeArgs) -> Result<Plan, Error> {
 }
 
 /// The first signal to end drains; the thread stays, so that a second one changes nothing.
-fn obey_signals(mut signals: Signals, server: Handle, reloader: Reloader) {
+fn obey_signals(mut signals: Signals, steering: Arc<Steering>) {
     thread::spawn(move || {
         for signal in signals.forever() {
             if signal == SIGHUP {
-                reloader.reload(&server);
+                let _ = steering.reloader.reload(&steering.server); // it has said what became of it
             } else {
                 tell_systemd("STOPPING=1");
-                server.stop();
+                steering.server.stop();
             }
         }
     });

@@ -3,9 +3,11 @@
 //! Guards: nothing is changed before everything has been read and understood; what only a restart can change is said and left
 //! as it is. SIGHUP never ends the server.
 
-use std::path::PathBuf;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::exports::Source;
+use super::volumes::Volumes;
 use super::{Plan, ServeArgs, fitting_limits, read_plan, tell_systemd, tls};
 use crate::cli::error::Error;
 use crate::nbd_server::{ExportInfo, Handle};
@@ -14,26 +16,30 @@ use crate::nbd_server::{ExportInfo, Handle};
 #[derive(Debug)]
 pub(super) struct Reloader {
     args: ServeArgs,
-    /// The paths of the namespaces that are served and the names of their exports.
-    served: Vec<(PathBuf, String)>,
+    volumes: Arc<Volumes>,
     had_tls: bool,
+    /// Held while everything is read again.
+    reading: Mutex<()>,
 }
 
 impl Reloader {
-    pub(super) fn new(args: &ServeArgs, served: Vec<(PathBuf, String)>, had_tls: bool) -> Self {
-        Self { args: args.clone(), served, had_tls }
+    pub(super) fn new(args: &ServeArgs, volumes: &Arc<Volumes>, had_tls: bool) -> Self {
+        Self { args: args.clone(), volumes: Arc::clone(volumes), had_tls, reading: Mutex::default() }
     }
 
     /// Reads everything again, has `server` go by it, and says in the log what became of it.
-    pub(super) fn reload(&self, server: &Handle) {
+    pub(super) fn reload(&self, server: &Handle) -> Result<(), Error> {
+        let _alone = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         let microseconds = i128::from(now.tv_sec) * 1_000_000 + i128::from(now.tv_nsec) / 1000;
         tell_systemd(&format!("RELOADING=1\nMONOTONIC_USEC={microseconds}"));
-        match self.try_reload(server) {
+        let read = self.try_reload(server);
+        match &read {
             Ok(()) => tracing::info!("read again: clients, limits and certificates"),
             Err(error) => tracing::error!("not read again, and nothing is changed: {}", error.chain()),
         }
         tell_systemd("READY=1");
+        read
     }
 
     fn try_reload(&self, server: &Handle) -> Result<(), Error> {
@@ -54,18 +60,19 @@ impl Reloader {
 
     /// What the plan says of the export of that name.
     fn source_of<'a>(&self, plan: &'a Plan, name: &str) -> Option<&'a Source> {
-        let (path, _) = self.served.iter().find(|(_, served)| served == name)?;
-        plan.namespaces.iter().find(|source| source.path == *path)
+        let served = self.volumes.named(name)?;
+        plan.namespaces.iter().find(|source| source.path == served.location.path())
     }
 
     fn warn_of_restarts(&self, plan: &Plan) {
-        let is_served = |source: &Source| self.served.iter().any(|(path, _)| *path == source.path);
+        let served = self.volumes.served();
+        let is_served = |source: &Source| served.iter().any(|served| served.location.path() == source.path);
         for source in plan.namespaces.iter().filter(|source| !is_served(source)) {
-            tracing::warn!(path = %source.path.display(), "not served: a restart serves it");
+            tracing::warn!(path = %source.path.display(), "not served: `daxcrypt exports add` or a restart serves it");
         }
-        let is_wanted = |path: &PathBuf| plan.namespaces.iter().any(|source| source.path == *path);
-        for (path, _) in self.served.iter().filter(|(path, _)| !is_wanted(path)) {
-            tracing::warn!(path = %path.display(), "still served as it was: a restart leaves it out");
+        let is_wanted = |path: &Path| plan.namespaces.iter().any(|source| source.path == path);
+        for path in served.iter().map(|served| served.location.path()).filter(|path| !is_wanted(path)) {
+            tracing::warn!(path = %path.display(), "still served as it was: `daxcrypt exports remove` or a restart leaves it out");
         }
     }
 }

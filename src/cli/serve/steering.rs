@@ -2,16 +2,22 @@
 
 use std::sync::Arc;
 
+use super::exports::{self, Opened, Source};
+use super::reload::Reloader;
 use super::volumes::Volumes;
-use crate::cli::control::{Answer, ExportCommand, Request, ServerCommand, What};
+use crate::cli::control::{Answer, ExportCommand, NewExport, Request, ServerCommand, What};
+use crate::cli::credentials::KeyArgs;
+use crate::cli::error::{Error, Exit, chain};
 use crate::namespace::Credential;
-use crate::nbd_server::Handle;
+use crate::nbd_server::{Allowed, Handle};
+use crate::volume::Volume;
 
 /// Those who know how.
 #[derive(Debug)]
 pub(super) struct Steering {
     pub(super) volumes: Arc<Volumes>,
     pub(super) server: Handle,
+    pub(super) reloader: Reloader,
 }
 
 impl Steering {
@@ -28,7 +34,60 @@ impl Steering {
         match what {
             What::Namespace { namespace, command } => self.volumes.obey(namespace, command, credentials),
             What::Export { name, command } => self.obey_export(name, command, credentials),
-            What::Server(ServerCommand::LockAll { wait }) => self.volumes.lock_all(&self.server, *wait),
+            What::Server(command) => self.obey_server(command, credentials),
+        }
+    }
+
+    fn obey_server(&self, command: &ServerCommand, credentials: &[Credential]) -> Answer {
+        match command {
+            ServerCommand::LockAll { wait } => self.volumes.lock_all(&self.server, *wait),
+            ServerCommand::AddExport(new) => self.add(new, credentials.first()).unwrap_or_else(|error| refused(&error)),
+            ServerCommand::KickClient(client) if self.server.kick(*client) => Answer::Done,
+            ServerCommand::KickClient(client) => Answer::refused(format!("there is no client {client}")),
+            ServerCommand::Reload => match self.reloader.reload(&self.server) {
+                Ok(()) => Answer::Done,
+                Err(error) => {
+                    Answer::Refused { reason: format!("nothing is changed: {}", error.chain()), help: error.hint() }
+                }
+            },
+        }
+    }
+
+    /// Opens a namespace and serves it from now on.
+    fn add(&self, new: &NewExport, key: Option<&Credential>) -> Result<Answer, Error> {
+        let source = source(new);
+        let Opened { info, location, volume } = exports::open_with(&source, key, new.by_volume_key)?;
+        let name = info.name.clone();
+        let failed = |error| Error::of_volume(&source.path, error);
+        if !volume.read_only() {
+            volume.mark_in_use().map_err(failed)?;
+        }
+        let export: Arc<Volume> = Arc::clone(&volume);
+        if let Err(error) = self.server.add_export(info, export) {
+            if !volume.read_only() {
+                volume.mark_closed().map_err(failed)?;
+            }
+            return Err(Error::Export { path: source.path, source: error });
+        }
+        tracing::info!(export = name.as_str(), path = %source.path.display(), "served from now on");
+        self.volumes.add(&name, location, volume, source.luks2).go_on_or_rest();
+        Ok(Answer::Added(name))
+    }
+
+    /// Serves an export no more.
+    fn remove(&self, name: &str) -> Answer {
+        let Some(served) = self.volumes.named(name) else { return super::locking::not_served(name) };
+        let alone = served.obeying();
+        let flushed = self.server.remove_export(name);
+        let closed = self.volumes.remove(&served);
+        drop(alone);
+        tracing::info!(export = name, "not served any more");
+        match (flushed, closed) {
+            (Some(Err(error)), _) => {
+                Answer::refused(format!("it is not served any more, but could not be flushed: {}", chain(&error)))
+            }
+            (_, Err(error)) => Answer::refused(format!("it is not served any more, but: {}", error.chain())),
+            _ => Answer::Done,
         }
     }
 
@@ -39,6 +98,39 @@ impl Steering {
                 self.volumes.unlock(&self.server, name, key, *by_volume_key)
             }
             (ExportCommand::Unlock { .. }, _) => Answer::refused("no key came with it"),
+            (ExportCommand::Remove, _) => self.remove(name),
+        }
+    }
+}
+
+fn source(new: &NewExport) -> Source {
+    Source {
+        path: new.path.clone(),
+        header: new.header.clone(),
+        accept_data: new.accept_data,
+        luks2: new.luks2,
+        key: KeyArgs::default(),
+        name: new.name.clone(),
+        description: new.description.clone(),
+        read_only: new.read_only,
+        allow_discards: false,
+        tls_required: false,
+        allowed: Allowed::default(),
+        writers: Allowed::default(),
+        limits: new.limits.into(),
+    }
+}
+
+fn refused(error: &Error) -> Answer {
+    match error.exit() {
+        Exit::WrongKey => Answer::WrongCredential,
+        _ => {
+            let reason = error.chain();
+            // That of the sandbox looks like any other.
+            let denied = reason.to_lowercase().contains("permission denied");
+            let folder =
+                "`serve --export-folder DIR` lets the sandbox open the namespaces of a folder, --no-sandbox all".into();
+            Answer::Refused { help: if denied { Some(folder) } else { error.hint() }, reason }
         }
     }
 }

@@ -53,9 +53,9 @@ impl Volumes {
         Self { rekey_rate, ..Self::default() }
     }
 
-    /// Takes note of a volume, says what was left undone with it, and goes on with its re-key if one may go on.
-    pub(super) fn add(&self, name: &str, location: Location, volume: Arc<Volume>, luks2: bool) {
-        let served = Served {
+    /// Takes note of a volume, and says what was left undone with it.
+    pub(super) fn add(&self, name: &str, location: Location, volume: Arc<Volume>, luks2: bool) -> Arc<Served> {
+        let served = Arc::new(Served {
             name: name.to_owned(),
             location,
             volume,
@@ -63,13 +63,18 @@ impl Volumes {
             rekey_rate: self.rekey_rate.map(|rate| rate.0),
             obeying: Mutex::default(),
             state: Mutex::default(),
-        };
+        });
         if served.volume.header().unclean {
             let path = served.location.path().display();
             complain(format_args!("{path}: it was not closed in order; nothing that a client had flushed is lost"));
         }
-        served.go_on_or_rest();
-        self.served.write().unwrap_or_else(PoisonError::into_inner).push(Arc::new(served));
+        self.served.write().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&served));
+        served
+    }
+
+    /// Goes on with every re-key that may go on.
+    pub(super) fn start_rekeys(&self) {
+        self.served().iter().for_each(|served| served.go_on_or_rest());
     }
 
     /// Marks every namespace that may be written as in use. When one cannot be marked, none is.
@@ -113,6 +118,14 @@ impl Volumes {
     /// Those that are served now.
     pub(super) fn served(&self) -> Vec<Arc<Served>> {
         self.served.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Forgets one that is not served any more, and closes it.
+    pub(super) fn remove(&self, served: &Arc<Served>) -> Result<(), Error> {
+        let mut all = self.served.write().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|other| !Arc::ptr_eq(other, served));
+        drop(all);
+        served.close()
     }
 
     /// The one that is the export of that name.
