@@ -18,7 +18,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Makes [`Server::run`] finish: no new clients, `ESHUTDOWN` for new requests or no answer ([`Options::hang_up`]),
+    /// Makes [`Server::run`](super::Server::run) finish: no new clients, `ESHUTDOWN` for new requests or no answer ([`hang_up`](super::Options::hang_up)),
     /// then flush and return. May be called any number of times.
     pub fn stop(&self) {
         self.shared.stop.set();

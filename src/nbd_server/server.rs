@@ -115,7 +115,7 @@ impl Server {
         self
     }
 
-    /// Adds a control socket: whoever connects gets [`Status`] as one line of JSON.
+    /// Adds a control socket: whoever connects gets [`Status`](super::Status) as one line of JSON.
     #[must_use]
     pub fn control(mut self, listener: Listener) -> Self {
         self.reporters.push((Kind::Control, listener));

@@ -61,8 +61,8 @@ pub(crate) const BATCH_PAGES: u64 = 64;
 pub(crate) struct Window {
     memory: WindowMemory,
     resident: PageSet,
-    /// Resident pages whose stores no view's page table tells of: made by
-    /// [`Volume::store_resident`](super::Volume::store_resident), or whose write-back failed.
+    /// Resident pages whose stores no view's page table tells of: what a write through a map stored (`stores.rs`), or whose
+    /// write-back failed.
     unsynced: PageSet,
     /// What it shows, in pages.
     pages: Range<u64>,
