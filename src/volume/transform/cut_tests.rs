@@ -279,6 +279,36 @@ fn discards_during_a_rekey_leave_old_bytes_or_zeroes_after_a_power_cut() {
     }
 }
 
+/// The pages of a discard whose flush failed count as clean, and are seen as holes all the same: the next process makes them
+/// holes again, in a window and where it passes over them, before it says that they have moved.
+#[test]
+fn a_hole_whose_flush_failed_is_made_again_before_a_rekey_relies_on_it() {
+    let base = pattern(8, SIZE);
+    for (offset, len) in [(4 << 10, 4 << 10), (0, 8 << 10)] {
+        let (first, handle) = backing(&with_discards(&base), PAGE);
+        let rekeyed = volume(open(&first, 1).unwrap());
+        rekeyed.begin_rekey(&key_file(1), &RekeyOptions::default()).unwrap();
+        rekeyed.discard(offset, len).unwrap();
+        handle.fail_call(handle.calls(), Fault::Io);
+        rekeyed.flush().unwrap_err();
+        drop(rekeyed);
+        let trace = handle.trace();
+        let (backings, handle) = trace.restart(trace.end(), PageCache::Kept);
+        let again = volume(open(&backings[0], 1).unwrap());
+        while again.transform_step(WINDOW).unwrap().is_some() {}
+        let bounds = Bounds { positions: (trace.end(), usize::MAX), samples: 3, ..FEW };
+        let explored = handle.trace().explore(&bounds, None, |image| {
+            let found = content(&volume(open(&backing(image.media, PAGE).0, 1)?)).map_err(|error| error.to_string())?;
+            let discarded = |index: usize| (offset..offset + len).contains(&(index as u64));
+            match (0..SIZE).find(|&index| found[index] != base[index] && !(discarded(index) && found[index] == 0)) {
+                Some(index) => Err(format!("byte {index} is garbled")),
+                None => Ok(()),
+            }
+        });
+        explored.unwrap_or_else(|failure| panic!("{len} discarded bytes at {offset}: {failure}"));
+    }
+}
+
 #[test]
 fn the_first_flush_makes_durable_what_a_dead_process_has_discarded() {
     let base = pattern(9, SIZE);

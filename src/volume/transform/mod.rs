@@ -169,7 +169,9 @@ impl Engine {
         if hole_bytes == 0 {
             return Ok(false);
         }
-        area.backing().sync_blocks()?; // or a power cut would bring back what was there
+        // Or a power cut would bring back what was there.
+        moving.make_hole_again(hole_bytes)?;
+        area.backing().sync_blocks()?;
         pending.skip(hole_bytes)?;
         moving.arrive(pending.record().done_bytes);
         Ok(true)

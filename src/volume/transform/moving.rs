@@ -130,16 +130,27 @@ impl MovingWindow<'_> {
         Ok(())
     }
 
-    /// Makes a part of the new place a hole, unless it is one; `false` where that is not possible. A hole that is seen is
-    /// not always one that stays: a power cut may have brought back what was there.
+    /// Makes a part of the new place a hole, also where one is seen; `false` where that is not possible. A hole that is seen
+    /// is not always one that stays: the flush of who made it may have failed, and a power cut would bring back what was there.
     fn make_hole(&self, range: &Range<usize>) -> Result<bool, MediaError> {
         let (backing, range) = (self.area().backing(), self.sides().1.physical(self.logical(range)));
-        if is_zero_at(backing, range.clone())? {
-            return Ok(true);
-        }
-        match backing.punch_hole(range) {
+        match backing.punch_hole(range.clone()) {
             Ok(()) => Ok(true),
-            Err(MediaError::Unsupported) => Ok(false),
+            // What was never written is left as it is, and zeroes are stored again.
+            Err(MediaError::Unsupported) => Ok(!self.area().holes() && is_zero_at(backing, range)?),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes the first bytes of the window, which are seen to be a hole, one again, for the same reason. Without discards
+    /// nobody has ever made one.
+    pub(super) fn make_hole_again(&self, hole_bytes: u64) -> Result<(), MediaError> {
+        if !self.area().holes() {
+            return Ok(());
+        }
+        let start = self.range().start;
+        match self.area().backing().punch_hole(self.sides().1.physical(start..start + hole_bytes)) {
+            Ok(()) | Err(MediaError::Unsupported) => Ok(()),
             Err(error) => Err(error),
         }
     }
