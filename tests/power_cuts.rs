@@ -9,12 +9,13 @@
 //! `strace` kills: it needs nothing in the program. The signal comes instead of the system call.
 //!
 //! `DAXCRYPT_POWER_CUTS` is how many pairs of a kill and a cut are tried for each operation and file system, `all` for every
-//! one (`tools/soak power-cuts`); `DAXCRYPT_SEED` chooses them. Needs root, and what is missing fails.
+//! one (`tools/soak kill-and-cut`); `DAXCRYPT_SEED` chooses them. Needs root, and what is missing fails.
 #![allow(clippy::unwrap_used)]
 
 mod common;
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,7 +24,7 @@ use std::time::{Duration, Instant};
 use common::leftovers::{Old, nothing_old_is_left};
 use common::mount::Mount;
 use common::{Bench, loop_device, noise, open_when_free, tool, tool_command};
-use daxcrypt::namespace::{Credential, LockedNamespace, Region};
+use daxcrypt::namespace::{Credential, LockedNamespace, OpenError, Region};
 use daxcrypt::pmem::{Access, Backing};
 use daxcrypt::secret::SecretBytes;
 use daxcrypt::volume::Volume;
@@ -33,8 +34,14 @@ const SYNCS: &str = "msync,fsync,fdatasync";
 const MIB: u64 = 1 << 20;
 /// A little more than two windows of a re-key.
 const SIZE: usize = (1 << 20) + (128 << 10);
+/// What it grows to.
+const LARGER: usize = SIZE + (512 << 10);
 /// Where a namespace alone in its region begins when it is compact.
 const FIRST_PLACE: u64 = 2 * MIB;
+/// Where a partition was moved to that is adopted there, and its bytes.
+const MOVED_PLACE: u64 = 6 * MIB;
+const PARTITION_BYTES: u64 = 4 * MIB;
+const TYPE: &str = "9D1F6B0E-5C4A-4F1B-8E57-3A2C64F7D0B1";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum FileSystem {
@@ -64,21 +71,33 @@ impl FileSystem {
 enum Operation {
     Rekey,
     Compact,
+    /// From file to file; the source is erased.
+    Relocate,
+    Resize,
+    /// Of a partition that was moved.
+    Adopt,
+    Import,
 }
 
 impl Operation {
     const fn file(self) -> &'static str {
         match self {
-            Self::Rekey => "vault.img",
-            Self::Compact => "region.img",
+            Self::Rekey | Self::Relocate | Self::Resize | Self::Import => "vault.img",
+            Self::Compact | Self::Adopt => "region.img",
         }
+    }
+
+    /// Whether what has ended is not to be asked for again.
+    const fn is_once(self) -> bool {
+        matches!(self, Self::Relocate | Self::Adopt)
     }
 
     /// Where the namespace is when the operation has ended.
     const fn end_place(self) -> u64 {
         match self {
-            Self::Rekey => 0,
+            Self::Rekey | Self::Relocate | Self::Resize | Self::Import => 0,
             Self::Compact => FIRST_PLACE,
+            Self::Adopt => MOVED_PLACE,
         }
     }
 }
@@ -146,7 +165,6 @@ impl Scene {
         let run = |args: &[&str]| assert!(scene.command(args).status().unwrap().success(), "{args:?}");
         let size = SIZE.to_string();
         match operation {
-            Operation::Rekey => run(&["format", "vault.img", "--size", &size, "--key-file", "../vault.key"]),
             Operation::Compact => {
                 run(&["region", "create", "region.img", "--size", "12M"]);
                 for name in ["before", "a"] {
@@ -155,10 +173,20 @@ impl Scene {
                 }
                 run(&["remove", "region.img#before", "--yes"]);
             }
+            Operation::Adopt => {
+                run(&["region", "create", "region.img", "--size", "12M"]);
+                run(&["format", "region.img#a", "--size", &size, "--key-file", "../vault.key"]);
+            }
+            _ => run(&["format", "vault.img", "--size", &size, "--key-file", "../vault.key"]),
         }
         let path = scene.path();
-        scene.volume(&path).write_at(&scene.content, 0).unwrap();
+        scene.volume(&path).unwrap().write_at(&scene.content, 0).unwrap();
         scene.old = Old::of(&fs::read(&path).unwrap());
+        match operation {
+            Operation::Adopt => move_partition(&path),
+            Operation::Import => fs::write(scene.bench.path("new.raw"), scene.imported()).unwrap(),
+            _ => {}
+        }
         assert!(scene.old.len() >= 2, "a slot is sealed twice");
         drop(disk);
         scene
@@ -194,27 +222,49 @@ impl Scene {
 
     /// Starts the operation or goes on with it, and kills it at its sync with this number; whether it ended before.
     fn killed_at(&self, sync: usize) -> bool {
-        let status = self.traced(&format!("inject={SYNCS}:signal=SIGKILL:when={sync}"), &self.args());
+        if self.operation.is_once() && self.is_done() {
+            return false;
+        }
+        let args = self.args();
+        let status = self.traced(&format!("inject={SYNCS}:signal=SIGKILL:when={sync}"), &args);
         let killed = std::os::unix::process::ExitStatusExt::signal(&status) == Some(9);
-        assert!(killed || status.success(), "{:?}: {status}", self.args());
+        assert!(killed || status.success(), "{args:?}: {status}");
         !killed
     }
 
-    /// What somebody types who wants the operation done.
+    /// What somebody types who wants the operation done. A copy that is not whole is not used.
     fn args(&self) -> Vec<String> {
+        let size = LARGER.to_string();
         let args: &[&str] = match self.operation {
-            Operation::Rekey if self.is_under_way() => {
-                &["rekey", "vault.img", "--key-file", "../vault.key", "--resume"]
+            Operation::Rekey if self.is_under_way() => &["rekey", "vault.img", "--resume"],
+            Operation::Rekey => &["rekey", "vault.img"],
+            Operation::Compact => &["region", "compact", "region.img"],
+            Operation::Relocate if self.volume(&self.path()).is_some() => {
+                let _ = fs::remove_file(self.folder().join("moved.img"));
+                &["relocate", "vault.img", "moved.img"]
             }
-            Operation::Rekey => &["rekey", "vault.img", "--key-file", "../vault.key"],
-            Operation::Compact => &["region", "compact", "region.img", "--key-file", "../vault.key"],
+            Operation::Relocate => return ["erase", "vault.img", "--force", "--yes"].map(str::to_owned).to_vec(),
+            Operation::Resize => &["resize", "vault.img", "--size", &size],
+            Operation::Adopt if self.is_under_way() => &["rekey", "region.img#a", "--resume"],
+            Operation::Adopt => &["relocate", "--in-place", "region.img#a"],
+            Operation::Import => &["import", "../new.raw", "vault.img", "--force"],
         };
-        args.iter().map(|&arg| arg.to_owned()).collect()
+        [args, &["--key-file", "../vault.key"]].concat().into_iter().map(str::to_owned).collect()
+    }
+
+    /// Whether nobody would ask for the operation any more.
+    fn is_done(&self) -> bool {
+        let is_old = || self.old.found_in(&fs::read(self.path()).unwrap()).is_some();
+        match self.operation {
+            Operation::Rekey => !is_old() && !self.is_under_way(),
+            Operation::Relocate => self.volume(&self.path()).is_none() && !is_old(),
+            Operation::Adopt => self.volume(&self.path()).is_some() && !self.is_under_way(),
+            Operation::Compact | Operation::Resize | Operation::Import => false,
+        }
     }
 
     fn is_under_way(&self) -> bool {
-        let backing = Backing::open(&self.path(), Access::ReadOnly).unwrap();
-        LockedNamespace::open(Arc::new(backing)).unwrap().header().rekeying
+        self.locked(&self.path(), Access::ReadOnly).is_ok_and(|locked| locked.header().rekeying)
     }
 
     /// How many syncs the operation makes undisturbed.
@@ -227,27 +277,70 @@ impl Scene {
         log.lines().filter(|line| line.contains("sync(")).count()
     }
 
-    fn volume(&self, path: &Path) -> Volume {
-        let backing = Arc::new(open_when_free(path));
-        let locked = match self.operation {
-            Operation::Rekey => LockedNamespace::open(backing),
-            Operation::Compact => {
+    fn locked(&self, path: &Path, access: Access) -> Result<LockedNamespace, OpenError> {
+        let backing = match access {
+            Access::ReadOnly => Backing::open(path, access).unwrap(),
+            Access::ReadWrite => open_when_free(path),
+        };
+        let backing = Arc::new(backing);
+        match self.operation {
+            Operation::Compact | Operation::Adopt => {
                 let range = Region::open(Arc::clone(&backing)).unwrap().find("a").unwrap().range;
                 LockedNamespace::open_at(backing, range.start, range.end - range.start)
             }
-        };
-        let key = Credential::KeyFile(SecretBytes::copy_of(&fs::read(self.bench.path("vault.key")).unwrap()));
-        Volume::new(locked.unwrap().unlock_key(&key).unwrap(), Backend::detect())
+            _ => LockedNamespace::open(backing),
+        }
     }
 
-    fn assert_content(&self, when: &str) {
+    /// The volume at `path`, if there is one.
+    fn volume(&self, path: &Path) -> Option<Volume> {
+        let locked = self.locked(path, Access::ReadWrite).ok()?;
+        let key = Credential::KeyFile(SecretBytes::copy_of(&fs::read(self.bench.path("vault.key")).unwrap()));
+        Some(Volume::new(locked.unlock_key(&key).unwrap(), Backend::detect()))
+    }
+
+    fn imported(&self) -> Vec<u8> {
+        self.content.iter().map(|byte| !byte).collect()
+    }
+
+    /// Checks the content wherever it is by now; `ended`: the operation was brought to its end.
+    fn assert_content(&self, when: &str, ended: bool) {
+        let volume = match self.operation {
+            Operation::Relocate => self.volume(&self.path()).or_else(|| self.volume(&self.folder().join("moved.img"))),
+            _ => self.volume(&self.path()),
+        };
+        let Some(volume) = volume else {
+            assert!(self.operation == Operation::Adopt && !ended, "{when}: it does not open");
+            return; // not adopted yet
+        };
         let mut found = vec![0; SIZE];
-        self.volume(&self.path()).read_at(&mut found, 0).unwrap_or_else(|error| panic!("{when}: {error}"));
-        assert!(found == self.content, "{when}: the content is garbled");
+        volume.read_at(&mut found, 0).unwrap_or_else(|error| panic!("{when}: {error}"));
+        let is_whole = match self.operation {
+            Operation::Import if ended => found == self.imported(),
+            Operation::Import => {
+                let new = self.imported();
+                let blocks = found.chunks(512).zip(self.content.chunks(512)).zip(new.chunks(512));
+                blocks.into_iter().all(|((found, old), new)| found == old || found == new)
+            }
+            _ => found == self.content,
+        };
+        assert!(is_whole, "{when}: the content is garbled");
+        let sizes =
+            if self.operation == Operation::Resize { [if ended { LARGER } else { SIZE }, LARGER] } else { [SIZE; 2] };
+        assert!(sizes.contains(&usize::try_from(volume.size()).unwrap()), "{when}: {} bytes", volume.size());
     }
 
     fn leftovers(&self) -> Result<(), String> {
-        nothing_old_is_left(&fs::read(self.path()).unwrap(), &[self.operation.end_place()], &self.old)
+        let media = fs::read(self.path()).unwrap();
+        match self.operation {
+            Operation::Relocate => {
+                nothing_old_is_left(&media, &[], &self.old)?;
+                nothing_old_is_left(&fs::read(self.folder().join("moved.img")).unwrap(), &[0], &self.old)
+            }
+            // It is not for new keys.
+            Operation::Import => nothing_old_is_left(&media, &[0], &Old::default()),
+            operation => nothing_old_is_left(&media, &[operation.end_place()], &self.old),
+        }
     }
 
     /// One kill and one cut; whether the process that was cut had ended before.
@@ -261,27 +354,38 @@ impl Scene {
 
         let what = format!("{:?}, killed at sync {kill}, cut at sync {cut} of the next", self.operation);
         let disk = Disk::attach(&copy, &self.folder());
-        self.assert_content(&what);
         if ended {
             self.leftovers().unwrap_or_else(|error| panic!("{what}, which had ended: {error}"));
         }
-        let is_old = self.old.found_in(&fs::read(self.path()).unwrap()).is_some();
-        if is_old || self.operation == Operation::Compact || self.is_under_way() {
+        self.assert_content(&what, ended);
+        if !self.is_done() {
             let args = self.args();
             let args: Vec<_> = args.iter().map(String::as_str).collect();
             let said = self.command(&args).stderr(Stdio::piped()).output().unwrap();
             assert!(said.status.success(), "{what}: {args:?}: {}", String::from_utf8_lossy(&said.stderr));
         }
         self.leftovers().unwrap_or_else(|error| panic!("{what}, brought to its end: {error}"));
-        self.assert_content(&what);
+        self.assert_content(&what, true);
         drop(disk);
         ended
     }
 }
 
+/// Moves the partition `a` and what is in it, as somebody does who knows nothing of tweaks; nothing is left at its place.
+fn move_partition(region: &Path) {
+    let file = fs::File::options().read(true).write(true).open(region).unwrap();
+    let mut bytes = vec![0; usize::try_from(PARTITION_BYTES).unwrap()];
+    file.read_exact_at(&mut bytes, FIRST_PLACE).unwrap();
+    file.write_all_at(&bytes, MOVED_PLACE).unwrap();
+    file.write_all_at(&vec![0; bytes.len()], FIRST_PLACE).unwrap();
+    let (first, last) = (MOVED_PLACE / 512, (MOVED_PLACE + PARTITION_BYTES) / 512 - 1);
+    let (new, kind) = (format!("1:{first}:{last}"), format!("1:{TYPE}"));
+    tool("sgdisk", &["-a", "1", "-d", "1", "-n", &new, "-t", &kind, "-c", "1:a", region.to_str().unwrap()]);
+}
+
 /// So many of all pairs, evenly, beginning somewhere; and the last, in which nothing is killed any more.
-fn chosen(pairs: Vec<(usize, usize)>) -> Vec<(usize, usize)> {
-    let count = std::env::var("DAXCRYPT_POWER_CUTS").unwrap_or_else(|_| "10".to_owned());
+fn chosen(pairs: Vec<(usize, usize)>, in_gate: &str) -> Vec<(usize, usize)> {
+    let count = std::env::var("DAXCRYPT_POWER_CUTS").unwrap_or_else(|_| in_gate.to_owned());
     if count == "all" {
         return pairs;
     }
@@ -301,12 +405,13 @@ fn survives(file_system: FileSystem, operation: Operation) {
     let began = Instant::now();
     let scene = Scene::new(file_system, operation);
     let syncs = scene.syncs();
-    assert!(syncs > 8, "{syncs} syncs");
+    assert!(syncs > 4, "{syncs} syncs");
     // After the last sync nothing is killed: what has ended is cut.
     let pairs = (1..=syncs + 1).flat_map(|kill| (1..=syncs + 4 - kill).map(move |cut| (kill, cut)));
     let all: Vec<_> = pairs.collect();
     let (count, mut ended) = (all.len(), 0);
-    let chosen = chosen(all);
+    let in_gate = if matches!(operation, Operation::Rekey | Operation::Compact) { "10" } else { "4" };
+    let chosen = chosen(all, in_gate);
     for &(kill, cut) in &chosen {
         ended += usize::from(scene.kill_and_cut(kill, cut));
     }
@@ -337,4 +442,44 @@ fn a_slide_on_ext4_survives_a_kill_and_a_power_cut() {
 #[test]
 fn a_slide_on_xfs_survives_a_kill_and_a_power_cut() {
     survives(FileSystem::Xfs, Operation::Compact);
+}
+
+#[test]
+fn a_relocation_on_ext4_survives_a_kill_and_a_power_cut() {
+    survives(FileSystem::Ext4, Operation::Relocate);
+}
+
+#[test]
+fn a_relocation_on_xfs_survives_a_kill_and_a_power_cut() {
+    survives(FileSystem::Xfs, Operation::Relocate);
+}
+
+#[test]
+fn a_growth_on_ext4_survives_a_kill_and_a_power_cut() {
+    survives(FileSystem::Ext4, Operation::Resize);
+}
+
+#[test]
+fn a_growth_on_xfs_survives_a_kill_and_a_power_cut() {
+    survives(FileSystem::Xfs, Operation::Resize);
+}
+
+#[test]
+fn an_adoption_on_ext4_survives_a_kill_and_a_power_cut() {
+    survives(FileSystem::Ext4, Operation::Adopt);
+}
+
+#[test]
+fn an_adoption_on_xfs_survives_a_kill_and_a_power_cut() {
+    survives(FileSystem::Xfs, Operation::Adopt);
+}
+
+#[test]
+fn an_import_on_ext4_survives_a_kill_and_a_power_cut() {
+    survives(FileSystem::Ext4, Operation::Import);
+}
+
+#[test]
+fn an_import_on_xfs_survives_a_kill_and_a_power_cut() {
+    survives(FileSystem::Xfs, Operation::Import);
 }
