@@ -303,6 +303,19 @@ fn metrics_are_openmetrics_over_http() {
     ] {
         assert!(page.lines().any(|found| found == line), "no {line} in\n{page}");
     }
+    // What the dashboard and the alerts ask for is there.
+    for text in [include_str!("../tools/grafana/dashboard.json"), include_str!("../tools/grafana/alerts.yml")] {
+        let asked: Vec<_> = text.split(|byte: char| !(byte.is_ascii_lowercase() || byte == '_')).collect();
+        let names: Vec<_> = asked.iter().filter(|name| name.starts_with("daxcrypt_nbd_")).collect();
+        assert!(names.len() >= 4);
+        for name in names {
+            assert!(
+                page.lines()
+                    .any(|line| line.starts_with(&format!("{name}{{")) || line.starts_with(&format!("{name} "))),
+                "{name}"
+            );
+        }
+    }
     let bucket =
         |line: &str| line.contains("_seconds_bucket{") && line.contains("le=\"+Inf\"") && line.contains("vault");
     assert!(page.lines().any(bucket), "{page}");

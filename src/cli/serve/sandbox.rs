@@ -231,3 +231,75 @@ const REFUSED: &[i64] = &[
     libc::SYS_setfsgid,
     libc::SYS_capset,
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::process::Command;
+    use std::thread;
+
+    use super::*;
+
+    const ROLE: &str = "DAXCRYPT_TEST_SANDBOX";
+
+    #[test]
+    fn what_a_server_does_not_need_is_refused_from_inside() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["open", "closed"] {
+            fs::write(folder.path().join(name), name).unwrap();
+        }
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        let args = ["--exact", "cli::serve::sandbox::tests::inside", "--ignored", "--nocapture", "--test-threads=1"];
+        let said = child.args(args).env(ROLE, folder.path()).output().unwrap();
+        let text = String::from_utf8_lossy(&said.stdout);
+        assert!(
+            said.status.success() && text.contains("all is refused"),
+            "{text}\n{}",
+            String::from_utf8_lossy(&said.stderr)
+        );
+    }
+
+    #[test]
+    #[ignore = "started by another test"]
+    fn inside() {
+        let folder = PathBuf::from(std::env::var_os(ROLE).unwrap());
+        let (open, closed) = (folder.join("open"), folder.join("closed"));
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (tcp_address, local) = (tcp.local_addr().unwrap(), folder.join("socket"));
+        let _local = UnixListener::bind(&local).unwrap();
+        let before = File::open(&closed).unwrap();
+        enter(&Opens { writable: vec![open.clone()], ..Opens::default() });
+        let refused = |result: io::Result<()>| {
+            let error = result.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{error}");
+        };
+        // What is served can be used, and what was open stays so.
+        assert_eq!(fs::read(&open).unwrap(), b"open");
+        File::options().write(true).open(&open).unwrap().set_len(1).unwrap();
+        assert_eq!(io::read_to_string(&before).unwrap(), "closed");
+        assert_eq!(thread::spawn(|| 7).join().unwrap(), 7);
+        let in_a_thread = thread::spawn({
+            let closed = closed.clone();
+            move || File::open(closed).map(drop)
+        });
+        refused(in_a_thread.join().unwrap());
+        refused(File::open(&closed).map(drop));
+        refused(File::open("/etc/hostname").map(drop));
+        refused(fs::write(folder.join("new"), "x"));
+        refused(fs::remove_file(&closed));
+        refused(fs::remove_file(&open));
+        refused(Command::new("/bin/true").status().map(drop));
+        refused(TcpStream::connect(tcp_address).map(drop));
+        refused(TcpListener::bind("127.0.0.1:0").map(drop));
+        refused(UnixStream::connect(&local).map(drop));
+        refused(
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::CONT).map_err(Into::into),
+        );
+        let status = fs::read_to_string(format!("/proc/{}/status", std::process::id()));
+        refused(status.map(drop));
+        assert!(capabilities(None).unwrap().effective.bits().count_ones() <= 3);
+        println!("all is refused");
+    }
+}
