@@ -18,6 +18,8 @@
 
 #[path = "xts/calm.rs"]
 mod calm;
+#[path = "dax/engine.rs"]
+mod engine;
 
 use std::arch::asm;
 use std::ffi::c_void;
@@ -373,6 +375,41 @@ fn bulk(folder: &Path) {
     report("eviction of 64 MiB that nobody stored to", median(evicted.collect()), "GB/s", "-");
 }
 
+fn stall(folder: &Path) {
+    const LEN: u64 = 1024 * MIB;
+    let volume = in_tmpfs(folder, LEN);
+    let map = volume.map(0..LEN, &MapOptions::new()).unwrap();
+    let mut buffer = vec![0; LEN as usize];
+    let longest = thread::scope(|scope| {
+        let reading = scope.spawn(|| volume.read_at(&mut buffer, 0).unwrap());
+        let mut longest = 0.0_f64;
+        for page in (0..LEN / PAGE).map(|index| index * 7919 % (LEN / PAGE)) {
+            longest = longest.max(seconds(|| touch(map.as_ptr(), page * PAGE)));
+            if reading.is_finished() {
+                break;
+            }
+        }
+        longest
+    });
+    report("longest first touch while 1 GiB is read", longest * 1e3, "ms", "<= 5");
+}
+
+fn redb(_: &Path) {
+    let rounds: Vec<[f64; 2]> = (0..5)
+        .map(|_| {
+            let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+            let plain = engine::inserts_and_reads(Box::new(engine::Plain::new(folder.path())));
+            let volume = in_tmpfs(folder.path(), 256 * MIB);
+            let ours = engine::inserts_and_reads(Box::new(volume.map(0..256 * MIB, &writable()).unwrap()));
+            [plain[0] / ours[0], plain[1] / ours[1]]
+        })
+        .collect();
+    for (index, name) in ["inserts", "reads"].into_iter().enumerate() {
+        let ratio = median(rounds.iter().map(|round| round[index]).collect());
+        report(&format!("redb in a map over redb in a plain mapped file, {name}"), ratio, "x", ">= 0.9");
+    }
+}
+
 /// Seconds of a sync after stores to 256 pages far apart in a map of `len` bytes.
 fn sync_seconds(map: &DaxMapping, len: u64) -> f64 {
     let step = len / 256;
@@ -453,7 +490,7 @@ type Entry = (&'static str, fn(&Path));
 
 fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|name| !name.starts_with('-')).collect();
-    let all: [Entry; 10] = [
+    let all: [Entry; 12] = [
         ("load", resident_load),
         ("touch", |_| in_both_places(first_touch)),
         ("sequential", |_| in_both_places(sequential)),
@@ -461,6 +498,8 @@ fn main() {
         ("persist", persist),
         ("shared", shared),
         ("bulk", bulk),
+        ("stall", stall),
+        ("redb", redb),
         ("sync", sync),
         ("lock", lock),
         ("page", page_granularity),

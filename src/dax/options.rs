@@ -81,7 +81,7 @@ impl MapOptions {
     }
 
     /// Syncs in the background so often, which bounds what a crash of the process loses; zero for never. 5 seconds
-    /// unless told otherwise.
+    /// unless told otherwise. One thread syncs all maps of a process in turn.
     #[must_use]
     pub const fn write_back_interval(mut self, interval: Duration) -> Self {
         self.write_back = interval;
