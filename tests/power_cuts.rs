@@ -444,6 +444,29 @@ fn a_slide_on_xfs_survives_a_kill_and_a_power_cut() {
     survives(FileSystem::Xfs, Operation::Compact);
 }
 
+/// Killed where the table begins to lead to the new place: the next process sees that, and a power cut takes it back unless
+/// the table is made durable before the former place is wiped.
+#[test]
+fn a_slide_whose_table_was_killed_survives_a_power_cut_anywhere() {
+    let _stage = STAGE.lock().unwrap_or_else(PoisonError::into_inner);
+    let scene = Scene::new(FileSystem::Ext4, Operation::Compact);
+    let place = |scene: &Scene| {
+        let backing = Arc::new(Backing::open(&scene.path(), Access::ReadOnly).unwrap());
+        Region::open(backing).unwrap().find("a").unwrap().range.start
+    };
+    let kill = (1..=scene.syncs()).find(|&kill| {
+        let image = scene.image("disk");
+        tool("cp", &["--sparse=always", scene.image("base").to_str().unwrap(), image.to_str().unwrap()]);
+        let _disk = Disk::attach(&image, &scene.folder());
+        scene.killed_at(kill);
+        place(&scene) == FIRST_PLACE
+    });
+    let kill = kill.expect("it arrives");
+    for cut in 1..=20 {
+        scene.kill_and_cut(kill, cut);
+    }
+}
+
 #[test]
 fn a_relocation_on_ext4_survives_a_kill_and_a_power_cut() {
     survives(FileSystem::Ext4, Operation::Relocate);

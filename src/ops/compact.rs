@@ -176,7 +176,10 @@ impl Compaction {
         credential: &Credential,
     ) -> Result<(Namespace, Option<Step>), Error> {
         let backing = location::open_range(OPERATION, &self.path, &(start..range.end))?;
-        let found = place.find_at(OPERATION, Site::part(backing, range.start, range.end - range.start))?;
+        let site = Site::part(backing, range.start, range.end - range.start);
+        // What a killed slide has told the table is seen, and not always durable: its former place is wiped next.
+        location::confirm_table(OPERATION, &self.path, &site)?;
+        let found = place.find_at(OPERATION, site)?;
         let namespace = found.unlock(Key::Credential(credential))?;
         let way = Way { key: KeyWay::Slot, read_only: false, detached: false, caller: Caller::Opener, force: false };
         let step = gate::check(OPERATION, &gate::states_of_unlocked(&namespace), way);

@@ -85,10 +85,11 @@ impl Doomed {
     pub fn erase(&self) -> Result<Range<u64>, Error> {
         let data = self.data_range();
         let failed = |source| Error::new(self.operation, self.location.header_path(), Cause::Erase(source));
-        namespace::destroy(&self.site).map_err(failed)?;
+        // First: without its header nobody knows any more what is to be swept.
         if let (Some((path, _)), Ok(header)) = (self.location.region(), self.header()) {
             location::open_table(self.operation, path)?.sweep(header.uuid).map_err(failed)?;
         }
+        namespace::destroy(&self.site).map_err(failed)?;
         Ok(data)
     }
 

@@ -165,9 +165,9 @@ fn open_in_region(operation: Operation, path: &Path, name: &str, access: Access)
 }
 
 /// Makes the table durable that says where the namespace at `site` is, and destroys the header that a slide left which was cut
-/// before the table knew of it: whatever key opens it is one of before. Somebody who is changing the table at the moment
-/// does the first.
-fn confirm_table(operation: Operation, path: &Path, site: &Site) -> Result<(), Error> {
+/// before the table knew of it: whatever key opens it is one of before. Comes before anything is written on the strength of
+/// the place that was found, whatever way it was found. Somebody who is changing the table at the moment does the first.
+pub(super) fn confirm_table(operation: Operation, path: &Path, site: &Site) -> Result<(), Error> {
     let mut table = match open_table(operation, path) {
         Ok(table) => table,
         Err(error) if matches!(*error.cause, Cause::Open(OpenError::Busy)) => return Ok(()),

@@ -98,10 +98,14 @@ fn forget(place: &Location, source: Namespace) -> Result<Fate, Error> {
     let held = Arc::clone(source.backing()); // locked as long as it is in the table
     let uuid = source.header().uuid;
     let erase_failed = |source| Error::new(operation, place.header_path(), Cause::Erase(source));
-    source.erase().map_err(erase_failed)?;
-    let Some((path, name)) = place.region() else { return Ok(Fate::Erased) };
+    let Some((path, name)) = place.region() else {
+        source.erase().map_err(erase_failed)?;
+        return Ok(Fate::Erased);
+    };
     let mut table = location::open_table(operation, path)?;
+    // First: without its header nobody knows any more what is to be swept.
     table.sweep(uuid).map_err(erase_failed)?;
+    source.erase().map_err(erase_failed)?;
     table.remove(name).map_err(|source| Error::new(operation, path, source))?;
     drop(held);
     Ok(Fate::Removed)
