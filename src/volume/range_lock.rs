@@ -221,6 +221,19 @@ impl RangeLock {
         (RangeGuard { lock: self, slot }, ForAll { lock: self, party })
     }
 
+    /// Who had it last may have served between the last look and the grant: then it is given back.
+    fn granted_unless_served(
+        &self,
+        table: MutexGuard<'_, Table>,
+        request: &Request,
+        slot: usize,
+        member: Option<Member>,
+    ) -> Option<(RangeGuard<'_>, ForAll<'_>)> {
+        let granted = self.granted_for_all(&table, request, slot);
+        drop(table); // whoever gives a range back may need it
+        if self.is_served(member) { None } else { Some(granted) }
+    }
+
     /// A place among those who wait for the same range.
     fn join(&self, table: &mut Table, request: &Request) -> Option<Member> {
         let empty = |party: &usize| self.members[*party].load(Ordering::Acquire) == 0;
@@ -293,7 +306,7 @@ impl RangeLock {
             let mut table = self.table();
             let in_line = table.waiting.len();
             match self.grant(&mut table, request, in_line) {
-                Ok(slot) => return Some(Some(self.granted_for_all(&table, request, slot))),
+                Ok(slot) => return Some(self.granted_unless_served(table, request, slot, member)),
                 Err(now) => in_the_way = now,
             }
         }
@@ -325,7 +338,7 @@ impl RangeLock {
                 self.waiters.store(table.waiting.len(), Ordering::SeqCst);
             }
             if let Some(slot) = granted {
-                return Some(self.granted_for_all(&table, request, slot));
+                return self.granted_unless_served(table, request, slot, member);
             }
             if served {
                 drop(table);
