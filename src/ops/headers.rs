@@ -129,14 +129,10 @@ impl Restoration {
     pub fn restore(self, key: Key<'_>, replace_slots: bool) -> Result<Header, Error> {
         let Self { location, locked, file } = self;
         let failed = |cause: Cause| Error::new(Operation::HeaderRestore, location.path(), cause);
-        let mut namespace = unlock(locked, key).map_err(|error| failed(error.into()))?;
-        let is_to_be_bound = namespace.check_data().map_err(|error| failed(error.into()))?;
-        namespace.write_header(replace_slots).map_err(|error| failed(error.into()))?;
-        if is_to_be_bound {
-            namespace.bind_data().map_err(|error| failed(error.into()))?;
-        }
+        let namespace = unlock(locked, key).map_err(|error| failed(error.into()))?;
+        let header = put(namespace, replace_slots).map_err(failed)?;
         file.keep();
-        Ok(namespace.header())
+        Ok(header)
     }
 }
 
@@ -242,10 +238,19 @@ impl Repair {
         let locked = namespace::open_copy(site, name).map_err(|source| failed(source.into()))?;
         let states = gate::states_of_locked(&locked);
         gate::check(Operation::HeaderRepair, &states, way).map_err(|refusal| failed(refusal.into()))?;
-        let mut namespace = unlock(locked, key).map_err(|error| failed(error.into()))?;
-        namespace.write_header(true).map_err(|error| failed(error.into()))?;
-        Ok(namespace.header())
+        let namespace = unlock(locked, key).map_err(|error| failed(error.into()))?;
+        put(namespace, true).map_err(failed)
     }
+}
+
+/// Makes what was unlocked the header, if the data beside it is its own.
+fn put(mut namespace: Namespace, replace_slots: bool) -> Result<Header, Cause> {
+    let is_to_be_bound = namespace.check_data()?;
+    namespace.write_header(replace_slots)?;
+    if is_to_be_bound {
+        namespace.bind_data()?;
+    }
+    Ok(namespace.header())
 }
 
 fn unlock(locked: LockedNamespace, key: Key<'_>) -> Result<Namespace, UnlockError> {

@@ -659,7 +659,7 @@ impl Cell<'_> {
         let what = format!("{:?} in {:?} by {:?} with other data", self.operation, self.state, self.entry);
         fs::write(&self.files.data, other).unwrap();
         let before = self.files.bytes();
-        let refused = self.do_it().expect_err(&what);
+        let Err(refused) = self.do_it() else { panic!("{what}: done") };
         assert!(!matches!(refused.kind(), Kind::Io | Kind::Busy | Kind::Stopped), "{what}: {refused:?}");
         assert!(self.files.bytes() == before, "{what}: refused, and yet something changed");
         assert!(!self.beside("to.img").exists(), "{what}: something is left");
