@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
 
-use common::{Bench, CHEAP_KDF, tool};
+use common::{Bench, CHEAP_KDF, tool, tool_command};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -107,7 +107,10 @@ fn a_signal_ends_a_server_that_is_still_unlocking() {
         // Two minutes of work, within what is permitted.
         let bench = with_cost(memory_kib, 1024);
         let socket = bench.path("s");
-        let mut command = bench.command(&["serve", "vault.img", "--passphrase-file", "pass", "--socket"]);
+        let serve = bench.command(&["serve", "vault.img", "--passphrase-file", "pass", "--socket"]);
+        // Whoever runs the tests in the background has SIGINT ignored.
+        let mut command = tool_command("env", &["--default-signal=INT"]);
+        command.arg(serve.get_program()).args(serve.get_args()).current_dir(bench.path(""));
         let mut child = command.arg(&socket).stderr(Stdio::null()).spawn().unwrap();
         let status = format!("/proc/{}/status", child.id());
         let resident_kib = || -> u64 {

@@ -9,10 +9,12 @@ use serde_json::{Value, json};
 /// Runs a program on a terminal of its own, waits for texts and types bytes, and tells how the program ended and how it left
 /// the terminal.
 const TYPIST: &str = r#"
-import fcntl, json, os, pty, struct, sys, termios
+import fcntl, json, os, pty, signal, struct, sys, termios
 steps, argv = json.loads(sys.argv[1]), sys.argv[2:]
 pid, terminal = pty.fork()
 if pid == 0:
+    for kind in (signal.SIGINT, signal.SIGQUIT):  # whoever runs the tests in the background has them ignored
+        signal.signal(kind, signal.SIG_DFL)
     os.execv(argv[0], argv)
 number = struct.unpack("i", fcntl.ioctl(terminal, 0x80045430, b"\0" * 4))[0]  # TIOCGPTN
 kept = os.open(f"/dev/pts/{number}", os.O_RDWR | os.O_NOCTTY)  # so that its modes outlive the program
