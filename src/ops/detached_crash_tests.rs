@@ -7,15 +7,14 @@ use std::sync::atomic::AtomicBool;
 
 use super::rekey::{self, Wish};
 use super::resize::{self, Wanted};
+use super::story_parts::{credential, pattern, text};
 use super::{Location, Run, Unwatched};
 use crate::leftovers::{Old, nothing_old_is_left};
 use crate::namespace::{
-    self, AdoptError, Credential, FormatOptions, LockedNamespace, MovedNamespace, Namespace, OpenError, RekeyOptions,
-    Site,
+    self, AdoptError, FormatOptions, LockedNamespace, MovedNamespace, Namespace, OpenError, RekeyOptions, Site,
 };
 use crate::pmem::sim::{BarrierKind, Bounds, CrashImage, Effort, SimOptions, Story, Told, assert_proof, visible_bytes};
 use crate::pmem::{Backing, Granularity};
-use crate::secret::SecretBytes;
 use crate::volume::Volume;
 use crate::xts::Backend;
 
@@ -23,18 +22,6 @@ const SMALL: u64 = 16 << 10;
 const LARGE: u64 = 48 << 10;
 const FILE_BYTES: usize = 64 << 10;
 const TAG_BYTES: usize = 32;
-
-fn credential() -> Credential {
-    Credential::KeyFile(SecretBytes::copy_of(&[7; 32]))
-}
-
-fn text(error: impl std::fmt::Display) -> String {
-    error.to_string()
-}
-
-fn pattern(len: u64) -> Vec<u8> {
-    (0..len).map(|index| u8::try_from(1 + index * 31 % 251).unwrap()).collect()
-}
 
 /// The header comes first, and the data beside it.
 fn site(backings: &[Arc<Backing>]) -> Site {
@@ -106,7 +93,7 @@ impl Detached {
         let header = Some(Arc::clone(&backings[0]));
         let format = FormatOptions { size_bytes: Some(size), header, ..FormatOptions::default() };
         let namespace = namespace::format(Arc::clone(&backings[1]), format, &credential()).unwrap();
-        Volume::new(namespace, Backend::detect()).write_at(&pattern(size), 0).unwrap();
+        Volume::new(namespace, Backend::detect()).write_at(&pattern(0, size), 0).unwrap();
         let mut beginning = backings.map(|backing| visible_bytes(&backing)).to_vec();
         let tag = usize::try_from(size).unwrap();
         let old_tag = beginning[1][tag..tag + TAG_BYTES].to_vec();
@@ -177,7 +164,7 @@ impl Story for Detached {
         if ![from, to].contains(&namespace.geometry().size_bytes()) || namespace.header().tag_offset.is_none() {
             return Err(format!("it has become {:?}", namespace.header()));
         }
-        if !content(namespace)?.starts_with(&pattern(from.min(to))) {
+        if !content(namespace)?.starts_with(&pattern(0, from.min(to))) {
             return Err("the content is garbled".into());
         }
         if told.is_empty() {
@@ -289,7 +276,7 @@ impl Adoption {
             ..FormatOptions::default()
         };
         let namespace = namespace::format(Arc::clone(&data), format, &credential()).unwrap();
-        Volume::new(namespace, Backend::detect()).write_at(&pattern(SMALL), 0).unwrap();
+        Volume::new(namespace, Backend::detect()).write_at(&pattern(0, SMALL), 0).unwrap();
         let mut moved = visible_bytes(&data);
         let [from, new] = [from, to].map(|start| usize::try_from(start).unwrap());
         let end = moved.len() - from.max(new);
@@ -340,7 +327,7 @@ impl Story for Adoption {
         if namespace.header().tag_offset.is_none() {
             return Err("it has lost its tag".into());
         }
-        if content(namespace)? != pattern(SMALL) {
+        if content(namespace)? != pattern(0, SMALL) {
             return Err("the content is garbled".into());
         }
         if told.is_empty() { Ok(()) } else { self.ended(image, None) }

@@ -39,3 +39,5 @@ pub use slots::SlotPolicy;
 
 #[cfg(test)]
 mod detached_crash_tests;
+#[cfg(test)]
+mod story_parts;

@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::super::new_place::Prepared;
 use super::super::pace::Unwatched;
+use super::super::story_parts::text;
 use super::copy::Copy;
 use super::target::Target;
 use super::*;
@@ -23,10 +24,6 @@ const PART: u64 = 4 * MIB;
 
 fn key_file(byte: u8) -> Credential {
     Credential::KeyFile(SecretBytes::copy_of(&[byte; 32]))
-}
-
-fn text(error: impl std::fmt::Display) -> String {
-    error.to_string()
 }
 
 fn plaintext() -> Vec<u8> {

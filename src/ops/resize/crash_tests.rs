@@ -4,33 +4,16 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::super::story_parts::{credential, pattern, text, volume};
 use super::*;
 use crate::leftovers::{Old, nothing_old_is_left};
-use crate::namespace::{self, Credential, FormatOptions, LockedNamespace};
+use crate::namespace::{self, FormatOptions};
 use crate::pmem::sim::{CrashImage, Effort, SimOptions, Story, Told, assert_proof, visible_bytes};
 use crate::pmem::{Backing, Granularity};
-use crate::secret::SecretBytes;
 use crate::xts::Backend;
 
 const SMALL: u64 = 16 << 10;
 const LARGE: u64 = 48 << 10;
-
-fn credential() -> Credential {
-    Credential::KeyFile(SecretBytes::copy_of(&[7; 32]))
-}
-
-fn text(error: impl std::fmt::Display) -> String {
-    error.to_string()
-}
-
-fn pattern(len: u64) -> Vec<u8> {
-    (0..len).map(|index| u8::try_from(1 + index * 31 % 251).unwrap()).collect()
-}
-
-fn open(backing: &Arc<Backing>) -> Result<Volume, String> {
-    let locked = LockedNamespace::open(Arc::clone(backing)).map_err(text)?;
-    Ok(Volume::new(locked.unlock_key(&credential()).map_err(text)?, Backend::detect()))
-}
 
 struct Resize {
     options: SimOptions,
@@ -46,13 +29,13 @@ impl Resize {
         let backing = Arc::new(Backing::simulated(usize::try_from((2 << 20) + from).unwrap(), options).0);
         let format = FormatOptions { size_bytes: Some(from), ..FormatOptions::default() };
         let namespace = namespace::format(Arc::clone(&backing), format, &credential()).unwrap();
-        Volume::new(namespace, Backend::detect()).write_at(&pattern(from), 0).unwrap();
+        Volume::new(namespace, Backend::detect()).write_at(&pattern(0, from), 0).unwrap();
         let beginning = visible_bytes(&backing);
         Self { options, from, to, old: Old::of(&beginning), beginning }
     }
 
     fn resize(&self, backing: &Arc<Backing>) -> Result<(), String> {
-        let volume = open(backing)?;
+        let volume = volume(backing)?;
         let wanted = Wanted { size_bytes: Some(self.to), even_smaller: true, sparse: false };
         apply(&Location::new(Path::new("simulated"), None), &volume, wanted).map(drop).map_err(text)
     }
@@ -77,25 +60,25 @@ impl Story for Resize {
     }
 
     fn check(&self, backings: &[Arc<Backing>], image: CrashImage<'_>, told: &[()]) -> Result<(), String> {
-        let volume = open(&backings[0])?;
+        let volume = volume(&backings[0])?;
         if ![self.from, self.to].contains(&volume.size()) {
             return Err(format!("it has {} bytes", volume.size()));
         }
         let mut found = vec![0; usize::try_from(self.from.min(self.to)).unwrap()];
         volume.read_at(&mut found, 0).map_err(text)?;
-        if found != pattern(self.from.min(self.to)) {
+        if found != pattern(0, self.from.min(self.to)) {
             return Err("the content is garbled".into());
         }
         if told.is_empty() { Ok(()) } else { self.ended(image, None) }
     }
 
     fn finish(&self, backings: &[Arc<Backing>]) -> Result<(), String> {
-        if open(&backings[0])?.size() == self.to { Ok(()) } else { self.resize(&backings[0]) }
+        if volume(&backings[0])?.size() == self.to { Ok(()) } else { self.resize(&backings[0]) }
     }
 
     fn ended(&self, image: CrashImage<'_>, _seen: Option<&()>) -> Result<(), String> {
         nothing_old_is_left(image.media, &[0], &self.old)?;
-        match open(&image.reopen(self.options).0[0])?.size() {
+        match volume(&image.reopen(self.options).0[0])?.size() {
             size if size == self.to => Ok(()),
             size => Err(format!("it has {size} bytes")),
         }

@@ -7,32 +7,15 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::super::pace::Unwatched;
+use super::super::story_parts::{credential, pattern, text, volume};
 use super::*;
-use crate::namespace::{self, Credential, FormatOptions, LockedNamespace};
+use crate::namespace::{self, FormatOptions};
 use crate::pmem::sim::{CrashImage, Effort, SimOptions, Story, Told, assert_proof, visible_bytes};
 use crate::pmem::{Backing, Granularity};
-use crate::secret::SecretBytes;
 use crate::xts::Backend;
 
 const SIZE: u64 = 32 << 10;
 const IMPORTED: usize = 27_000;
-
-fn credential() -> Credential {
-    Credential::KeyFile(SecretBytes::copy_of(&[7; 32]))
-}
-
-fn pattern(seed: u64, len: usize) -> Vec<u8> {
-    (seed..).map(|index| u8::try_from(1 + index * 31 % 251).unwrap()).take(len).collect()
-}
-
-fn text(error: impl std::fmt::Display) -> String {
-    error.to_string()
-}
-
-fn volume(backing: &Arc<Backing>) -> Result<Volume, String> {
-    let locked = LockedNamespace::open(Arc::clone(backing)).map_err(text)?;
-    Ok(Volume::new(locked.unlock_key(&credential()).map_err(text)?, Backend::detect()))
-}
 
 fn content(backing: &Arc<Backing>) -> Result<Vec<u8>, String> {
     let mut found = vec![0; usize::try_from(SIZE).unwrap()];
@@ -55,15 +38,15 @@ impl Imported {
         let namespace = namespace::format(Arc::clone(&backing), format, &credential()).unwrap();
         Volume::new(namespace, Backend::detect()).write_at(&Self::contents()[0], 0).unwrap();
         let mut plain = tempfile::NamedTempFile::new().unwrap();
-        plain.write_all(&pattern(77, IMPORTED)).unwrap();
+        plain.write_all(&pattern(77, IMPORTED as u64)).unwrap();
         Self { options, beginning: visible_bytes(&backing), plain }
     }
 
     /// Old and new content, in which all bytes behind the image are old.
     fn contents() -> [Vec<u8>; 2] {
-        let old = pattern(0, usize::try_from(SIZE).unwrap());
+        let old = pattern(0, SIZE);
         let mut new = old.clone();
-        new[..IMPORTED].copy_from_slice(&pattern(77, IMPORTED));
+        new[..IMPORTED].copy_from_slice(&pattern(77, IMPORTED as u64));
         [old, new]
     }
 
