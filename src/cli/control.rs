@@ -181,14 +181,6 @@ pub(crate) struct RekeyState {
     pub(crate) failed: Option<String>,
 }
 
-/// How the re-key of the namespace at a path stands, in a server's status.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct RekeyLine {
-    pub(crate) path: String,
-    #[serde(flatten)]
-    pub(crate) state: RekeyState,
-}
-
 /// An export that is locked.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct LockedLine {

@@ -11,10 +11,10 @@ use std::time::Duration;
 use clap::Args;
 use serde::Deserialize;
 
-use super::control::{RekeyLine, RekeyState};
 use super::error::Error;
 use super::output::{out, outln};
 use super::size::ByteSize;
+use crate::nbd_server::RekeyStatus;
 
 /// How long the server may take.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -40,7 +40,7 @@ struct Status {
     exports: Vec<Export>,
     clients: Vec<Client>,
     #[serde(default)]
-    rekeys: Vec<RekeyLine>,
+    rekeys: Vec<RekeyStatus>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -69,6 +69,8 @@ struct Stats {
     read_bytes: u64,
     written_bytes: u64,
     errors: u64,
+    #[serde(default)]
+    failures: BTreeMap<String, u64>,
     latency_p50_ns: u64,
     latency_p99_ns: u64,
     latency_p999_ns: u64,
@@ -128,8 +130,15 @@ fn table(status: &Status) -> String {
         rows.push(row([printable(&export.name), size, access.into(), plaintext], &export.stats));
     }
     align(&mut text, &rows);
-    for line in &status.rekeys {
-        let _ = writeln!(text, "\nre-key of {}: {}", printable(&line.path), rekey_text(&line.state));
+    for export in &status.exports {
+        let reasons = export.stats.failures.iter().filter(|(_, count)| **count > 0);
+        let reasons: Vec<_> = reasons.map(|(reason, count)| format!("{count} {}", reason.replace('_', " "))).collect();
+        if !reasons.is_empty() {
+            let _ = writeln!(text, "\nerrors of {}: {}", printable(&export.name), reasons.join(", "));
+        }
+    }
+    for rekey in &status.rekeys {
+        let _ = writeln!(text, "\nre-key of {}: {}", printable(&rekey.path), rekey_text(rekey));
     }
     if !status.clients.is_empty() {
         text.push('\n');
@@ -147,14 +156,17 @@ fn client_rows(text: &mut String, clients: &[Client]) {
     align(text, &rows);
 }
 
-fn rekey_text(state: &RekeyState) -> String {
+fn rekey_text(state: &RekeyStatus) -> String {
     let done = state.progress.map_or_else(String::new, |progress| {
         format!("{} of {} done", ByteSize(progress.done_bytes), ByteSize(progress.total_bytes))
     });
     match &state.failed {
         Some(reason) => format!("{done}; it FAILED: {}", printable(reason)),
         None if state.paused => format!("{done}; paused"),
-        None if state.running => done,
+        None if state.running => {
+            let left = state.seconds_left.map_or_else(String::new, |seconds| format!(", {} left", uptime(seconds)));
+            format!("{done}, {}/s{left}", ByteSize(state.bytes_per_second))
+        }
         None => format!("{done}; it rests"),
     }
 }

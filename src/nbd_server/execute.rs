@@ -13,6 +13,7 @@ use super::export::{Durability, Export, ExportError, Extent, ExtentKind, Hole};
 use super::failures::command_name;
 use super::limits::{EXTENTS_MAX, HOLES_READ_BYTES, HOLES_READ_MAX, SLOW_PER_CONNECTION_MAX, SLOW_ZEROES_BYTES};
 use super::slow::{Finished, Work};
+use super::stats::{INVALID, failure};
 use super::transmission::{Refusal, Replies, Request, StatusQuery, Verdict};
 use super::wire::{NBD_EINVAL, NBD_EIO, NBD_ENOSPC, NBD_ENOTSUP, NBD_EPERM, NBD_ESHUTDOWN, RequestHeader};
 
@@ -392,6 +393,7 @@ impl Session<'_> {
 
     fn refuse(&mut self, replies: Replies, refusal: Refusal) -> Result<(), End> {
         self.fate = Fate::Failed;
+        self.link.client.traffic.record_failure(INVALID);
         let (client, command) = (self.link.client.id, command_name(self.header.command));
         tracing::debug!(client, command, offset = self.header.offset, len_bytes = self.header.len_bytes, %refusal, "refused");
         self.push(&replies.error(refusal.errno(), &refusal.to_string(), None))
@@ -399,6 +401,7 @@ impl Session<'_> {
 
     fn fail(&mut self, replies: Replies, error: &ExportError, at: Option<u64>) -> Result<(), End> {
         self.fate = Fate::Failed;
+        self.link.client.traffic.record_failure(failure(error));
         let served = &self.machine.negotiated().served;
         if !matches!(error, ExportError::ShuttingDown | ExportError::Locked) {
             self.failures.log(self.link.client, &served.info.name, &self.header, error);

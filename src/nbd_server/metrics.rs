@@ -8,7 +8,7 @@ use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
-use super::stats::{COMMAND_NAMES, ExportStatus, LATENCY_BOUNDS, Status};
+use super::stats::{COMMAND_NAMES, ExportStatus, FAILURE_NAMES, LATENCY_BOUNDS, RekeyStatus, Status};
 
 /// The type of the text, for HTTP.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -78,6 +78,22 @@ const GAUGES: [(&str, &str, Field); 5] = [
     }),
 ];
 
+type RekeyField = fn(&RekeyStatus) -> u64;
+
+/// What is measured of the re-key of each export; 0 where there is none.
+const REKEY_GAUGES: [(&str, &str, RekeyField); 6] = [
+    ("rekey_done_bytes", "How far the re-key has come", |rekey| {
+        rekey.progress.map_or(0, |progress| progress.done_bytes)
+    }),
+    ("rekey_total_bytes", "How far it has to go; 0 if none is under way", |rekey| {
+        rekey.progress.map_or(0, |progress| progress.total_bytes)
+    }),
+    ("rekey_bytes_per_second", "How fast it goes, over the last seconds", |rekey| rekey.bytes_per_second),
+    ("rekey_running", "1 while the server is at it", |rekey| u64::from(rekey.running)),
+    ("rekey_paused", "1 if it rests until it is resumed", |rekey| u64::from(rekey.paused)),
+    ("rekey_failed", "1 if it could not go on; the status says why", |rekey| u64::from(rekey.failed.is_some())),
+];
+
 impl Collector for Snapshot {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let (mut encoder, status) = (encoder, &self.0);
@@ -101,6 +117,19 @@ impl Collector for Snapshot {
                 metric.encode_gauge(&value(export))
             })?;
         }
+        let help = "Requests that were answered with an error, by reason";
+        let mut failures = encoder.encode_descriptor("failures", help, None, MetricType::Counter)?;
+        for export in &status.exports {
+            for (reason, value) in FAILURE_NAMES.into_iter().zip(export.stats.failures) {
+                count(&mut failures.encode_family(&[("export", export.name.as_str()), ("reason", reason)])?, value)?;
+            }
+        }
+        for (name, help, value) in REKEY_GAUGES {
+            self.each(&mut encoder, (name, help, MetricType::Gauge), |metric, export| {
+                let rekey = status.rekeys.iter().find(|rekey| rekey.export == export.name);
+                metric.encode_gauge(&rekey.map_or(0, value))
+            })?;
+        }
         let help = "Time from a request's header to its reply being ready to send";
         self.each(&mut encoder, ("request_duration_seconds", help, MetricType::Histogram), |metric, export| {
             let counts = export.stats.latency_counts();
@@ -119,6 +148,7 @@ mod tests {
     use super::super::stats::{Stats, Traffic};
     use super::super::wire::{NBD_CMD_WRITE, RequestHeader};
     use super::*;
+    use crate::volume::TransformProgress;
 
     #[test]
     fn the_page_has_help_and_buckets_that_add_up() {
@@ -127,6 +157,7 @@ mod tests {
         for nanoseconds in [500, 1023, 1024, 5000, 1 << 40] {
             traffic.record(&header, Duration::from_nanos(nanoseconds), false);
         }
+        traffic.record_failure(0);
         let mut stats = Stats::default();
         stats.add(&traffic);
         let export = ExportStatus {
@@ -138,8 +169,25 @@ mod tests {
             resident_plaintext_bytes: 7,
             stats,
         };
-        let status =
-            Status { uptime_seconds: 1, connections: 2, buffer_bytes: 3, exports: vec![export], clients: Vec::new() };
+        let other = ExportStatus { name: "other".into(), ..export.clone() };
+        let rekey = RekeyStatus {
+            export: export.name.clone(),
+            path: "/srv/a.img".into(),
+            progress: Some(TransformProgress { done_bytes: 11, total_bytes: 22 }),
+            bytes_per_second: 33,
+            seconds_left: Some(1),
+            paused: false,
+            running: true,
+            failed: Some("no".into()),
+        };
+        let status = Status {
+            uptime_seconds: 1,
+            connections: 2,
+            buffer_bytes: 3,
+            exports: vec![export, other],
+            clients: Vec::new(),
+            rekeys: vec![rekey],
+        };
         let text = status.to_openmetrics();
         let name = r#"export="a\"b\\c\nd""#;
         for line in [
@@ -149,11 +197,20 @@ mod tests {
             format!("daxcrypt_nbd_written_bytes_total{{{name}}} 50"),
             format!("daxcrypt_nbd_read_only{{{name}}} 1"),
             format!("daxcrypt_nbd_request_duration_seconds_count{{{name}}} 5"),
+            format!("daxcrypt_nbd_failures_total{{{name},reason=\"media\"}} 1"),
+            format!("daxcrypt_nbd_failures_total{{{name},reason=\"invalid\"}} 0"),
+            format!("daxcrypt_nbd_rekey_done_bytes{{{name}}} 11"),
+            format!("daxcrypt_nbd_rekey_total_bytes{{{name}}} 22"),
+            format!("daxcrypt_nbd_rekey_bytes_per_second{{{name}}} 33"),
+            format!("daxcrypt_nbd_rekey_running{{{name}}} 1"),
+            format!("daxcrypt_nbd_rekey_paused{{{name}}} 0"),
+            format!("daxcrypt_nbd_rekey_failed{{{name}}} 1"),
+            "daxcrypt_nbd_rekey_total_bytes{export=\"other\"} 0".to_owned(),
             "# EOF".to_owned(),
         ] {
             assert!(text.lines().any(|found| found == line), "no {line} in\n{text}");
         }
-        let buckets: Vec<_> = text.lines().filter(|line| line.contains("_bucket{")).collect();
+        let buckets: Vec<_> = text.lines().filter(|line| line.contains("_bucket{") && line.contains(name)).collect();
         let values: Vec<u64> = buckets.iter().map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect();
         assert_eq!(buckets.len(), LATENCY_BOUNDS.len() + 1);
         assert!(buckets.iter().any(|line| line.contains("le=\"+Inf\"") && line.ends_with(" 5")), "{buckets:?}");

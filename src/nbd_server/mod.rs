@@ -58,7 +58,7 @@ pub use limits::Limits;
 pub use listener::{ListenError, Listener, SocketRights};
 pub use negotiated::{Negotiated, ReplyStyle};
 pub use server::{Options, Server, ServerError};
-pub use stats::{COMMAND_NAMES, ClientStatus, ExportStatus, Stats, Status};
+pub use stats::{COMMAND_NAMES, ClientStatus, ExportStatus, FAILURE_NAMES, RekeyStatus, Stats, Status};
 pub use status::Commands;
 pub use systemd::{inherited_listeners, notify};
 pub use throttle::Rates;

@@ -23,9 +23,9 @@ use super::failures::chain;
 use super::handle::Handle;
 use super::limits::Limits;
 use super::listener::Listener;
-use super::shared::{Client, Shared};
+use super::shared::{Client, Rekeys, Shared};
 use super::socket::{self, Bell};
-use super::stats::Traffic;
+use super::stats::{RekeyStatus, Traffic};
 use super::status::{self, Commands, Kind};
 use super::threads::{self, SharedOut};
 use super::throttle::Throttle;
@@ -126,6 +126,14 @@ impl Server {
     #[must_use]
     pub fn commands(mut self, commands: Commands) -> Self {
         self.commands = Some(commands);
+        self
+    }
+
+    /// Has the status and the metrics tell how re-keys stand, which somebody does beside the server: `tell` is asked for each.
+    #[must_use]
+    pub fn rekeys(self, tell: impl Fn() -> Vec<RekeyStatus> + Send + Sync + 'static) -> Self {
+        // Whoever came first stays.
+        let _ = self.shared.rekeys.set(Rekeys(Box::new(tell)));
         self
     }
 

@@ -1,6 +1,7 @@
 //! What the connections of a server share, and what it knows of each client.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -16,7 +17,7 @@ use super::limits::Limits;
 use super::server::Options;
 use super::slow::Workers;
 use super::socket::{self, Bell, StopSignal};
-use super::stats::{ClientStatus, ExportStatus, Stats, Status, Traffic};
+use super::stats::{ClientStatus, ExportStatus, RekeyStatus, Stats, Status, Traffic};
 use super::threads::SharedOut;
 use super::throttle::Throttle;
 use crate::owner::Owner;
@@ -41,6 +42,8 @@ pub(super) struct Shared {
     /// What clients that have left did, by the numbers of their exports.
     left: Mutex<BTreeMap<usize, Traffic>>,
     started: Instant,
+    /// Tells how re-keys stand, if anybody re-keys beside the server.
+    pub(super) rekeys: OnceLock<Rekeys>,
     /// The process that made the server.
     pub(super) owner: Owner,
 }
@@ -59,6 +62,7 @@ impl Shared {
             client_changed: Condvar::new(),
             left: Mutex::default(),
             started: Instant::now(),
+            rekeys: OnceLock::new(),
             limits: RwLock::new(limits),
             owner: Owner::here(),
             options,
@@ -152,6 +156,7 @@ impl Shared {
     }
 
     pub(super) fn status(&self) -> Status {
+        let rekeys = self.rekeys.get().map_or_else(Vec::new, |Rekeys(tell)| tell());
         let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
         let mut stats: BTreeMap<usize, Stats> = BTreeMap::new();
         left.iter().for_each(|(index, traffic)| stats.entry(*index).or_default().add(traffic));
@@ -188,7 +193,17 @@ impl Shared {
             buffer_bytes: self.pool.lent_bytes(),
             exports: listed_exports.collect(),
             clients: listed,
+            rekeys,
         }
+    }
+}
+
+/// Who tells how re-keys stand.
+pub(super) struct Rekeys(pub(super) Box<dyn Fn() -> Vec<RekeyStatus> + Send + Sync>);
+
+impl fmt::Debug for Rekeys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rekeys").finish_non_exhaustive()
     }
 }
 

@@ -7,13 +7,36 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
+use super::export::ExportError;
 use super::wire::{NBD_CMD_READ, NBD_CMD_WRITE, RequestHeader};
+use crate::pmem::MediaError;
+use crate::volume::{TransformProgress, VolumeError};
 
 /// Commands that are counted apart, by their number; the last place counts unknown ones.
 pub const COMMAND_NAMES: [&str; 9] =
     ["read", "write", "disconnect", "flush", "trim", "cache", "write_zeroes", "block_status", "unknown"];
+/// Why requests were answered with an error: what is counted apart.
+pub const FAILURE_NAMES: [&str; 9] =
+    ["media", "flush", "no_space", "past_end", "read_only", "unsupported", "unavailable", "other", "invalid"];
+/// Requests that no export saw, because they break the protocol's rules.
+pub(super) const INVALID: usize = FAILURE_NAMES.len() - 1;
+
+/// The place of an export's error in [`FAILURE_NAMES`].
+pub(super) const fn failure(error: &ExportError) -> usize {
+    match error {
+        ExportError::Volume(VolumeError::Media(MediaError::Flush(_) | MediaError::Poisoned)) => 1,
+        ExportError::Media | ExportError::Volume(VolumeError::Media(_)) => 0,
+        ExportError::NoSpace => 2,
+        ExportError::PastEnd => 3,
+        ExportError::ReadOnly => 4,
+        ExportError::Unsupported => 5,
+        ExportError::Locked | ExportError::ShuttingDown => 6,
+        ExportError::Volume(_) | ExportError::Io(_) => 7,
+    }
+}
+
 /// Latency buckets: four for each power of two of nanoseconds.
 const BUCKETS: usize = 4 * 40;
 /// Ends of the buckets of latency that metrics show, in nanoseconds: powers of 4 from 1 microsecond to 17 seconds. Each is
@@ -35,6 +58,7 @@ pub(super) struct Traffic {
     read_bytes: AtomicU64,
     written_bytes: AtomicU64,
     errors: AtomicU64,
+    failures: [AtomicU64; FAILURE_NAMES.len()],
     latency: [AtomicU64; BUCKETS],
     latency_sum_ns: AtomicU64,
 }
@@ -47,6 +71,7 @@ impl Default for Traffic {
             read_bytes: AtomicU64::new(0),
             written_bytes: AtomicU64::new(0),
             errors: AtomicU64::new(0),
+            failures: std::array::from_fn(zero),
             latency: std::array::from_fn(zero),
             latency_sum_ns: AtomicU64::new(0),
         }
@@ -67,9 +92,12 @@ impl Traffic {
             _ => {}
         }
     }
-}
 
-impl Traffic {
+    /// Counts why a request failed. Only the connection's own thread may call this.
+    pub(super) fn record_failure(&self, failure: usize) {
+        add(&self.failures[failure], 1);
+    }
+
     /// Adds what a client that has left counted. The caller keeps other writers away.
     pub(super) fn merge(&self, other: &Self) {
         let scalars = [
@@ -79,6 +107,7 @@ impl Traffic {
             (&self.latency_sum_ns, &other.latency_sum_ns),
         ];
         let arrays = self.requests.iter().zip(&other.requests).chain(self.latency.iter().zip(&other.latency));
+        let arrays = arrays.chain(self.failures.iter().zip(&other.failures));
         arrays.chain(scalars).for_each(|(sum, counter)| add(sum, counter.load(Ordering::Relaxed)));
     }
 }
@@ -114,6 +143,10 @@ pub struct Stats {
     pub written_bytes: u64,
     /// Requests that were answered with an error.
     pub errors: u64,
+    /// The same by their reason, in the order of [`FAILURE_NAMES`], which are the keys of an object in JSON. A connection that
+    /// broke in the middle of a request has no reason here.
+    #[serde(serialize_with = "by_failure")]
+    pub failures: [u64; FAILURE_NAMES.len()],
     /// Median time from a request's header to its reply being ready to send, in nanoseconds, at most a quarter too high.
     pub latency_p50_ns: u64,
     /// The same for 99 of 100 requests.
@@ -130,6 +163,10 @@ fn by_command<S: Serializer>(requests: &[u64; COMMAND_NAMES.len()], serializer: 
     serializer.collect_map(COMMAND_NAMES.iter().zip(requests))
 }
 
+fn by_failure<S: Serializer>(failures: &[u64; FAILURE_NAMES.len()], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(FAILURE_NAMES.iter().zip(failures))
+}
+
 impl Default for Stats {
     fn default() -> Self {
         Self {
@@ -137,6 +174,7 @@ impl Default for Stats {
             read_bytes: 0,
             written_bytes: 0,
             errors: 0,
+            failures: [0; FAILURE_NAMES.len()],
             latency_p50_ns: 0,
             latency_p99_ns: 0,
             latency_p999_ns: 0,
@@ -150,6 +188,7 @@ impl Stats {
     /// Adds what `traffic` has counted so far.
     pub(super) fn add(&mut self, traffic: &Traffic) {
         let pairs = self.requests.iter_mut().zip(&traffic.requests);
+        let pairs = pairs.chain(self.failures.iter_mut().zip(&traffic.failures));
         for (sum, counter) in pairs.chain(self.latency.iter_mut().zip(&traffic.latency)) {
             *sum += counter.load(Ordering::Relaxed);
         }
@@ -198,6 +237,29 @@ pub struct Status {
     pub exports: Vec<ExportStatus>,
     /// Every client that has chosen an export.
     pub clients: Vec<ClientStatus>,
+    /// The re-keys, slides and adoptions that are under way beside the clients, or could not go on.
+    pub rekeys: Vec<RekeyStatus>,
+}
+
+/// How the re-key of an export stands.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RekeyStatus {
+    /// Name of the export.
+    pub export: String,
+    /// Where it lies.
+    pub path: String,
+    /// How far it has come; nothing when none is under way.
+    pub progress: Option<TransformProgress>,
+    /// How fast it goes, over the last seconds.
+    pub bytes_per_second: u64,
+    /// How long it takes at this speed; nothing while it rests.
+    pub seconds_left: Option<u64>,
+    /// Whether it rests until it is resumed.
+    pub paused: bool,
+    /// Whether the server is at it.
+    pub running: bool,
+    /// Why the server could not go on.
+    pub failed: Option<String>,
 }
 
 /// One export of a [`Status`].
@@ -248,6 +310,34 @@ mod tests {
         }
         assert_eq!(bucket(Duration::MAX), BUCKETS - 1);
         assert_eq!(bucket(Duration::ZERO), 0);
+    }
+
+    #[test]
+    fn every_reason_is_counted_apart_and_stays_after_the_client() {
+        let flush = || std::io::Error::other("x");
+        let errors = [
+            ExportError::Volume(VolumeError::Media(MediaError::Shrunk { now_bytes: 1, len_bytes: 2 })),
+            ExportError::Volume(VolumeError::Media(MediaError::Flush(flush()))),
+            ExportError::NoSpace,
+            ExportError::PastEnd,
+            ExportError::ReadOnly,
+            ExportError::Unsupported,
+            ExportError::Locked,
+            ExportError::Io(flush()),
+        ];
+        let (client, left) = (Traffic::default(), Traffic::default());
+        for (place, error) in errors.iter().enumerate() {
+            assert_eq!(failure(error), place, "{error:?} is {}", FAILURE_NAMES[place]);
+            (0..=place).for_each(|_| client.record_failure(failure(error)));
+        }
+        client.record_failure(INVALID);
+        left.merge(&client);
+        let mut stats = Stats::default();
+        stats.add(&left);
+        stats.add(&client);
+        assert_eq!(stats.failures, [2, 4, 6, 8, 10, 12, 14, 16, 2]);
+        let poisoned = ExportError::Volume(VolumeError::Media(MediaError::Poisoned));
+        assert_eq!(FAILURE_NAMES[failure(&poisoned)], "flush");
     }
 
     #[test]

@@ -52,31 +52,15 @@ const TURN_PAUSE: Duration = Duration::from_millis(20);
 #[derive(Clone)]
 pub struct Commands {
     answer: Arc<Answer>,
-    /// What the status tells besides, by name.
-    besides: Option<(&'static str, Arc<Tell>)>,
 }
 
 type Answer = dyn Fn(&[u8]) -> String + Send + Sync;
-type Tell = dyn Fn() -> serde_json::Value + Send + Sync;
 
 impl Commands {
     /// `answer` gets a command as it was sent, which may hold secrets, and gives the answer. It is called from several
     /// threads at a time.
     pub fn new(answer: impl Fn(&[u8]) -> String + Send + Sync + 'static) -> Self {
-        Self { answer: Arc::new(answer), besides: None }
-    }
-
-    /// The status tells what `tell` gives, too, under `name`.
-    #[must_use]
-    pub fn besides(mut self, name: &'static str, tell: impl Fn() -> serde_json::Value + Send + Sync + 'static) -> Self {
-        self.besides = Some((name, Arc::new(tell)));
-        self
-    }
-
-    fn add_to(&self, status: &mut serde_json::Value) {
-        if let (Some((name, tell)), Some(status)) = (&self.besides, status.as_object_mut()) {
-            status.insert((*name).to_owned(), tell());
-        }
+        Self { answer: Arc::new(answer) }
     }
 }
 
@@ -348,11 +332,7 @@ fn answer(socket: &OwnedFd, question: &Question, shared: &Shared, commands: Opti
         }
         (Question::Command(command), Some(commands)) => (commands.answer)(command),
         (Question::Status | Question::Command(_), _) => {
-            let mut status = serde_json::to_value(shared.status()).map_err(io::Error::from)?;
-            if let Some(commands) = commands {
-                commands.add_to(&mut status);
-            }
-            status.to_string() + "\n"
+            serde_json::to_string(&shared.status()).map_err(io::Error::from)? + "\n"
         }
         (Question::Http(HttpRequest::Metrics { with_body }), _) => {
             http("200 OK", CONTENT_TYPE, &shared.status().to_openmetrics(), *with_body)

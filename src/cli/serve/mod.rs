@@ -7,6 +7,7 @@ mod config;
 mod exports;
 mod listeners;
 mod locking;
+mod meter;
 mod rekey;
 mod reload;
 mod sandbox;
@@ -229,14 +230,14 @@ fn fitting_limits(wanted: &Limits) -> Limits {
 ///
 /// Those of clients are opened last: whoever finds the server's socket finds all that it was asked for.
 fn listen(plan: &Plan, server: Server, names: &[(String, u64)], steering: &Arc<Steering>) -> Result<Server, Error> {
-    let mut server = server;
+    let told = Arc::clone(&steering.volumes);
+    let mut server = server.rekeys(move || told.rekeys());
     for address in plan.metrics.iter().map(|text| listeners::resolve(text)).collect::<Result<Vec<_>, _>>()?.concat() {
         server = server.metrics(Listener::tcp(address)?);
     }
     if let Some(path) = &plan.control {
-        let (asked, told) = (Arc::clone(steering), Arc::clone(&steering.volumes));
+        let asked = Arc::clone(steering);
         let commands = Commands::new(move |received| asked.answer(received));
-        let commands = commands.besides("rekeys", move || told.rekeys());
         server = server.control(Listener::unix(path)?).commands(commands);
     }
     for (address, listener) in listeners::open(&plan.addresses)? {

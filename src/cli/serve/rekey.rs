@@ -6,15 +6,18 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use rustix::process::nice;
 
+use super::meter::Meter;
 use super::volumes::Served;
 use crate::cli::control::{Answer, Command, RekeyState};
 use crate::cli::error::chain;
 use crate::cli::output::complain;
 use crate::cli::size::ByteSize;
 use crate::namespace::{TransformError, UpdateError};
+use crate::nbd_server::RekeyStatus;
 use crate::ops::{Cause, Ended, Run, Watch};
 use crate::volume::VolumeError;
 
@@ -30,6 +33,7 @@ pub(super) struct Running {
     thread: JoinHandle<()>,
     /// Why it ended before its end.
     failed: Arc<OnceLock<String>>,
+    meter: Arc<Meter>,
 }
 
 impl Served {
@@ -54,6 +58,24 @@ impl Served {
             paused,
             running: running.is_some_and(|running| !running.thread.is_finished()),
             failed: running.and_then(|running| running.failed.get().cloned()),
+        }
+    }
+
+    /// The same, and how fast it goes.
+    pub(super) fn rekey_status(&self) -> RekeyStatus {
+        let RekeyState { progress, paused, running, failed } = self.rekey_state();
+        let meter = self.state().running.as_ref().map(|running| Arc::clone(&running.meter));
+        let rate = meter.filter(|_| running).map_or(0, |meter| meter.bytes_per_second(Instant::now()));
+        let left_bytes = progress.map_or(0, |progress| progress.total_bytes.saturating_sub(progress.done_bytes));
+        RekeyStatus {
+            export: self.name.clone(),
+            path: self.location.path().display().to_string(),
+            progress,
+            bytes_per_second: rate,
+            seconds_left: (rate > 0).then(|| left_bytes.div_ceil(rate.max(1))),
+            paused,
+            running,
+            failed,
         }
     }
 
@@ -85,11 +107,13 @@ impl Served {
         let (stop, failed) = (Arc::new(AtomicBool::new(false)), Arc::new(OnceLock::new()));
         let (volume, path) = (Arc::clone(&self.volume), self.location.path().to_path_buf());
         let (stopped, reason) = (Arc::clone(&stop), Arc::clone(&failed));
+        let meter = Arc::new(Meter::default());
+        let mut log = Log { meter: Arc::clone(&meter) };
         let max_rate = asked_rate.or(self.rekey_rate);
         let thread = thread::spawn(move || {
             // Of the calling thread alone on Linux. Where it may not be changed, it stays.
             let _ = nice(NICER_BY);
-            match Run::new(&mut Log, &stopped, max_rate).end_transform(&volume) {
+            match Run::new(&mut log, &stopped, max_rate).end_transform(&volume) {
                 Ok(_) | Err(Cause::Stopped { .. }) => {}
                 Err(error) => {
                     tracing::error!(path = %path.display(), %error, "the re-key failed: reopen the namespace");
@@ -98,7 +122,7 @@ impl Served {
             }
         });
         let mut state = self.state();
-        (state.running, state.asked_rate) = (Some(Running { stop, thread, failed }), asked_rate);
+        (state.running, state.asked_rate) = (Some(Running { stop, thread, failed, meter }), asked_rate);
     }
 
     /// Ends the thread between two windows.
@@ -111,15 +135,20 @@ impl Served {
     }
 }
 
-/// Says when it begins and ends.
-struct Log;
+/// Says when it begins and ends, and notes how fast it goes.
+struct Log {
+    meter: Arc<Meter>,
+}
 
 impl Watch for Log {
     fn begin(&mut self, done_bytes: u64, total_bytes: u64) {
         tracing::info!(done_bytes, total_bytes, "the re-key goes on");
+        self.meter.note(Instant::now(), done_bytes);
     }
 
-    fn reach(&mut self, _done_bytes: u64) {}
+    fn reach(&mut self, done_bytes: u64) {
+        self.meter.note(Instant::now(), done_bytes);
+    }
 
     fn end(&mut self, ended: Ended, done_bytes: u64) {
         if ended == Ended::Done {

@@ -4,11 +4,12 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::rekey::Running;
-use crate::cli::control::{Answer, Command, RekeyLine, Who};
+use crate::cli::control::{Answer, Command, Who};
 use crate::cli::error::Error;
 use crate::cli::output::complain;
 use crate::cli::size::ByteSize;
 use crate::namespace::{Credential, KdfCost, Site};
+use crate::nbd_server::RekeyStatus;
 use crate::ops::resize::{self, Resized, Wanted};
 use crate::ops::{self, Cause, Location, Whereabouts, keys, rekey};
 use crate::volume::{Volume, VolumeError};
@@ -96,15 +97,11 @@ impl Volumes {
         closed
     }
 
-    /// The re-keys that are under way, or could not go on, as JSON.
-    pub(super) fn rekeys(&self) -> serde_json::Value {
-        let served = self.served();
-        let states = served.iter().map(|served| RekeyLine {
-            path: served.location.path().display().to_string(),
-            state: served.rekey_state(),
-        });
-        let told: Vec<_> = states.filter(|line| line.state.progress.is_some() || line.state.failed.is_some()).collect();
-        serde_json::to_value(told).unwrap_or_default()
+    /// The re-keys that are under way, or could not go on.
+    pub(super) fn rekeys(&self) -> Vec<RekeyStatus> {
+        let told = self.served();
+        let told = told.iter().map(|served| served.rekey_status());
+        told.filter(|rekey| rekey.progress.is_some() || rekey.failed.is_some()).collect()
     }
 
     /// Does what the control socket asks of a namespace.

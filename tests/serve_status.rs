@@ -1,0 +1,116 @@
+//! What an operator sees of a running server: health, progress, and both of them live.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+#[path = "common/nbd.rs"]
+mod nbd;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::Stdio;
+
+use common::{Bench, Server, noise};
+use nbd::{Raw, eventually};
+use serde_json::Value;
+
+const READ: u16 = 0;
+
+/// `vault.img` of 8 MiB, served with a control socket and metrics at the address that is given back.
+fn serve(bench: &Bench) -> (Server, String) {
+    bench.format("vault.img", "8M", &[]);
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let metrics = format!("127.0.0.1:{port}");
+    (bench.serve("vault.img", &["--control", "control", "--metrics", &metrics]), metrics)
+}
+
+fn client(server: &Server) -> Raw {
+    let mut raw = Raw::greeted(&server.socket);
+    raw.go("vault");
+    raw
+}
+
+fn status(bench: &Bench) -> Value {
+    serde_json::from_str(&bench.run(&["status", "--control", "control", "--json"]).succeeds().stdout).unwrap()
+}
+
+fn table(bench: &Bench) -> String {
+    bench.run(&["status", "--control", "control"]).succeeds().stdout
+}
+
+/// What a metric of the export is now.
+fn metric(address: &str, name: &str, labels: &str) -> f64 {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    let mut page = String::new();
+    stream.read_to_string(&mut page).unwrap();
+    let start = format!("daxcrypt_nbd_{name}{{export=\"vault\"{labels}}} ");
+    let line = page.lines().find_map(|line| line.strip_prefix(&start));
+    line.unwrap_or_else(|| panic!("no {start} in\n{page}")).parse().unwrap()
+}
+
+#[test]
+fn errors_are_counted_by_their_reason() {
+    let bench = Bench::new();
+    let (server, metrics) = serve(&bench);
+    let mut raw = client(&server);
+    assert!(!table(&bench).contains("errors of"));
+    raw.request(99, 0, 1, 0, 0);
+    assert_ne!(raw.errno(), 0);
+    // The second half of the data goes: what lies there cannot be read, what lies before it can.
+    File::options().write(true).open(bench.path("vault.img")).unwrap().set_len(6 << 20).unwrap();
+    for _ in 0..2 {
+        assert!(raw.read(0, 7 << 20, 4096).is_err());
+    }
+    let export = status(&bench)["exports"][0].clone();
+    assert_eq!((&export["stats"]["errors"], &export["stats"]["failures"]["media"]), (&3.into(), &2.into()), "{export}");
+    assert_eq!(export["stats"]["failures"]["invalid"], 1);
+    assert!(table(&bench).contains("\nerrors of vault: 1 invalid, 2 media\n"), "{}", table(&bench));
+    // They stay when the client has left.
+    drop(raw);
+    eventually("nobody is there", || status(&bench)["connections"] == 0);
+    assert_eq!(metric(&metrics, "failures_total", ",reason=\"media\""), 2.0);
+    assert_eq!(metric(&metrics, "failures_total", ",reason=\"flush\""), 0.0);
+    server.kill();
+}
+
+#[test]
+fn a_rekey_tells_how_far_it_is_how_fast_and_why_it_could_not_go_on() {
+    let bench = Bench::new();
+    let (server, metrics) = serve(&bench);
+    assert_eq!(client(&server).write(0, 0, &noise(1, 8 << 20)), 0);
+    assert_eq!(status(&bench)["rekeys"], Value::Array(Vec::new()));
+    let begin = ["rekey", "vault.img", "--key-file", "vault.key", "--control", "control", "--max-rate", "1M", "--json"];
+    let mut follower = bench.command(&begin).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let rekey = || status(&bench)["rekeys"][0].clone();
+    eventually("its speed is known", || rekey()["bytes_per_second"].as_u64() > Some(0));
+    follower.kill().unwrap();
+    follower.wait().unwrap();
+    let told = rekey();
+    assert_eq!((&told["export"], &told["running"]), (&"vault".into(), &true.into()));
+    assert!(told["seconds_left"].as_u64() > Some(0) && told["failed"].is_null(), "{told}");
+    assert_eq!(metric(&metrics, "rekey_running", ""), 1.0);
+    assert_eq!(metric(&metrics, "rekey_total_bytes", ""), f64::from(8 << 20));
+    assert!(metric(&metrics, "rekey_bytes_per_second", "") > 0.0);
+    let line = table(&bench);
+    let line = line.lines().find(|line| line.starts_with("re-key of ")).unwrap();
+    assert!(line.contains(" of 8 MiB done, ") && line.contains("/s, ") && line.ends_with(" left"), "{line}");
+    // One that rests has no speed.
+    bench.run(&["rekey", "vault.img", "--control", "control", "--pause"]).succeeds();
+    assert_eq!((&rekey()["paused"], &rekey()["bytes_per_second"]), (&true.into(), &0.into()));
+    assert_eq!(metric(&metrics, "rekey_paused", ""), 1.0);
+    // One that meets a broken medium says so.
+    let resume = ["rekey", "vault.img", "--control", "control", "--resume", "--max-rate", "2M"];
+    let mut follower = bench.command(&resume).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    eventually("it goes on", || rekey()["running"] == true);
+    File::options().write(true).open(bench.path("vault.img")).unwrap().set_len(4 << 20).unwrap();
+    eventually("it has failed", || rekey()["failed"].is_string());
+    follower.wait().unwrap();
+    assert!(rekey()["progress"]["done_bytes"].as_u64() < Some(8 << 20));
+    assert_eq!(metric(&metrics, "rekey_failed", ""), 1.0);
+    assert!(table(&bench).contains("it FAILED: "), "{}", table(&bench));
+    let mut raw = client(&server);
+    raw.request(READ, 0, 1, 0, 4096);
+    assert_eq!(raw.errno(), 0, "what lies before the fault can be read");
+    server.kill();
+}
