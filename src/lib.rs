@@ -27,11 +27,7 @@
 //! # }
 //! ```
 //!
-//! # Threat model
-//!
-//! Protected: what is on media, against whoever gets the media while it is locked, or a copy of it. Not protected:
-//! integrity and freshness of the data (XTS has none: changed ciphertext reads as noise, an old copy reads as old data),
-//! the pattern of which blocks change between two copies, and anything against who controls the running machine.
+//! What is protected, and what not, is in [`threat_model`]; what people ask first in [`faq`].
 //!
 //! # Layers
 //!
@@ -58,6 +54,8 @@ compile_error!("daxcrypt supports 64-bit little-endian Linux only");
 mod barrier;
 pub mod cli;
 pub mod dax;
+#[doc = include_str!("../docs/faq.md")]
+pub mod faq {}
 pub mod luks2;
 pub mod memory;
 pub mod namespace;
@@ -69,13 +67,22 @@ pub mod pmem;
 pub mod secret;
 mod spawn;
 mod sync;
+#[doc = include_str!("../docs/threat-model.md")]
+pub mod threat_model {}
 mod uffd;
 pub mod volume;
-#[doc = include_str!("what_happens_when.md")]
-pub mod what_happens_when {}
 pub mod xts;
 
 /// What no operation may leave on media; shared with the tests of the program.
 #[cfg(test)]
 #[path = "../tests/common/leftovers.rs"]
 mod leftovers;
+
+/// The Rust of README and of the library's guide compiles as it is printed.
+#[cfg(doctest)]
+mod printed {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../docs/library.md")]
+    struct Library;
+}
