@@ -6,6 +6,7 @@
 mod common;
 
 use std::io::{ErrorKind, Write};
+use std::net::Shutdown;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -185,6 +186,24 @@ fn a_client_that_disconnects_gets_what_is_still_under_way() {
         assert_eq!(success(&mut raw), 1);
         assert!(raw.is_closed());
     }
+}
+
+#[test]
+fn a_client_that_is_gone_with_replies_and_work_under_way_is_forgotten() {
+    let export = Gated::closed(MIB);
+    let mut running = serve(export.clone());
+    let mut raw = Raw::in_transmission(&running.path, "simple");
+    for cookie in 0..3 {
+        raw.request(FLUSH, 0, cookie, 0, 0);
+    }
+    eventually("the flushes have begun", || export.waiting.load(Ordering::SeqCst) == 3);
+    // Its socket is broken before the reply to this can leave.
+    raw.stream.shutdown(Shutdown::Read).unwrap();
+    raw.request(READ, 0, 9, 0, 512);
+    drop(raw);
+    export.let_through();
+    eventually("the client is forgotten", || running.handle.connection_count() == 0);
+    running.stop().unwrap();
 }
 
 #[test]

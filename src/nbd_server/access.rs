@@ -4,6 +4,7 @@
 //! could connect at all: the socket's mode, the listen address and the server's TLS mode are decided elsewhere.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 
 /// What is known about the other end of a connection.
@@ -17,6 +18,39 @@ pub struct Peer {
     pub address: Option<std::net::SocketAddr>,
     /// Names in the verified TLS client certificate: the subject's common name and the alternative names.
     pub certificate_names: Vec<CertificateName>,
+}
+
+/// Who counts as one client, however many connections it has: whoever shows a certificate with the same names, the same user of
+/// a Unix socket, the same virtual machine, or the same internet address.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Identity {
+    /// Names of a verified certificate, as texts in order. A renewed one has the same.
+    Certificate(Vec<String>),
+    /// A user.
+    User(u32),
+    /// A virtual machine.
+    Machine(u32),
+    /// An address.
+    Address(IpAddr),
+    /// Of whom nothing is known.
+    Nobody,
+}
+
+impl Peer {
+    /// Who it counts as.
+    pub(super) fn identity(&self) -> Identity {
+        if !self.certificate_names.is_empty() {
+            let mut names: Vec<_> = self.certificate_names.iter().map(CertificateName::to_string).collect();
+            names.sort_unstable();
+            return Identity::Certificate(names);
+        }
+        match (&self.unix, self.cid, self.address) {
+            (Some(unix), ..) => Identity::User(unix.uid),
+            (None, Some(cid), _) => Identity::Machine(cid),
+            (None, None, Some(address)) => Identity::Address(address.ip().to_canonical()),
+            (None, None, None) => Identity::Nobody,
+        }
+    }
 }
 
 impl fmt::Display for Peer {
@@ -184,6 +218,26 @@ mod tests {
             assert!(error.contains("write cn:") && error.contains("dns:"), "{error}");
         }
         assert_eq!("dns:host1".parse::<CertificateName>().unwrap().to_string(), "dns:host1");
+    }
+
+    #[test]
+    fn a_client_is_its_certificate_its_user_its_machine_or_its_address() {
+        let name = |text: &str| text.parse::<CertificateName>().unwrap();
+        let unix = |uid, pid| Some(UnixPeer { uid, gid: 1, groups: vec![], pid });
+        let over_tcp = |address: &str| Peer { address: Some(address.parse().unwrap()), ..Peer::default() };
+        let one = Peer { unix: unix(7, 1), ..Peer::default() };
+        assert_eq!(one.identity(), Peer { unix: unix(7, 2), ..Peer::default() }.identity());
+        assert_ne!(one.identity(), Peer { unix: unix(8, 1), ..Peer::default() }.identity());
+        assert_eq!(over_tcp("10.0.0.1:1").identity(), over_tcp("[::ffff:10.0.0.1]:2").identity());
+        assert_ne!(over_tcp("10.0.0.1:1").identity(), over_tcp("10.0.0.2:1").identity());
+        let certified = |peer: Peer, names: &[&str]| {
+            let certificate_names = names.iter().map(|text| name(text)).collect();
+            Peer { certificate_names, ..peer }.identity()
+        };
+        let (here, there) = (over_tcp("10.0.0.1:1"), over_tcp("10.0.0.2:1"));
+        assert_eq!(certified(here.clone(), &["cn:a", "dns:a"]), certified(there, &["dns:a", "cn:a"]));
+        assert_ne!(certified(here.clone(), &["cn:a"]), certified(here, &["dns:a"]));
+        assert_ne!(Peer { cid: Some(7), ..Peer::default() }.identity(), one.identity());
     }
 
     #[test]

@@ -9,8 +9,9 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use super::fair::{Party, Turn};
 use super::limits::{Limits, RECEIVE_BUFFER_BYTES, REPLY_BUFFER_BYTES, SMALL_BUFFER_BYTES};
 use crate::secret::{self, SecretBytes};
 
@@ -96,8 +97,10 @@ struct PoolState {
 }
 
 /// What a loan takes from the budget.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 struct Loan {
+    /// Who has it.
+    party: Arc<Party>,
     bytes: usize,
     /// Whether the socket's own buffers may be enlarged.
     sockets: bool,
@@ -116,25 +119,29 @@ impl BufferPool {
     }
 
     /// Large storage, with the right to `socket_bytes` of the kernel's if there is budget for them too, or nothing.
-    fn lend(&self, socket_bytes: usize) -> Option<(Loan, Storage)> {
+    fn lend(&self, socket_bytes: usize, turn: &Turn) -> Option<(Loan, Storage)> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let left = self.lent_bytes_max.load(Ordering::Relaxed).saturating_sub(state.lent_bytes);
         let with_sockets = Storage::large_bytes().saturating_add(socket_bytes);
-        let loan = match left {
-            _ if left >= with_sockets => Loan { bytes: with_sockets, sockets: true },
-            _ if left >= Storage::large_bytes() => Loan { bytes: Storage::large_bytes(), sockets: false },
+        let (bytes, sockets) = match left {
+            _ if !turn.may_borrow(&turn.party.lent_bytes, left) => return None,
+            _ if left >= with_sockets => (with_sockets, true),
+            _ if left >= Storage::large_bytes() => (Storage::large_bytes(), false),
             _ => return None,
         };
+        let loan = Loan { party: Arc::clone(&turn.party), bytes, sockets };
+        loan.party.lent_bytes.fetch_add(bytes, Ordering::Relaxed);
         state.lent_bytes += loan.bytes;
         let kept = state.large.pop();
         drop(state);
         Some((loan, kept.unwrap_or_else(|| Storage::large(self.locked))))
     }
 
-    fn give_back(&self, loan: Loan, storage: Storage) {
+    fn give_back(&self, loan: &Loan, storage: Storage) {
         let storage = storage.wiped();
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.lent_bytes -= loan.bytes;
+        loan.party.lent_bytes.fetch_sub(loan.bytes, Ordering::Relaxed);
         if (state.large.len() + 1) * Storage::large_bytes() <= KEPT_BYTES_MAX {
             state.large.push(storage);
         }
@@ -151,6 +158,10 @@ impl BufferPool {
         if state.small.len() < KEPT_SMALL_MAX {
             state.small.push(storage);
         }
+    }
+
+    fn left_bytes(&self) -> usize {
+        self.lent_bytes_max.load(Ordering::Relaxed).saturating_sub(self.lent_bytes())
     }
 
     /// Bytes that are lent now, the kernel's included.
@@ -181,7 +192,7 @@ pub(super) enum Changed {
 }
 
 impl Changed {
-    fn with(loan: Loan) -> Self {
+    fn with(loan: &Loan) -> Self {
         if loan.sockets { Self::MemoryAndSockets } else { Self::Memory }
     }
 }
@@ -198,13 +209,22 @@ impl<'a> Buffers<'a> {
     }
 
     /// Changes to large buffers if the budget allows it. What they hold comes along.
-    pub(super) fn enlarge(&mut self, socket_bytes: usize) -> Changed {
+    pub(super) fn enlarge(&mut self, socket_bytes: usize, turn: &Turn) -> Changed {
         if self.resting.is_some() || self.receive.unread().len() > SMALL_BUFFER_BYTES {
             return Changed::No;
         }
-        let Some((loan, large)) = self.pool.lend(socket_bytes) else { return Changed::No };
+        let Some((loan, large)) = self.pool.lend(socket_bytes, turn) else { return Changed::No };
+        let changed = Changed::with(&loan);
         self.resting = Some((loan, self.exchange(large)));
-        Changed::with(loan)
+        changed
+    }
+
+    /// Whether its client has clearly more of the pool than is left for others, so that these go back.
+    pub(super) fn are_too_many(&self, turn: &Turn) -> bool {
+        self.resting.as_ref().is_some_and(|(loan, _)| {
+            let left = self.pool.left_bytes().saturating_add(2 * loan.bytes);
+            !turn.may_borrow(&loan.party.lent_bytes, left)
+        })
     }
 
     /// Returns the large buffers if what they hold fits the small ones, where it then is.
@@ -212,8 +232,8 @@ impl<'a> Buffers<'a> {
         let fits = self.receive.unread().len() <= SMALL_BUFFER_BYTES && self.reply.filled <= SMALL_BUFFER_BYTES;
         let Some((loan, small)) = self.resting.take_if(|_| fits) else { return Changed::No };
         let large = self.exchange(small);
-        self.pool.give_back(loan, large);
-        Changed::with(loan)
+        self.pool.give_back(&loan, large);
+        Changed::with(&loan)
     }
 
     /// Wipes everything but what is unread and what waits to be sent.
@@ -243,7 +263,7 @@ impl Drop for Buffers<'_> {
         match self.resting.take() {
             None => self.pool.give_back_small(take()),
             Some((loan, small)) => {
-                self.pool.give_back(loan, take());
+                self.pool.give_back(&loan, take());
                 self.pool.give_back_small(small);
             }
         }
@@ -363,10 +383,42 @@ impl ReplyBuffer {
 
 #[cfg(test)]
 mod tests {
+    use super::super::access::Identity;
+    use super::super::fair::Fair;
     use super::*;
 
     fn pool(buffer_bytes_max: usize) -> BufferPool {
         BufferPool::new(&Limits { buffer_bytes_max, ..Limits::default() })
+    }
+
+    fn nobody() -> Turn {
+        Arc::new(Fair::new()).join(Identity::Nobody)
+    }
+
+    #[test]
+    fn whoever_has_the_whole_pool_leaves_half_of_it_when_somebody_else_comes() {
+        let pool = pool(20 * Storage::large_bytes());
+        let fair = Arc::new(Fair::new());
+        let (greedy, mut all) = (fair.join(Identity::User(1)), Vec::new());
+        for _ in 0..20 {
+            let mut buffers = Buffers::small(&pool);
+            buffers.enlarge(0, &greedy);
+            all.push(buffers);
+        }
+        assert!(pool.left_bytes() == 0 && !all[0].are_too_many(&greedy), "it is alone");
+        let other = fair.join(Identity::User(2));
+        for buffers in &mut all {
+            if buffers.are_too_many(&greedy) {
+                buffers.rest();
+            }
+        }
+        let of = |turn: &Turn| turn.party.lent_bytes.load(Ordering::Relaxed) / Storage::large_bytes();
+        assert_eq!((of(&greedy), pool.left_bytes()), (10, 10 * Storage::large_bytes()));
+        let mut more = Buffers::small(&pool);
+        assert_eq!(more.enlarge(0, &greedy), Changed::No);
+        assert_ne!(more.enlarge(0, &other), Changed::No);
+        drop((all, more));
+        assert_eq!((of(&greedy), of(&other), pool.lent_bytes()), (0, 0, 0));
     }
 
     #[test]
@@ -374,12 +426,12 @@ mod tests {
         let pool = pool(2 * Storage::large_bytes() + 1);
         let mut clients: Vec<_> = (0..3).map(|_| Buffers::small(&pool)).collect();
         for client in &mut clients {
-            client.enlarge(0);
+            client.enlarge(0, &nobody());
         }
         assert_eq!(pool.lent_bytes(), 2 * Storage::large_bytes());
         assert_eq!(clients[2].reply.capacity_bytes(), SMALL_BUFFER_BYTES);
         clients[0].rest();
-        clients[2].enlarge(0);
+        clients[2].enlarge(0, &nobody());
         assert_eq!(clients[2].reply.capacity_bytes(), REPLY_BUFFER_BYTES);
         drop(clients);
         assert_eq!(pool.lent_bytes(), 0);
@@ -390,7 +442,7 @@ mod tests {
         const SOCKETS: usize = 4 << 20;
         let pool = pool(2 * Storage::large_bytes() + SOCKETS);
         let mut clients: Vec<_> = (0..3).map(|_| Buffers::small(&pool)).collect();
-        let changed: Vec<_> = clients.iter_mut().map(|client| client.enlarge(SOCKETS)).collect();
+        let changed: Vec<_> = clients.iter_mut().map(|client| client.enlarge(SOCKETS, &nobody())).collect();
         assert_eq!(changed, [Changed::MemoryAndSockets, Changed::Memory, Changed::No]);
         assert_eq!(pool.lent_bytes(), 2 * Storage::large_bytes() + SOCKETS);
         assert_eq!(clients[0].rest(), Changed::MemoryAndSockets);
@@ -406,7 +458,7 @@ mod tests {
         buffers.receive.received(7);
         for large in [true, false] {
             if large {
-                buffers.enlarge(0)
+                buffers.enlarge(0, &nobody())
             } else {
                 buffers.rest()
             };
@@ -425,7 +477,7 @@ mod tests {
     fn more_than_small_buffers_hold_is_not_exchanged() {
         let pool = pool(usize::MAX);
         let mut buffers = Buffers::small(&pool);
-        buffers.enlarge(0);
+        buffers.enlarge(0, &nobody());
         buffers.reply.grab(SMALL_BUFFER_BYTES + 1);
         assert_eq!(buffers.rest(), Changed::No);
         assert!(pool.lent_bytes() > 0 && buffers.are_large());

@@ -15,12 +15,14 @@ use std::time::{Duration, Instant};
 use super::access::Peer;
 use super::buffer::{Buffers, Changed};
 use super::failures::Failures;
+use super::fair::Turn;
 use super::handshake::{CloseReason, Handshake, Outcome, Step, TlsMode};
 use super::limits::{OPTION_PAYLOAD_BYTES_MAX, SMALL_BUFFER_BYTES};
 use super::negotiated::Negotiated;
 use super::shared::{Chosen, Client, Shared};
 use super::slow::{Finished, Slow};
 use super::socket::{self, KernelBuffers, Waited};
+use super::spin::Spin;
 use super::tls::TlsSession;
 use super::transmission::{OutOfSync, Transmission};
 use super::wire::{OPTION_HEADER_BYTES, RequestHeader};
@@ -69,6 +71,7 @@ pub(super) fn serve(client: &Arc<Client>, shared: &Arc<Shared>) -> End {
         shared,
         buffers: Buffers::small(&shared.pool),
         slow: Slow::default(),
+        turn: shared.fair.join(client.peer.identity()),
         tls: None,
         peer: None,
         spin: Spin::new(shared.options.poll),
@@ -117,6 +120,8 @@ pub(super) struct Link<'a> {
     pub(super) buffers: Buffers<'a>,
     /// Requests that run beside the connection.
     pub(super) slow: Slow,
+    /// Its thread's share of the processors.
+    pub(super) turn: Turn,
     tls: Option<TlsSession>,
     /// Who the client is since TLS has begun.
     peer: Option<Peer>,
@@ -186,6 +191,9 @@ impl<'a> Session<'a> {
             return Err(End::Stopped);
         }
         self.tidy();
+        if self.link.turn.is_crowded() && self.link.buffers.are_too_many(&self.link.turn) {
+            self.link.rest();
+        }
         self.link.receive_request(header_bytes)
     }
 
@@ -215,19 +223,19 @@ impl<'a> Session<'a> {
     /// Waits until one of the requests beside the connection has ended.
     pub(super) fn await_one(&mut self) -> Result<(), End> {
         self.link.send_replies()?;
-        while self.link.slow.in_flight() > 0 && !self.link.slow.any_finished() {
-            let bell = &self.link.client.bell;
-            socket::wait(bell.as_fd(), None, None, None)?;
-            bell.silence();
-        }
+        self.link.await_one()?;
         self.collect()
     }
 
     /// Waits for what runs beside the connection. What of it takes long looks whether the client is still there.
     fn finish(&mut self) {
         while self.link.slow.in_flight() > 0 {
-            // The client may be gone, or even the socket broken: the work has to end all the same.
-            let _ = self.await_one();
+            // The client may be gone, or even the socket broken: the work has to end all the same, whether or not replies leave.
+            let _ = self.link.send_replies();
+            if self.link.await_one().is_err() {
+                std::thread::yield_now();
+            }
+            let _ = self.collect();
         }
         for finished in std::mem::take(&mut self.interrupted) {
             let _ = self.answer_finished(finished);
@@ -291,6 +299,7 @@ impl Link<'_> {
             return Err(End::PlaintextBehindTls);
         }
         let tls = self.shared.options.tls.as_ref().expect("STARTTLS is granted only with TLS configured");
+        self.turn.rest();
         let accepted = TlsSession::accept(tls, self.socket(), self.deadline);
         let session = accepted.map_err(|error| match self.of_deadline(error) {
             End::Io(error) => End::Tls(error),
@@ -298,8 +307,20 @@ impl Link<'_> {
         })?;
         let peer = Peer { certificate_names: session.certificate_names(), ..self.client.peer.clone() };
         self.tls = Some(session);
+        self.turn = self.shared.fair.join(peer.identity());
         self.peer = Some(peer.clone());
         Ok(peer)
+    }
+
+    /// Waits until one of the requests beside the connection has ended.
+    fn await_one(&mut self) -> io::Result<()> {
+        self.turn.rest();
+        while self.slow.in_flight() > 0 && !self.slow.any_finished() {
+            let bell = &self.client.bell;
+            socket::wait(bell.as_fd(), None, None, None)?;
+            bell.silence();
+        }
+        Ok(())
     }
 
     /// Tells a TLS client that nothing follows.
@@ -312,8 +333,8 @@ impl Link<'_> {
     fn send(&mut self, bytes: &[u8]) -> Result<(), End> {
         let socket = self.client.socket.as_fd();
         let sent = match &mut self.tls {
-            None => socket::send_all(socket, bytes, self.deadline),
-            Some(tls) => tls.send_all(socket, bytes),
+            None => socket::send_all(socket, bytes, self.deadline, Some(&mut self.turn)),
+            Some(tls) => tls.send_all(socket, bytes, &mut self.turn),
         };
         sent.map_err(|error| self.of_deadline(error))
     }
@@ -330,8 +351,8 @@ impl Link<'_> {
             let (socket, replies) = (self.client.socket.as_fd(), self.buffers.reply.pending());
             self.needs_large |= replies.len() > SMALL_BUFFER_BYTES;
             match &mut self.tls {
-                None => socket::send_all(socket, replies, self.deadline)?,
-                Some(tls) => tls.send_all(socket, replies)?,
+                None => socket::send_all(socket, replies, self.deadline, Some(&mut self.turn))?,
+                Some(tls) => tls.send_all(socket, replies, &mut self.turn)?,
             }
             self.buffers.reply.truncate(0);
         }
@@ -343,7 +364,7 @@ impl Link<'_> {
         self.wants_large = false;
         let socket = self.client.socket.as_fd();
         let larger = KernelBuffers::enlarged(socket, self.shared.options.socket_buffer_bytes);
-        let changed = self.buffers.enlarge(larger.bytes());
+        let changed = self.buffers.enlarge(larger.bytes(), &self.turn);
         self.needs_large |= changed != Changed::No;
         if changed == Changed::MemoryAndSockets {
             self.modest.get_or_insert_with(|| KernelBuffers::of(socket));
@@ -375,7 +396,7 @@ impl Link<'_> {
     /// Receives at least one byte of the next message, or finds that a request beside the connection has ended.
     /// `lead_bytes` is where the message's payload will begin.
     fn receive_request(&mut self, lead_bytes: usize) -> Result<(), End> {
-        if self.receive_now(lead_bytes)? || self.spin_for(lead_bytes)? {
+        if self.receive_soon(lead_bytes)? {
             return Ok(());
         }
         let asleep = Instant::now();
@@ -401,7 +422,7 @@ impl Link<'_> {
     /// connection has ended.
     fn receive_more(&mut self, lead_bytes: usize) -> Result<(), End> {
         // A client that sends a payload is slower than the copy out of the socket, so this wait is short as well.
-        if self.receive_now(lead_bytes)? || self.spin_for(lead_bytes)? {
+        if self.receive_soon(lead_bytes)? {
             return Ok(());
         }
         let asleep = Instant::now();
@@ -418,8 +439,18 @@ impl Link<'_> {
         }
     }
 
+    /// Receives what is there or comes while the socket is polled.
+    fn receive_soon(&mut self, lead_bytes: usize) -> Result<bool, End> {
+        if self.receive_now(lead_bytes)? {
+            return Ok(true);
+        }
+        self.turn.rest();
+        self.spin_for(lead_bytes)
+    }
+
     /// Waits, and gives large buffers back when they were not needed for a while.
     fn sleep(&mut self, since: Instant, for_stop: bool, deadline: Option<Instant>) -> io::Result<Waited> {
+        self.turn.rest();
         loop {
             let rest_at = self.rest_at(since);
             let until = [deadline, rest_at].into_iter().flatten().min();
@@ -482,94 +513,5 @@ impl Link<'_> {
         }
         self.spin.in_vain();
         Ok(false)
-    }
-}
-
-/// Whether to poll before sleeping.
-///
-/// One poll in vain ends it, so an idle connection polls once and then costs nothing. Bytes that come soon after
-/// falling asleep start it again; each further poll in vain doubles how often that has to happen, so a client that
-/// is always a little too slow costs next to nothing either.
-#[derive(Debug)]
-struct Spin {
-    limit: Duration,
-    worthwhile: bool,
-    /// Short sleeps until polling is tried again.
-    short_sleeps_left: u32,
-    /// What `short_sleeps_left` starts from after the next poll in vain.
-    short_sleeps_wanted: u32,
-}
-
-impl Spin {
-    /// A sleep is short when it takes no more than this many poll limits: it contains two wake-ups, the client's and
-    /// ours, and polling saves one of them.
-    const SHORT_SLEEP_LIMITS: u32 = 4;
-    /// The most short sleeps that polling waits for.
-    const SHORT_SLEEPS_MAX: u32 = 64;
-
-    fn new(limit: Duration) -> Self {
-        Self { limit, worthwhile: !limit.is_zero(), short_sleeps_left: 1, short_sleeps_wanted: 1 }
-    }
-
-    fn paid(&mut self) {
-        self.short_sleeps_wanted = 1;
-    }
-
-    fn in_vain(&mut self) {
-        self.worthwhile = false;
-        self.short_sleeps_left = self.short_sleeps_wanted;
-        self.short_sleeps_wanted = (2 * self.short_sleeps_wanted).min(Self::SHORT_SLEEPS_MAX);
-    }
-
-    fn slept_for(&mut self, duration: Duration) {
-        if !self.worthwhile && duration < self.limit * Self::SHORT_SLEEP_LIMITS {
-            self.short_sleeps_left = self.short_sleeps_left.saturating_sub(1);
-            self.worthwhile = self.short_sleeps_left == 0;
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const LIMIT: Duration = Duration::from_micros(50);
-
-    #[test]
-    fn polling_ends_in_vain_and_begins_again_after_short_sleeps() {
-        let mut spin = Spin::new(LIMIT);
-        assert!(spin.worthwhile);
-        spin.in_vain();
-        assert!(!spin.worthwhile);
-        spin.slept_for(Duration::from_millis(1));
-        assert!(!spin.worthwhile, "the client is idle");
-        spin.slept_for(LIMIT);
-        assert!(spin.worthwhile);
-    }
-
-    #[test]
-    fn a_client_that_is_always_too_slow_is_polled_less_and_less() {
-        let mut spin = Spin::new(LIMIT);
-        let mut polls = 0;
-        for _ in 0..1000 {
-            if spin.worthwhile {
-                polls += 1;
-                spin.in_vain();
-            }
-            spin.slept_for(2 * LIMIT);
-        }
-        assert!((10..30).contains(&polls), "{polls} polls");
-        spin.worthwhile = true;
-        spin.paid();
-        spin.in_vain();
-        spin.slept_for(LIMIT);
-        assert!(spin.worthwhile, "a poll that paid forgives those in vain");
-    }
-
-    #[test]
-    fn polling_that_is_off_stays_off() {
-        let mut spin = Spin::new(Duration::ZERO);
-        spin.slept_for(Duration::ZERO);
-        assert!(!spin.worthwhile);
     }
 }

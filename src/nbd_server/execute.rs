@@ -34,9 +34,11 @@ impl Session<'_> {
     /// Answers one request whose header has been consumed.
     pub(super) fn answer(&mut self, header: &RequestHeader) -> Result<(), End> {
         self.throttle(header)?;
+        self.link.turn.work();
         let start = Instant::now();
         (self.header, self.fate) = (*header, Fate::Succeeded);
         let answered = self.answer_uncounted(&Call { header: *header, replies: self.machine.replies(header), start });
+        self.link.turn.moved(0);
         self.counted(header, start, answered)
     }
 
@@ -112,14 +114,14 @@ impl Session<'_> {
                 self.await_one()?;
             }
             let (link, call) = (&mut self.link, (call.header, call.replies, call.start));
-            if link.slow.give_away(work, call, Arc::clone(export), (link.client, link.shared)) {
+            if link.slow.give_away(work, call, Arc::clone(export), (link.client, link.shared, &link.turn)) {
                 self.fate = Fate::Deferred;
                 return Ok(());
             }
         }
-        let mut done = work.run(export.as_ref(), self.link.client, self.link.shared);
+        let mut done = work.run(export.as_ref(), self.link.client, self.link.shared, &mut self.link.turn);
         while matches!(done, Err(ExportError::Locked)) && self.wait_at_gate()? {
-            done = work.again().run(export.as_ref(), self.link.client, self.link.shared);
+            done = work.again().run(export.as_ref(), self.link.client, self.link.shared, &mut self.link.turn);
         }
         self.reply(call.replies, &done)
     }
@@ -233,6 +235,7 @@ impl Session<'_> {
         let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
         loop {
             self.make_room(len + HEAD_BYTES)?;
+            self.link.turn.work();
             let reply = &mut self.link.buffers.reply;
             let before = reply.pending().len();
             reply.push(replies.data(at, len_bytes, last).as_bytes());
@@ -242,7 +245,10 @@ impl Session<'_> {
             }
             match result {
                 Err(ExportError::Locked) if self.wait_at_gate()? => {}
-                result => return Ok(result),
+                result => {
+                    self.link.turn.moved(len_bytes.into());
+                    return Ok(result);
+                }
             }
         }
     }
@@ -256,6 +262,7 @@ impl Session<'_> {
         let mut failed = None;
         while rest > 0 {
             self.make_room(1)?;
+            self.link.turn.work();
             let reply = &mut self.link.buffers.reply;
             let free = reply.free_bytes();
             let piece = usize::try_from(rest).map_or(free, |rest| rest.min(free));
@@ -276,6 +283,7 @@ impl Session<'_> {
                 self.link.buffers.reply.grab(piece).fill(0);
                 failed = Some((error, at));
             }
+            self.link.turn.moved(piece as u64);
             at += piece as u64;
             rest -= piece as u64;
         }
@@ -295,6 +303,7 @@ impl Session<'_> {
             let piece = writable_bytes(at, rest, unread.len());
             if piece > 0 {
                 if result.is_ok() {
+                    self.link.turn.work();
                     result = export.write_at(at, &unread[..piece]);
                     if matches!(result, Err(ExportError::Locked)) && self.wait_at_gate()? {
                         result = Ok(());
@@ -302,6 +311,7 @@ impl Session<'_> {
                     }
                 }
                 self.link.buffers.receive.consume(piece);
+                self.link.turn.moved(piece as u64);
                 at += piece as u64;
                 rest -= piece as u64;
             } else {

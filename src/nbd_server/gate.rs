@@ -98,6 +98,7 @@ impl Session<'_> {
             if self.link.hangs_up() {
                 return Err(End::Stopped);
             }
+            self.link.turn.rest();
             let (client, stop) = (self.link.client, &self.link.shared.stop);
             if socket::wait_beside(&client.socket, &client.bell, stop, None)? == Beside::Left {
                 return Err(End::Closed);

@@ -13,6 +13,7 @@ use rayon::ThreadPool;
 use super::access::Peer;
 use super::buffer::BufferPool;
 use super::export::{Export, Exports, Served};
+use super::fair::Fair;
 use super::limits::Limits;
 use super::server::Options;
 use super::slow::Workers;
@@ -32,6 +33,7 @@ pub(super) struct Shared {
     /// Set when the time that a stopping server gives is nearly over: long work ends.
     pub(super) hurry: AtomicBool,
     pub(super) workers: Workers,
+    pub(super) fair: Arc<Fair>,
     /// The threads that share large requests, if there are any.
     pub(super) large: OnceLock<Arc<ThreadPool>>,
     pub(super) pool: BufferPool,
@@ -56,6 +58,7 @@ impl Shared {
             stop: StopSignal::new()?,
             hurry: false.into(),
             workers: Workers::default(),
+            fair: Arc::new(Fair::new()),
             pool: BufferPool::new(&limits),
             spinners: Spinners::new(),
             clients: Mutex::default(),

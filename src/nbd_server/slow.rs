@@ -17,6 +17,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::export::{Durability, Export, ExportError, Hole};
+use super::fair::Turn;
 use super::limits::{PERSIST_SLICE_BYTES, SLICE_BYTES, SLOW_THREADS_MAX};
 use super::shared::{Client, Shared};
 use super::transmission::Replies;
@@ -50,14 +51,23 @@ impl Work {
         }
     }
 
-    /// Does it, for `client`.
-    pub(super) fn run(self, export: &dyn Export, client: &Client, shared: &Shared) -> Result<(), ExportError> {
+    /// Does it, for `client`. What waits for a device is not work that takes turns, but slices are.
+    pub(super) fn run(
+        self,
+        export: &dyn Export,
+        client: &Client,
+        shared: &Shared,
+        turn: &mut Turn,
+    ) -> Result<(), ExportError> {
         let goes_on = || !(shared.hurries() || client.has_left());
+        if self == Self::Flush || matches!(self, Self::Persist { .. }) {
+            turn.rest();
+        }
         let (offset, len_bytes, durability) = match self {
             Self::Flush => return export.flush(),
             Self::Persist { offset, len_bytes } => (offset, len_bytes, Durability::Fua),
             Self::Zeroes { offset, len_bytes, hole, durability } => {
-                in_slices(offset, len_bytes, SLICE_BYTES, &goes_on, |at, len| {
+                in_slices(offset, len_bytes, SLICE_BYTES, &goes_on, turn, |at, len| {
                     match export.write_zeroes(at, len, hole) {
                         // Something has been changed, so it is too late to say that it cannot be done fast.
                         Err(ExportError::Unsupported) if hole == Hole::Required && at > offset => {
@@ -69,20 +79,21 @@ impl Work {
                 (offset, len_bytes, durability)
             }
             Self::Discard { offset, len_bytes, durability } => {
-                in_slices(offset, len_bytes, SLICE_BYTES, &goes_on, |at, len| export.discard(at, len))?;
+                in_slices(offset, len_bytes, SLICE_BYTES, &goes_on, turn, |at, len| export.discard(at, len))?;
                 (offset, len_bytes, durability)
             }
             Self::Prefetch { offset, len_bytes } => {
-                return in_slices(offset, len_bytes, SLICE_BYTES, &goes_on, |at, len| export.prefetch(at, len));
+                return in_slices(offset, len_bytes, SLICE_BYTES, &goes_on, turn, |at, len| export.prefetch(at, len));
             }
         };
+        turn.rest();
         match durability {
             Durability::Cached => Ok(()),
             // One wait for the device for whatever fits a request; more only for what no payload could bring.
             Durability::Fua if len_bytes <= PERSIST_SLICE_BYTES => export.persist(offset, len_bytes),
-            Durability::Fua => {
-                in_slices(offset, len_bytes, PERSIST_SLICE_BYTES, &goes_on, |at, len| export.persist(at, len))
-            }
+            Durability::Fua => slices(offset, len_bytes, PERSIST_SLICE_BYTES).try_for_each(|(at, len)| {
+                if at > offset && !goes_on() { Err(ExportError::ShuttingDown) } else { export.persist(at, len) }
+            }),
         }
     }
 }
@@ -93,13 +104,16 @@ fn in_slices(
     len_bytes: u64,
     slice_bytes: u64,
     goes_on: &dyn Fn() -> bool,
+    turn: &mut Turn,
     mut run: impl FnMut(u64, u64) -> Result<(), ExportError>,
 ) -> Result<(), ExportError> {
     for (at, len) in slices(offset, len_bytes, slice_bytes) {
         if at > offset && !goes_on() {
             return Err(ExportError::ShuttingDown);
         }
+        turn.work();
         run(at, len)?;
+        turn.moved(len);
     }
     Ok(())
 }
@@ -174,22 +188,30 @@ impl Slow {
         work: Work,
         (header, replies, start): (RequestHeader, Replies, Instant),
         export: Arc<dyn Export>,
-        (client, shared): (&Arc<Client>, &Arc<Shared>),
+        (client, shared, turn_of): (&Arc<Client>, &Arc<Shared>, &Turn),
     ) -> bool {
         let outbox = Arc::clone(&self.outbox);
         let (client, for_job) = (Arc::clone(client), Arc::clone(shared));
+        let mut turn = turn_of.another();
         let job = move || {
-            let run = AssertUnwindSafe(|| work.run(export.as_ref(), &client, &for_job));
+            let run = AssertUnwindSafe(|| work.run(export.as_ref(), &client, &for_job, &mut turn));
             let result = std::panic::catch_unwind(run).unwrap_or_else(|_| {
                 tracing::error!(?work, "a request panicked");
                 Err(ExportError::Io(io::Error::other("a request panicked")))
             });
-            // Nothing of the export is held when its connection is told.
-            drop((export, for_job));
+            // Nothing of the export is held when its connection is told, and no share of anything.
+            turn.party.slow_threads.fetch_sub(1, Ordering::Relaxed);
+            drop((export, for_job, turn));
             outbox.put(Finished { work, header, replies, start, result });
             client.bell.ring();
         };
-        let taken = shared.workers.take_on(Box::new(job));
+        let own = &turn_of.party.slow_threads;
+        let may = |left| {
+            let may = turn_of.may_borrow(own, left);
+            own.fetch_add(usize::from(may), Ordering::Relaxed);
+            may
+        };
+        let taken = shared.workers.take_on(Box::new(job), may);
         self.in_flight += usize::from(taken);
         taken
     }
@@ -212,6 +234,8 @@ struct CrewState {
     queue: VecDeque<Job>,
     threads: usize,
     idle: usize,
+    /// Threads that run something or are about to.
+    busy: usize,
 }
 
 impl std::fmt::Debug for Workers {
@@ -233,6 +257,7 @@ impl Crew {
                 drop(state);
                 job();
                 state = self.state();
+                state.busy -= 1;
                 continue;
             }
             state.idle += 1;
@@ -248,11 +273,16 @@ impl Crew {
 }
 
 impl Workers {
-    /// Has a thread run `job` at once; `false` when every thread that may be is busy.
-    fn take_on(&self, job: Job) -> bool {
+    /// Has a thread run `job` at once; `false` when every thread that may be is busy, or when it may not have one of those
+    /// that are left.
+    fn take_on(&self, job: Job, may: impl FnOnce(usize) -> bool) -> bool {
         let mut state = self.0.state();
+        if !may(SLOW_THREADS_MAX - state.busy) {
+            return false;
+        }
         if state.idle > state.queue.len() {
             state.queue.push_back(job);
+            state.busy += 1;
             drop(state);
             self.0.work.notify_one();
             return true;
@@ -266,6 +296,7 @@ impl Workers {
             return false;
         }
         state.threads += 1;
+        state.busy += 1;
         state.queue.push_back(job);
         true
     }
@@ -300,8 +331,9 @@ mod tests {
                 count.fetch_add(1, Ordering::SeqCst);
             })
         };
-        assert!((0..SLOW_THREADS_MAX).all(|_| workers.take_on(job())));
-        assert!(!workers.take_on(job()), "one more than there may be");
+        assert!(!workers.take_on(job(), |left| left < SLOW_THREADS_MAX), "it may not");
+        assert!((0..SLOW_THREADS_MAX).all(|_| workers.take_on(job(), |_| true)));
+        assert!(!workers.take_on(job(), |_| true), "one more than there may be");
         *gate.0.lock().unwrap() = true;
         gate.1.notify_all();
         let start = Instant::now();

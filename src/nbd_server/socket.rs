@@ -11,6 +11,8 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, sockopt};
 
+use super::fair::Turn;
+
 /// What a wait ended with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Waited {
@@ -97,10 +99,15 @@ pub(super) fn receive(socket: BorrowedFd<'_>, room: &mut [u8]) -> io::Result<usi
     }
 }
 
-/// Sends all of `bytes`, waiting as long as the peer does not read, or until `deadline`.
-pub(super) fn send_all(socket: BorrowedFd<'_>, mut bytes: &[u8], deadline: Option<Instant>) -> io::Result<()> {
+/// Sends all of `bytes`, waiting as long as the peer does not read, or until `deadline`. Whoever waits gives its turn up.
+pub(super) fn send_all(
+    socket: BorrowedFd<'_>,
+    mut bytes: &[u8],
+    deadline: Option<Instant>,
+    mut turn: Option<&mut Turn>,
+) -> io::Result<()> {
     while !bytes.is_empty() {
-        let sent = send_some(socket, deadline, |flags| rustix::net::send(socket, bytes, flags))?;
+        let sent = send_some(socket, deadline, turn.as_deref_mut(), |flags| rustix::net::send(socket, bytes, flags))?;
         bytes = &bytes[sent..];
     }
     Ok(())
@@ -110,13 +117,16 @@ pub(super) fn send_all(socket: BorrowedFd<'_>, mut bytes: &[u8], deadline: Optio
 pub(super) fn send_some(
     socket: BorrowedFd<'_>,
     deadline: Option<Instant>,
+    mut turn: Option<&mut Turn>,
     mut send: impl FnMut(SendFlags) -> rustix::io::Result<usize>,
 ) -> io::Result<usize> {
-    let flags = if deadline.is_some() { SendFlags::NOSIGNAL | SendFlags::DONTWAIT } else { SendFlags::NOSIGNAL };
     loop {
-        match send(flags) {
+        let holds_turn = turn.as_ref().is_some_and(|turn| turn.is_held());
+        let at_once = if deadline.is_some() || holds_turn { SendFlags::DONTWAIT } else { SendFlags::empty() };
+        match send(SendFlags::NOSIGNAL | at_once) {
             Ok(len_bytes) => return Ok(len_bytes),
             Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) if holds_turn => turn.iter_mut().for_each(|turn| turn.rest()),
             Err(Errno::AGAIN) if deadline.is_some() => {
                 let timeout = deadline.map(|deadline| timespec(deadline.saturating_duration_since(Instant::now())));
                 let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::OUT)];

@@ -343,7 +343,7 @@ fn answer(socket: &OwnedFd, question: &Question, shared: &Shared, commands: Opti
         }
         (Question::Http(HttpRequest::Malformed), _) => http("400 Bad Request", "text/plain", "not HTTP/1\n", true),
     };
-    socket::send_all(socket.as_fd(), text.as_bytes(), Some(Instant::now() + PATIENCE))?;
+    socket::send_all(socket.as_fd(), text.as_bytes(), Some(Instant::now() + PATIENCE), None)?;
     rustix::net::shutdown(socket, rustix::net::Shutdown::Write)?;
     Ok(())
 }

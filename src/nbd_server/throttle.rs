@@ -112,6 +112,7 @@ impl Session<'_> {
             self.collect()?;
             self.link.send_replies()?;
             self.tidy();
+            self.link.turn.rest();
             let (client, stop) = (self.link.client, &self.link.shared.stop);
             match socket::wait_beside(&client.socket, &client.bell, stop, Some(until))? {
                 Beside::Left => return Err(End::Closed),

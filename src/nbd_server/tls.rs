@@ -17,6 +17,7 @@ use rustls::{RootCertStore, ServerConfig, ServerConnection};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::access::CertificateName;
+use super::fair::Turn;
 use super::socket::{self, Waited};
 
 /// The certificate authority that signs clients' certificates, in PEM.
@@ -138,19 +139,19 @@ impl TlsSession {
         let connection = ServerConnection::new(tls.config()).map_err(io::Error::other)?;
         let mut session = Self { connection: Box::new(connection), deadline };
         while session.connection.is_handshaking() {
-            session.flush(socket)?;
+            session.flush(socket, None)?;
             if !session.connection.is_handshaking() {
                 break;
             }
             if socket::wait(socket, None, None, deadline)? == Waited::TimedOut {
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            if session.connection.read_tls(&mut Records(socket, None))? == 0 {
+            if session.connection.read_tls(&mut Records::received(socket))? == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             session.process(socket)?;
         }
-        session.flush(socket)?;
+        session.flush(socket, None)?;
         Ok(session)
     }
 
@@ -183,17 +184,18 @@ impl TlsSession {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 done => return done,
             }
-            self.connection.read_tls(&mut Records(socket, None))?;
+            self.connection.read_tls(&mut Records::received(socket))?;
             self.process(socket)?;
         }
     }
 
     /// As [`socket::send_all`], encrypted.
-    pub(super) fn send_all(&mut self, socket: BorrowedFd<'_>, mut bytes: &[u8]) -> io::Result<()> {
+    pub(super) fn send_all(&mut self, socket: BorrowedFd<'_>, mut bytes: &[u8], turn: &mut Turn) -> io::Result<()> {
         while !bytes.is_empty() {
+            turn.work();
             let taken = self.connection.writer().write(bytes)?;
             bytes = &bytes[taken..];
-            self.flush(socket)?;
+            self.flush(socket, Some(&mut *turn))?;
         }
         Ok(())
     }
@@ -201,32 +203,43 @@ impl TlsSession {
     /// Tells the client that the end is intended.
     pub(super) fn close(&mut self, socket: BorrowedFd<'_>) {
         self.connection.send_close_notify();
-        let _ = self.flush(socket);
+        let _ = self.flush(socket, None);
     }
 
     fn process(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
         if let Err(error) = self.connection.process_new_packets() {
             // The alert that tells the client why.
-            let _ = self.flush(socket);
+            let _ = self.flush(socket, None);
             return Err(io::Error::new(io::ErrorKind::InvalidData, error));
         }
-        self.flush(socket)
+        self.flush(socket, None)
     }
 
-    fn flush(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
+    fn flush(&mut self, socket: BorrowedFd<'_>, mut turn: Option<&mut Turn>) -> io::Result<()> {
         while self.connection.wants_write() {
-            self.connection.write_tls(&mut Records(socket, self.deadline))?;
+            let turn = turn.as_deref_mut();
+            self.connection.write_tls(&mut Records { socket, deadline: self.deadline, turn })?;
         }
         Ok(())
     }
 }
 
 /// The socket as rustls wants it: reads do not wait, writes do, until the deadline if there is one.
-struct Records<'a>(BorrowedFd<'a>, Option<Instant>);
+struct Records<'a> {
+    socket: BorrowedFd<'a>,
+    deadline: Option<Instant>,
+    turn: Option<&'a mut Turn>,
+}
+
+impl<'a> Records<'a> {
+    fn received(socket: BorrowedFd<'a>) -> Self {
+        Self { socket, deadline: None, turn: None }
+    }
+}
 
 impl Read for Records<'_> {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        socket::receive(self.0, room)
+        socket::receive(self.socket, room)
     }
 }
 
@@ -237,7 +250,10 @@ impl Write for Records<'_> {
 
     fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         let mut control = SendAncillaryBuffer::default();
-        socket::send_some(self.0, self.1, |flags| rustix::net::sendmsg(self.0, slices, &mut control, flags))
+        let (socket, turn) = (self.socket, self.turn.as_deref_mut());
+        socket::send_some(socket, self.deadline, turn, |flags| {
+            rustix::net::sendmsg(socket, slices, &mut control, flags)
+        })
     }
 
     fn flush(&mut self) -> io::Result<()> {

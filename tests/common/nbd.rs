@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub, missing_docs, missing_debug_implementations)]
 
 use std::io::{Read, Write};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,6 +16,7 @@ use daxcrypt::nbd_server::{
     Export, ExportError, ExportInfo, Exports, Extent, ExtentKind, Handle, Hole, Limits, Listener, Options, Server,
     ServerError,
 };
+use rustix::net::{AddressFamily, SocketType};
 
 /// Bytes of a page that can be a hole.
 pub const PAGE: u64 = 4096;
@@ -229,9 +231,24 @@ impl Raw {
         Self { stream, extended: false }
     }
 
+    /// Connects over TCP from an address of its own, which is a client of its own, and exchanges the flags.
+    pub fn from_address(source: [u8; 4], server: SocketAddr) -> Self {
+        let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&socket, &SocketAddr::from((source, 0))).unwrap();
+        rustix::net::connect(&socket, &server).unwrap();
+        rustix::net::sockopt::set_tcp_nodelay(&socket, true).unwrap();
+        // The same reads and writes do for any stream.
+        Self::greeted_over(UnixStream::from(socket))
+    }
+
     /// Connects and exchanges the flags.
     pub fn greeted(path: &Path) -> Self {
-        let mut raw = Self::connect(path);
+        Self::greeted_over(UnixStream::connect(path).unwrap())
+    }
+
+    fn greeted_over(stream: UnixStream) -> Self {
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let mut raw = Self { stream, extended: false };
         assert_eq!(raw.take(18), b"NBDMAGICIHAVEOPT\x00\x03");
         raw.send(&3u32.to_be_bytes());
         raw
