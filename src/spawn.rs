@@ -29,6 +29,14 @@ pub(crate) fn without_signals<R>(spawn: impl FnOnce() -> R) -> R {
     spawn()
 }
 
+/// A number that no other thread has while this one runs; not 0. In a handler of signals too.
+#[inline]
+#[allow(clippy::cast_possible_truncation, reason = "a number or a pointer, by the C library, on 64-bit targets only")]
+pub(crate) fn thread_number() -> usize {
+    // SAFETY: asks a register of this thread.
+    (unsafe { libc::pthread_self() }) as usize
+}
+
 /// A thread that is to be joined.
 #[derive(Debug)]
 #[must_use = "a thread that nobody joins keeps its stack"]

@@ -201,6 +201,8 @@ pub(crate) enum Faults {
     All,
     /// Those of the program's own loads and stores: a system call that is given an absent page fails.
     UserMode,
+    /// None: a load or store of an absent page raises SIGBUS, a system call fails.
+    Raised,
 }
 
 /// A userfaultfd.
@@ -222,10 +224,11 @@ impl Uffd {
         }
         let fd = match faults {
             Faults::All => open_descriptor()?,
-            Faults::UserMode => open_for_user_mode()?,
+            Faults::UserMode | Faults::Raised => open_for_user_mode()?,
         };
         let used = Features::NEEDED | FEATURE_WP_SHMEM | FEATURE_POISON | FEATURE_WP_ASYNC;
-        Self::with_features(fd, features.0 & used)
+        let raised = if faults == Faults::Raised { FEATURE_SIGBUS } else { 0 };
+        Self::with_features(fd, features.0 & used | raised)
     }
 
     pub(crate) const fn features(&self) -> Features {

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use daxcrypt::dax::{DaxMapping, MapOptions};
+use daxcrypt::dax::{DaxMapping, FaultsBy, MapOptions};
 use daxcrypt::nbd_server::{Export, Hole};
 use daxcrypt::pmem::{Access, Granularity};
 use daxcrypt::volume::Volume;
@@ -204,22 +204,27 @@ fn every_persisted_word_survives_and_every_word_is_one_that_was_stored() {
         writable().resident_max(256 << 10).write_back_interval(every),
         writable().trap_stores().resident_max(256 << 10),
         writable().eager(),
+        writable().faults(FaultsBy::InThread),
+        writable().faults(FaultsBy::InThread).resident_max(256 << 10).write_back_interval(every),
+        writable().faults(FaultsBy::InThread).trap_stores().resident_max(256 << 10),
     ];
     for (seed, options) in (1..).zip(&variants) {
         play(Granularity::CacheLine, options, seed);
     }
     play(Granularity::Page, &variants[2], 99);
+    play(Granularity::Page, &variants[6], 100);
 }
 
 /// Threads count up words of pages all over a large volume through maps with little room, while requests write other words
 /// of the same pages, and check that no count ever goes back.
-fn stress(run_for: Duration) -> u64 {
+fn stress(run_for: Duration, faults: FaultsBy) -> u64 {
     const LEN: u64 = 256 << 20;
     const WORKERS: u64 = 8;
     let (_vault, volume) = Vault::empty(LEN);
     volume.write_zeroes(0, LEN).unwrap();
     let stop = AtomicBool::new(false);
-    let maps: Vec<_> = (0..2).map(|_| volume.map(0..LEN, &writable().resident_max(1 << 20)).unwrap()).collect();
+    let maps: Vec<_> =
+        (0..2).map(|_| volume.map(0..LEN, &writable().resident_max(1 << 20).faults(faults)).unwrap()).collect();
     let touches = thread::scope(|scope| {
         let (volume, maps, stop) = (&volume, &maps, &stop);
         let worker = |id: u64| move || count_up(&maps[(id % 2) as usize], id, stop);
@@ -280,8 +285,10 @@ fn count_up(map: &DaxMapping, id: u64, stop: &AtomicBool) -> u64 {
 #[test]
 fn eight_threads_and_requests_share_a_volume_that_does_not_fit() {
     let seconds = std::env::var("DAXCRYPT_SOAK_SECONDS").map_or(3, |text| text.parse().unwrap());
-    let started = Instant::now();
-    let touches = stress(Duration::from_secs(seconds));
-    println!("{touches} stores in {:?}", started.elapsed());
-    assert!(touches > 1000);
+    for faults in [FaultsBy::Threads, FaultsBy::InThread] {
+        let started = Instant::now();
+        let touches = stress(Duration::from_secs(seconds), faults);
+        println!("{faults:?}: {touches} stores in {:?}", started.elapsed());
+        assert!(touches > 1000);
+    }
 }

@@ -16,13 +16,14 @@ use std::time::Duration;
 
 use super::ahead::FaultAhead;
 use super::error::DaxError;
+use super::in_thread::{InThread, TELLS};
 use super::options::{MapMode, MapOptions, Tracking};
 use super::{Opened, open_faults};
 use crate::memory::Source;
 use crate::secret::SecretBytes;
 use crate::uffd::{self, Fault, Faults, Uffd};
 use crate::volume::window::{
-    BATCH_PAGES, Install, Marks, PAGE_BYTES, Through, Traps, View, ViewOptions, Window, WriteBack,
+    AtOnce, BATCH_PAGES, Install, Marks, PAGE_BYTES, Through, Traps, View, ViewOptions, Window, WriteBack,
 };
 use crate::volume::{ClaimGuard, Volume, VolumeError};
 
@@ -51,6 +52,8 @@ pub(super) struct Core {
     pub(super) writable: bool,
     /// Whose faults are answered; nobody's of an eager map.
     taken: Option<Faults>,
+    /// With what the threads that touch answer themselves; the fault threads do what may wait then.
+    in_thread: Option<InThread>,
     /// For everybody but the fault threads, which have their own: those that nobody uses now.
     scratch: Mutex<Vec<SecretBytes>>,
     /// Whether faults are answered no more: the view is revoked, and page tables tell of no stores any more.
@@ -105,6 +108,7 @@ impl Core {
     ) -> Result<Self, DaxError> {
         let opened = if options.lazy { open_faults(options).map_err(DaxError::Os)? } else { None };
         let taken = opened.as_ref().map(|opened| opened.taken);
+        let in_thread = if taken == Some(Faults::Raised) { Some(InThread::new().map_err(DaxError::Os)?) } else { None };
         let (faults, marks) = match opened {
             Some(Opened { uffd, map: Some(map), .. }) => (Some(uffd), Marks::Kernel(map)),
             Some(Opened { uffd, .. }) if uffd.features().protects() => {
@@ -124,6 +128,7 @@ impl Core {
             view,
             writable,
             taken,
+            in_thread,
             scratch: Mutex::default(),
             broken: AtomicBool::new(false),
             syncing: Mutex::default(),
@@ -154,13 +159,22 @@ impl Core {
         match self.taken {
             Some(Faults::All) => MapMode::Lazy,
             Some(Faults::UserMode) => MapMode::LazyUserMode,
+            Some(Faults::Raised) => MapMode::LazyInThread,
             None => MapMode::Eager,
         }
     }
 
     /// What becomes readable when a fault waits; `None` for an eager map.
     pub(super) fn fault_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.view.faults().map(AsFd::as_fd)
+        match &self.in_thread {
+            Some(in_thread) => Some(in_thread.letters().event()),
+            None => self.view.faults().map(AsFd::as_fd),
+        }
+    }
+
+    /// What its threads answer their own touches with.
+    pub(super) const fn in_thread(&self) -> Option<&InThread> {
+        self.in_thread.as_ref()
     }
 
     /// Makes the pages of `range` (whole pages of the view) resident and maps them here.
@@ -205,23 +219,12 @@ impl Core {
             match self.view.faults() {
                 None => self.volume.fill(&self.window, &batch, Through { scratch: &mut *scratch, install: None })?,
                 Some(faults) => {
-                    let protect_new = match self.view.marks() {
-                        Marks::Kernel(_) => !stores,
-                        Marks::Trapped(_) => true,
-                        Marks::Unknown => false,
-                    };
-                    let how = uffd::Install {
-                        protect_new: self.writable && protect_new,
-                        // The kernel drops the entry of a page that it swaps out, and with it the mark that the page was stored
-                        // to: what comes back counts as stored to. Traps have marks of their own.
-                        protect_present: self.writable && matches!(self.view.marks(), Marks::Trapped(_)),
-                        // Who is woken for a part of a batch would only run into the rest of it.
-                        wake: page_count(&batch) == 1,
-                    };
-                    let install: &dyn Install = &Door { core: self, faults, how };
+                    // Who is woken for a part of a batch would only run into the rest of it.
+                    let wake = page_count(&batch) == 1;
+                    let install: &dyn Install = &self.door(faults, stores, wake);
                     let through = Through { scratch: &mut *scratch, install: Some(install) };
                     let filled = self.volume.fill(&self.window, &batch, through);
-                    if !how.wake {
+                    if !wake {
                         let _ = faults.wake(&self.addresses(&batch)); // fails when the map is gone, and the waiters with it
                     }
                     filled?;
@@ -231,20 +234,46 @@ impl Core {
         Ok(())
     }
 
+    fn door<'a>(&'a self, faults: &'a Uffd, stores: bool, wake: bool) -> Door<'a> {
+        let protect_new = match self.view.marks() {
+            Marks::Kernel(_) => !stores,
+            Marks::Trapped(_) => true,
+            Marks::Unknown => false,
+        };
+        // The kernel drops the entry of a page that it swaps out, and with it the mark that the page was stored to: what comes
+        // back counts as stored to. Traps have marks of their own.
+        let protect_present = self.writable && matches!(self.view.marks(), Marks::Trapped(_));
+        let how = uffd::Install { protect_new: self.writable && protect_new, protect_present, wake };
+        Door { core: self, faults, how }
+    }
+
+    /// Brings whole pages of the view in, in a handler of signals.
+    pub(super) fn bring_at_once(&self, range: &Range<u64>, stores: bool, scratch: &mut [u8]) -> AtOnce {
+        let Some(faults) = self.view.faults() else { return AtOnce::Refused };
+        let through = Through { scratch, install: Some(&self.door(faults, stores, false)) };
+        self.volume.fill_at_once(&self.window, range, through)
+    }
+
     /// Answers some of the waiting faults: whether there were any. A page whose data cannot be had is poisoned: whoever
     /// touches it gets SIGBUS, and nothing else is harmed.
     pub(super) fn answer(&self, run: &mut Run, scratch: &mut [u8]) -> io::Result<bool> {
         let Some(faults) = self.view.faults() else { return Ok(false) };
+        if let Some(in_thread) = &self.in_thread {
+            return Ok(in_thread.letters().answer(ANSWERED_MAX, |fault| self.resolve(faults, fault, run, scratch)));
+        }
         for answered in 0..ANSWERED_MAX {
             match faults.next_fault()? {
-                Some(fault) => self.resolve(faults, fault, run, scratch),
+                Some(fault) => {
+                    self.resolve(faults, fault, run, scratch);
+                }
                 None => return Ok(answered > 0),
             }
         }
         Ok(true)
     }
 
-    fn resolve(&self, faults: &Uffd, fault: Fault, run: &mut Run, scratch: &mut [u8]) {
+    /// Whether the touch is to be tried again; otherwise it ends in SIGBUS.
+    fn resolve(&self, faults: &Uffd, fault: Fault, run: &mut Run, scratch: &mut [u8]) -> bool {
         let page_address = fault.address - fault.address % PAGE_BYTES;
         let here = page_address..page_address + PAGE_BYTES;
         let start = page_address - self.start_address() + self.view.range().start;
@@ -252,7 +281,7 @@ impl Core {
             // It fails when the volume was locked meanwhile, and the waiter must go on to its SIGBUS; or when the map is gone,
             // and the waiter with it.
             let _ = self.view.allow_stores(start).or_else(|_| faults.wake(&here));
-            return;
+            return true;
         }
         let page_count = run.ahead.pages(start / PAGE_BYTES, AHEAD_PAGES_MAX.min(self.window.page_count_max() / 4));
         let end = (start + page_count * PAGE_BYTES).min(self.view.range().end);
@@ -286,7 +315,11 @@ impl Core {
                 let backing = self.volume.backing().path().display();
                 tracing::error!(%backing, offset = start, "a touch of a direct map ends in SIGBUS: {}", chain(error));
             }
+            return !raises_sigbus;
+        } else if self.in_thread.is_some() && !TELLS && matches!(self.view.marks(), Marks::Trapped(_)) {
+            let _ = self.view.allow_stores(start); // it may be what the touch wants; as above
         }
+        true
     }
 
     /// Writes back what may have changed in `range` (whole pages of the view) and makes it durable.
@@ -336,7 +369,7 @@ impl Core {
         Ok(left?)
     }
 
-    fn start_address(&self) -> u64 {
+    pub(super) fn start_address(&self) -> u64 {
         self.view.start().addr() as u64
     }
 

@@ -14,8 +14,10 @@ use zeroize::Zeroizing;
 
 use super::core::Core;
 use super::error::DaxError;
+use super::in_thread::InThread;
 use super::options::{MapMode, MapOptions, Tracking};
 use super::threads::Working;
+use crate::pmem::AnsweredRange;
 use crate::volume::window::{PAGE_BYTES, WriteBack, pages_of};
 use crate::volume::{VolumeError, write_pieces};
 
@@ -35,6 +37,8 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 pub struct DaxMapping {
     core: Option<Arc<Core>>,
     working: Option<Working>,
+    /// Where its touches are answered by the threads that touch.
+    answered: Option<AnsweredRange>,
     range: Range<u64>,
     memory_locked: bool,
 }
@@ -44,10 +48,13 @@ impl DaxMapping {
     pub(super) fn new(core: Core, range: Range<u64>, options: &MapOptions) -> Result<Self, DaxError> {
         let core = Arc::new(core);
         let memory_locked = core.view.lock_memory();
-        let mut map = Self { core: Some(core), working: None, range, memory_locked };
+        let mut map = Self { core: Some(core), working: None, answered: None, range, memory_locked };
         let write_back = options.writable && !options.write_back.is_zero();
         if map.mode() != MapMode::Eager || write_back {
             map.working = Some(Working::begin(map.core()).map_err(DaxError::Os)?);
+        }
+        if map.mode() == MapMode::LazyInThread {
+            map.answered = Some(InThread::begin(map.core()).map_err(DaxError::Os)?);
         }
         match map.mode() {
             MapMode::Eager if options.lazy => tracing::warn!(
@@ -58,7 +65,7 @@ impl DaxMapping {
                 "the kernel permits userfaultfd for loads and stores only: system calls on pages of a map that are absent \
                  fail with EFAULT ({GRANT})"
             ),
-            MapMode::Lazy | MapMode::Eager => {}
+            MapMode::Lazy | MapMode::LazyInThread | MapMode::Eager => {}
         }
         if !memory_locked {
             tracing::warn!("a direct map is not locked in memory (RLIMIT_MEMLOCK): its plaintext may be swapped out");
@@ -336,6 +343,7 @@ impl DaxMapping {
         if let Err(error) = core.volume.check_owner() {
             // A child: the threads are not there, and what it holds of them is the parent's.
             mem::forget(self.working.take());
+            mem::forget(self.answered.take());
             return Err(error.into());
         }
         if let Some(working) = &mut self.working {
@@ -343,6 +351,7 @@ impl DaxMapping {
         }
         let synced = if core.volume.locked() { Ok(()) } else { core.sync(core.view.range()) };
         let left = core.leave();
+        drop(self.answered.take()); // those who wait for a fault thread see that the map has ended
         if let Some(working) = self.working.take() {
             working.end();
         }

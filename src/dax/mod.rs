@@ -70,14 +70,36 @@
 //!
 //! [`MapOptions::as_on_kernel`] shows a program how it runs on an older one. All faults need a right: `CAP_SYS_PTRACE`,
 //! `vm.unprivileged_userfaultfd=1`, or access to `/dev/userfaultfd` (6.1). Without it maps are [`MapMode::LazyUserMode`]
-//! (`UFFD_USER_MODE_ONLY`, 5.11): only system calls on absent pages fail. Where a filter of system calls (that of
+//! (`UFFD_USER_MODE_ONLY`, 5.11): only system calls on absent pages fail, as in maps of [`FaultsBy::InThread`], which need no
+//! right and no newer kernel. Where a filter of system calls (that of
 //! containers, as a rule) refuses userfaultfd, maps are eager.
+
+//! # Faults in the thread that touches
+//!
+//! Waking a thread that answers is most of a first touch where idle processors sleep deeply. With
+//! [`MapOptions::faults`]\([`FaultsBy::InThread`]) the thread that touches gets a SIGBUS, decrypts the page in this library's
+//! handler, and goes on. It takes no right. The two threads of the process stay, for what must not be done in a handler:
+//! evicting, waiting for a range, logging. What it asks of a program:
+//!
+//! - **System calls on absent pages fail with `EFAULT`** (`read(2)` into the map, `write(2)` from it): bring them in by
+//!   [`DaxMapping::prefetch`] before, in a map without a bound, or use a buffer. Calls of this library take such addresses.
+//! - No thread that touches the map blocks SIGBUS: the kernel ends a process whose thread blocks a signal that it causes.
+//! - A handler of SIGBUS that the program installs after ours passes on to ours what is not its own; without that every first
+//!   touch is its own. One that was installed before is called with whatever is not ours, and with the siginfo, mask and
+//!   alternate stack that it would have without us.
+//! - Nothing is asked of stacks. Our handler begins on the thread's alternate stack where it has one, where a signal frame and
+//!   1 KiB must fit, and works on a stack of its own; without one it begins on the thread's own, below what is in use.
+//! - A handler of signals of the program may touch the map, unless it came upon the thread in a call of this library. With
+//!   threads that answer, such a touch waits for ever if the call holds the page; here it ends the process with a message.
+//! - While our handler runs, signals of other kinds wait.
 
 mod access;
 mod ahead;
 mod core;
 mod error;
 mod exclusive;
+mod in_thread;
+mod letters;
 mod mapping;
 mod options;
 mod threads;
@@ -92,7 +114,7 @@ pub use self::error::DaxError;
 pub use self::exclusive::{ExclusiveMap, FrozenMap, Persister};
 pub use self::mapping::DaxMapping;
 use self::mapping::whole_pages;
-pub use self::options::{MapMode, MapOptions, Tracking};
+pub use self::options::{FaultsBy, MapMode, MapOptions, Tracking};
 use crate::uffd::{self, Faults, Features, PageMap, Uffd};
 use crate::volume::window::PAGE_BYTES;
 use crate::volume::{Volume, VolumeError};
@@ -207,7 +229,11 @@ struct Opened {
 /// What is no refusal: descriptors or memory that are wanting.
 fn open_faults(options: &MapOptions) -> io::Result<Option<Opened>> {
     let Some(features) = unless_refused(Features::of_kernel(options.kernel))? else { return Ok(None) };
-    for taken in [Faults::All, Faults::UserMode] {
+    let takers: &[Faults] = match options.faults {
+        FaultsBy::Threads => &[Faults::All, Faults::UserMode],
+        FaultsBy::InThread => &[Faults::Raised],
+    };
+    for &taken in takers {
         if options.write_async
             && features.notes_stores()
             && let Some(uffd) = unless_refused(Uffd::open(features, taken))?

@@ -13,6 +13,9 @@ pub enum MapMode {
     /// As [`Self::Lazy`], where the kernel permits this program no more: a system call that is given a page that is absent
     /// fails with `EFAULT`. [`DaxMapping::prefetch`](super::DaxMapping::prefetch) brings pages in before.
     LazyUserMode,
+    /// A page is decrypted by the thread that touches it first ([`FaultsBy::InThread`]). A system call that is given a page that
+    /// is absent fails with `EFAULT`, as for [`Self::LazyUserMode`].
+    LazyInThread,
     /// Everything was decrypted when the map was made, and stays in memory as long as it.
     Eager,
 }
@@ -28,6 +31,18 @@ pub enum Tracking {
     Compare,
 }
 
+/// Who decrypts a page that is touched through the pointer of a lazy map.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FaultsBy {
+    /// Threads of this library, while the one that touches waits. Nothing is asked of the program.
+    #[default]
+    Threads,
+    /// The thread that touches, in this library's handler of SIGBUS: nobody has to be woken, which costs several times what the
+    /// decryption does where idle processors sleep. It takes no right. What it asks of the program stands
+    /// [in the module's documentation](super#faults-in-the-thread-that-touches).
+    InThread,
+}
+
 /// How to map a volume. The default is read-only, lazy where the kernel permits it, and without a bound.
 #[derive(Clone, Debug)]
 pub struct MapOptions {
@@ -36,6 +51,7 @@ pub struct MapOptions {
     pub(super) write_back: Duration,
     pub(super) lazy: bool,
     pub(super) write_async: bool,
+    pub(super) faults: FaultsBy,
     pub(super) kernel: Option<(u32, u32)>,
 }
 
@@ -47,6 +63,7 @@ impl Default for MapOptions {
             write_back: Duration::from_secs(WRITE_BACK_SECONDS),
             lazy: true,
             write_async: true,
+            faults: FaultsBy::Threads,
             kernel: None,
         }
     }
@@ -92,6 +109,13 @@ impl MapOptions {
     #[must_use]
     pub const fn eager(mut self) -> Self {
         self.lazy = false;
+        self
+    }
+
+    /// Has faults answered by the one or the other.
+    #[must_use]
+    pub const fn faults(mut self, by: FaultsBy) -> Self {
+        self.faults = by;
         self
     }
 

@@ -55,6 +55,8 @@ struct Engine {
 struct Shared {
     events: OwnedFd,
     stop: OwnedFd,
+    /// Whether looking for the next fault takes no processor from who would cause it.
+    spins: bool,
     maps: Mutex<Maps>,
     syncs: Mutex<Syncs>,
     /// Something of `syncs` has changed.
@@ -158,7 +160,8 @@ impl Engine {
         let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&events, &stop, epoll::EventData::new_u64(STOP), epoll::EventFlags::IN)?;
         let (maps, syncs) = (Mutex::default(), Mutex::default());
-        let shared = Arc::new(Shared { events, stop, maps, syncs, changed: Condvar::new() });
+        let spins = thread::available_parallelism().is_ok_and(|running| running.get() > 1);
+        let shared = Arc::new(Shared { events, stop, spins, maps, syncs, changed: Condvar::new() });
         let engine = Self { shared, threads: Mutex::default() };
         for _ in 0..FAULT_THREADS {
             let (shared, mut scratch) = (Arc::clone(&engine.shared), scratch()?);
@@ -256,7 +259,7 @@ impl Shared {
     fn answer_map(&self, number: u64, place: &mut Option<Served>, scratch: &mut SecretBytes) {
         let Some(Served { core, run, answered }) = place else { return };
         let Some(faults) = core.fault_fd() else { return };
-        let comes_fast = answered.is_some_and(|last| last.elapsed() < SPIN);
+        let comes_fast = self.spins && answered.is_some_and(|last| last.elapsed() < SPIN);
         let answer = || -> io::Result<()> {
             let began = Instant::now();
             let mut last = began;

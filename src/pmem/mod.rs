@@ -32,4 +32,5 @@ pub(crate) use file_limit::check_file_size_limit;
 pub use granularity::{FORCE_GRANULARITY_VARIABLE, Granularity, GranularityReason};
 pub use identity::{BackingId, Extent};
 pub use options::{Access, Allocation, OpenOptions};
+pub(crate) use sigbus::{Answer, AnsweredRange, Touch};
 pub(crate) use users::RangeUse;

@@ -12,9 +12,15 @@
 //! page finds the mark after its access, whichever thread took the signal. Were a page ever declared good again, a slow
 //! thread could miss the time in which it was bad.
 //!
+//! A mapping may also bring its pages in by SIGBUS (userfaultfd without a thread that answers): an [`AnsweredRange`] names a
+//! function that does, in the thread that touches. The function decides whether the access is tried again or fails.
+//!
 //! The handler does nothing but atomic loads and stores, the `membarrier` and `mmap` system calls and, for foreign signals,
-//! `sigaction` and `raise`: all async-signal-safe. It keeps `errno`. It must not be blocked: a synchronous signal that is
-//! blocked ends the process.
+//! `sigaction`, `sigprocmask` and `raise`: all async-signal-safe, and so must be what an [`AnsweredRange`] names. It keeps
+//! `errno`. It must not be blocked: a synchronous signal that is blocked ends the process. It may be entered again for memory
+//! that it touches itself (a backing whose page is bad), but by no signal that comes from outside: those are masked while it
+//! runs, so that no handler of the program finds this thread with a lock of ours. A handler that a SIGBUS is passed on to
+//! has the mask that it would have had without us.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};
@@ -23,6 +29,7 @@ use std::mem;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::thread;
 
 use super::bitmap;
 use crate::barrier;
@@ -38,8 +45,26 @@ struct Slot {
     page_bytes: AtomicUsize,
     bad_pages: AtomicPtr<AtomicU64>,
     faults: AtomicU64,
+    /// An [`Answer`]; null for a mapping whose bad pages are replaced.
+    answer: AtomicPtr<()>,
+    /// What it is called with.
+    argument: AtomicPtr<()>,
+    /// How many handlers are about to call it, or do. Who takes the mapping out waits for them.
+    answering: AtomicUsize,
     taken: AtomicBool,
     next: Option<&'static Self>,
+}
+
+/// What a slot covers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Covered {
+    version: u64,
+    start: usize,
+    end: usize,
+    page_bytes: usize,
+    bad_pages: *const AtomicU64,
+    answer: *mut (),
+    argument: *mut (),
 }
 
 static SLOTS: AtomicPtr<Slot> = AtomicPtr::new(ptr::null_mut());
@@ -67,10 +92,7 @@ impl Registration {
         bad_pages: *const AtomicU64,
     ) -> io::Result<Self> {
         install_handler()?;
-        let _guard = REGISTERING.lock().unwrap_or_else(PoisonError::into_inner);
-        let slot = free_slot().unwrap_or_else(new_slot);
-        slot.taken.store(true, Ordering::Relaxed);
-        slot.change(|slot| {
+        let slot = take_slot(|slot| {
             slot.start.store(start.addr(), Ordering::Relaxed);
             slot.end.store(start.addr() + len_bytes, Ordering::Relaxed);
             slot.page_bytes.store(page_bytes, Ordering::Relaxed);
@@ -89,13 +111,81 @@ impl Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        let _guard = REGISTERING.lock().unwrap_or_else(PoisonError::into_inner);
-        self.slot.change(|slot| {
-            slot.start.store(0, Ordering::Relaxed);
-            slot.end.store(0, Ordering::Relaxed);
-            slot.bad_pages.store(ptr::null_mut(), Ordering::Relaxed);
+        self.slot.clear();
+        self.slot.taken.store(false, Ordering::Release);
+    }
+}
+
+/// Where and how a thread touched memory that was not there.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Touch {
+    pub(crate) address: usize,
+    /// The kernel says that the page itself is bad, rather than that nobody supplied it.
+    pub(crate) poisoned: bool,
+    /// A store, where the processor tells.
+    pub(crate) stores: bool,
+    /// The page is there and does not allow for what was done, where the processor tells.
+    pub(crate) protected: bool,
+    /// The alternate stack of the thread as it was interrupted.
+    pub(crate) alternate: libc::stack_t,
+}
+
+/// What becomes of a touch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// It is tried again.
+    Again,
+    /// It fails: the signal is the program's.
+    Fails,
+    /// It must not be, and ends the process.
+    Refused,
+}
+
+/// Who answers the touches of a mapping, in a handler of signals. The argument is that of [`AnsweredRange::new`].
+pub(crate) type Answerer = unsafe fn(*const (), &Touch) -> Answer;
+
+/// A mapping whose touches are answered. Dropping it waits for the answers that are being given; it must go before the
+/// memory does.
+#[derive(Debug)]
+pub(crate) struct AnsweredRange {
+    slot: &'static Slot,
+}
+
+impl AnsweredRange {
+    /// Has SIGBUS at `len_bytes` mapped bytes from `start` answered.
+    ///
+    /// # Errors
+    ///
+    /// When the handler cannot be installed.
+    ///
+    /// # Safety
+    ///
+    /// Until this is dropped: `argument` is valid for `answerer`, in every thread, and the range belongs to one mapping.
+    pub(crate) unsafe fn new(
+        start: *const u8,
+        len_bytes: usize,
+        answerer: Answerer,
+        argument: *const (),
+    ) -> io::Result<Self> {
+        install_handler()?;
+        let slot = take_slot(|slot| {
+            slot.start.store(start.addr(), Ordering::Relaxed);
+            slot.end.store(start.addr() + len_bytes, Ordering::Relaxed);
+            slot.answer.store(answerer as *mut (), Ordering::Relaxed);
+            slot.argument.store(argument.cast_mut(), Ordering::Relaxed);
         });
-        self.slot.taken.store(false, Ordering::Relaxed);
+        Ok(Self { slot })
+    }
+}
+
+impl Drop for AnsweredRange {
+    fn drop(&mut self) {
+        self.slot.clear();
+        // A handler counts itself before it looks at the slot once more: it is seen here, or sees that the slot is clear.
+        while self.slot.answering.load(Ordering::SeqCst) > 0 {
+            thread::yield_now();
+        }
+        self.slot.taken.store(false, Ordering::Release);
     }
 }
 
@@ -107,18 +197,33 @@ impl Slot {
         self.version.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// What the slot covers: start, end, page size and bitmap words. `None` when the slot changes meanwhile: then it is
-    /// not the slot of a mapping that somebody is accessing.
-    fn read(&self) -> Option<(usize, usize, usize, *const AtomicU64)> {
-        let before = self.version.load(Ordering::SeqCst);
-        let fields = (
-            self.start.load(Ordering::SeqCst),
-            self.end.load(Ordering::SeqCst),
-            self.page_bytes.load(Ordering::SeqCst),
-            self.bad_pages.load(Ordering::SeqCst).cast_const(),
-        );
-        let unchanged = before.is_multiple_of(2) && self.version.load(Ordering::SeqCst) == before;
-        unchanged.then_some(fields)
+    /// Takes the mapping out: handlers that come later do not find it.
+    fn clear(&self) {
+        let _guard = REGISTERING.lock().unwrap_or_else(PoisonError::into_inner);
+        self.change(|slot| {
+            slot.start.store(0, Ordering::Relaxed);
+            slot.end.store(0, Ordering::Relaxed);
+            slot.bad_pages.store(ptr::null_mut(), Ordering::Relaxed);
+            slot.answer.store(ptr::null_mut(), Ordering::Relaxed);
+            slot.argument.store(ptr::null_mut(), Ordering::Relaxed);
+        });
+    }
+
+    /// What the slot covers. `None` when the slot changes meanwhile: then it is not the slot of a mapping that somebody is
+    /// accessing.
+    fn read(&self) -> Option<Covered> {
+        let version = self.version.load(Ordering::SeqCst);
+        let covered = Covered {
+            version,
+            start: self.start.load(Ordering::SeqCst),
+            end: self.end.load(Ordering::SeqCst),
+            page_bytes: self.page_bytes.load(Ordering::SeqCst),
+            bad_pages: self.bad_pages.load(Ordering::SeqCst).cast_const(),
+            answer: self.answer.load(Ordering::SeqCst),
+            argument: self.argument.load(Ordering::SeqCst),
+        };
+        let unchanged = version.is_multiple_of(2) && self.version.load(Ordering::SeqCst) == version;
+        unchanged.then_some(covered)
     }
 }
 
@@ -128,8 +233,13 @@ fn slots() -> impl Iterator<Item = &'static Slot> {
     std::iter::successors(first, |slot| slot.next)
 }
 
-fn free_slot() -> Option<&'static Slot> {
-    slots().find(|slot| !slot.taken.load(Ordering::Relaxed))
+/// A slot for a new mapping, which `fill` describes.
+fn take_slot(fill: impl FnOnce(&Slot)) -> &'static Slot {
+    let _guard = REGISTERING.lock().unwrap_or_else(PoisonError::into_inner);
+    let slot = slots().find(|slot| !slot.taken.load(Ordering::Acquire)).unwrap_or_else(new_slot);
+    slot.taken.store(true, Ordering::Relaxed);
+    slot.change(fill);
+    slot
 }
 
 /// Puts a new slot at the head of the list. The caller holds `REGISTERING`.
@@ -141,6 +251,9 @@ fn new_slot() -> &'static Slot {
         page_bytes: AtomicUsize::new(0),
         bad_pages: AtomicPtr::new(ptr::null_mut()),
         faults: AtomicU64::new(0),
+        answer: AtomicPtr::new(ptr::null_mut()),
+        argument: AtomicPtr::new(ptr::null_mut()),
+        answering: AtomicUsize::new(0),
         taken: AtomicBool::new(false),
         next: slots().next(),
     }));
@@ -162,8 +275,15 @@ fn install_handler() -> io::Result<()> {
     let mut action: libc::sigaction = unsafe { mem::zeroed() };
     let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = on_sigbus;
     action.sa_sigaction = handler as usize;
-    // SA_ONSTACK: a thread may be out of stack, and then has an alternative one from the standard library.
-    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+    // SA_ONSTACK: a thread may be out of stack, or have a small one (of a coroutine), and then has an alternative one.
+    // SA_NODEFER: what answers a touch reads a backing, whose pages may be bad.
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART | libc::SA_NODEFER;
+    // SAFETY: the set is that of the action.
+    unsafe { libc::sigfillset(&raw mut action.sa_mask) };
+    for synchronous in [libc::SIGBUS, libc::SIGSEGV, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS] {
+        // SAFETY: as above.
+        unsafe { libc::sigdelset(&raw mut action.sa_mask, synchronous) };
+    }
     swap_action(Some(&action))?;
     *installed = true;
     Ok(())
@@ -191,39 +311,77 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut
     let address = unsafe { fault.si_addr() }.addr();
     // The two codes of an access that the medium could not serve. Others (a misaligned access, an announcement of bad
     // memory that nobody touched) are not ours.
-    let failed_access = matches!(code, libc::BUS_ADRERR | libc::BUS_MCEERR_AR);
-    if !(failed_access && absorb(address)) {
-        pass_on(signal, info, context, code > 0);
+    let answer = match code {
+        libc::BUS_ADRERR | libc::BUS_MCEERR_AR => answer(address, code == libc::BUS_MCEERR_AR, context),
+        _ => Answer::Fails,
+    };
+    match answer {
+        Answer::Again => {}
+        Answer::Fails => pass_on(signal, info, context, code > 0),
+        Answer::Refused => die_by_default(signal, true),
     }
     // SAFETY: the pointer is this thread's own errno.
     unsafe { *errno = saved };
 }
 
 /// Handles a fault at `address` if it lies in a registered mapping.
-fn absorb(address: usize) -> bool {
+fn answer(address: usize, poisoned: bool, context: *mut c_void) -> Answer {
     for slot in slots() {
-        let Some((start, end, page_bytes, bad_pages)) = slot.read() else { continue };
-        if !(start..end).contains(&address) {
+        let Some(covered) = slot.read() else { continue };
+        if !(covered.start..covered.end).contains(&address) {
             continue;
         }
-        let page = (address - start) / page_bytes;
-        // SAFETY: the fault happened in this mapping, so its owner is in the middle of an access and cannot have dropped
-        // the registration: the bitmap is alive, and it has a bit for each page of the mapping.
-        unsafe { bitmap::insert_raw(bad_pages, page) };
-        slot.faults.fetch_add(1, Ordering::SeqCst);
-        barrier::heavy(); // before anybody can find the cover
-        if cover(start + page * page_bytes, page_bytes) {
-            return true;
+        if covered.answer.is_null() {
+            return if absorb(slot, &covered, address) { Answer::Again } else { Answer::Fails };
         }
-        // Each covered page is a mapping of its own, and a process may have so many only (vm.max_map_count). One cover
-        // over everything needs fewer than there are now; all of the mapping is then bad.
-        let whole = (end - start).div_ceil(page_bytes);
-        // SAFETY: as above; the bitmap has one bit more than there are pages.
-        unsafe { bitmap::insert_raw(bad_pages, whole) };
-        barrier::heavy();
-        return cover(start, end - start);
+        slot.answering.fetch_add(1, Ordering::SeqCst);
+        let answer = if slot.read() == Some(covered) {
+            // SAFETY: only `AnsweredRange::new` stores to the field, and what it stores has this type.
+            let answerer: Answerer = unsafe { mem::transmute(covered.answer) };
+            // SAFETY: the kernel passes a valid context to an SA_SIGINFO handler, and nobody else changes it.
+            let touch = touch(address, poisoned, unsafe { &*context.cast::<libc::ucontext_t>() });
+            // SAFETY: the slot was not cleared when this handler was counted, so its owner waits until it is counted out.
+            unsafe { answerer(covered.argument, &touch) }
+        } else {
+            Answer::Fails // the mapping has ended meanwhile
+        };
+        slot.answering.fetch_sub(1, Ordering::SeqCst);
+        return answer;
     }
-    false
+    Answer::Fails
+}
+
+/// What the processor and the kernel tell of a touch.
+fn touch(address: usize, poisoned: bool, context: &libc::ucontext_t) -> Touch {
+    #[cfg(target_arch = "x86_64")]
+    let (stores, protected) = {
+        let code = context.uc_mcontext.gregs[libc::REG_ERR as usize];
+        (code & 2 != 0, code & 1 != 0)
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let (stores, protected) = (false, false);
+    Touch { address, poisoned, stores, protected, alternate: context.uc_stack }
+}
+
+/// Marks and replaces the page at `address` of a backing.
+fn absorb(slot: &Slot, covered: &Covered, address: usize) -> bool {
+    let &Covered { start, end, page_bytes, bad_pages, .. } = covered;
+    let page = (address - start) / page_bytes;
+    // SAFETY: the fault happened in this mapping, so its owner is in the middle of an access and cannot have dropped
+    // the registration: the bitmap is alive, and it has a bit for each page of the mapping.
+    unsafe { bitmap::insert_raw(bad_pages, page) };
+    slot.faults.fetch_add(1, Ordering::SeqCst);
+    barrier::heavy(); // before anybody can find the cover
+    if cover(start + page * page_bytes, page_bytes) {
+        return true;
+    }
+    // Each covered page is a mapping of its own, and a process may have so many only (vm.max_map_count). One cover
+    // over everything needs fewer than there are now; all of the mapping is then bad.
+    let whole = (end - start).div_ceil(page_bytes);
+    // SAFETY: as above; the bitmap has one bit more than there are pages.
+    unsafe { bitmap::insert_raw(bad_pages, whole) };
+    barrier::heavy();
+    cover(start, end - start)
 }
 
 /// Maps anonymous memory over a bad page.
@@ -243,6 +401,9 @@ fn pass_on(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void, from
     match previous {
         Some(action) if action.sa_sigaction == libc::SIG_IGN && !from_kernel => {}
         Some(action) if action.sa_sigaction != libc::SIG_IGN => {
+            // SAFETY: the kernel passes a valid context to an SA_SIGINFO handler.
+            let interrupted = unsafe { &(*context.cast::<libc::ucontext_t>()).uc_sigmask };
+            mask_as_for(action, signal, interrupted);
             if action.sa_flags & libc::SA_SIGINFO != 0 {
                 // SAFETY: an SA_SIGINFO action holds a function of this type.
                 let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) =
@@ -256,6 +417,27 @@ fn pass_on(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void, from
         }
         _ => die_by_default(signal, from_kernel),
     }
+}
+
+/// Masks what would be masked if the kernel had called the handler of `action` itself.
+fn mask_as_for(action: &libc::sigaction, signal: c_int, interrupted: &libc::sigset_t) {
+    /// The signals that Linux has; its sets are shorter than those of the C library.
+    const SIGNAL_MAX: c_int = 64;
+    // SAFETY: all-zero bytes are a valid, empty set.
+    let mut masked: libc::sigset_t = unsafe { mem::zeroed() };
+    for number in 1..=SIGNAL_MAX {
+        let own = number == signal && action.sa_flags & libc::SA_NODEFER == 0;
+        let in_set = |set: &libc::sigset_t| {
+            // SAFETY: the set is valid for the call.
+            unsafe { libc::sigismember(set, number) == 1 }
+        };
+        if own || in_set(interrupted) || in_set(&action.sa_mask) {
+            // SAFETY: the set is a local one.
+            unsafe { libc::sigaddset(&raw mut masked, number) };
+        }
+    }
+    // SAFETY: the set is valid; returning from the signal restores the mask of the interrupted code.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const masked, ptr::null_mut()) };
 }
 
 /// Restores the default action. A fault then happens again when the handler returns; a sent signal is sent once more.

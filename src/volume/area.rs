@@ -164,6 +164,20 @@ impl DataArea {
         HeldRange { area: self, sides: self.sides.exclusive(range) }
     }
 
+    /// As [`Self::exclusive`], if it can be had at once and nothing moves: what [`HeldBlocks::read`] does then is
+    /// async-signal-safe too.
+    pub(super) fn try_exclusive(&self, range: Range<u64>) -> Option<HeldRange<'_>> {
+        let sides = self.sides.try_exclusive(range)?;
+        // Where the boundary is stands behind a lock that waits.
+        let moves = sides.as_ref().is_some_and(|sides| sides.former.is_some());
+        (!moves).then_some(HeldRange { area: self, sides })
+    }
+
+    /// Whether a handler of signals has come upon this thread while it holds a range or waits for one.
+    pub(super) fn is_entered_here(&self) -> bool {
+        self.sides.is_entered_here()
+    }
+
     /// As [`Self::exclusive`]; `None` when somebody else has begun since, and done, what the range was to be held for.
     #[inline]
     pub(super) fn exclusive_unless_served(&self, range: Range<u64>) -> Option<(HeldRange<'_>, ForAll<'_>)> {

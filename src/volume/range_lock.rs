@@ -18,10 +18,10 @@
 //! work, and says that these are served. They need the range no more. It costs who meets nobody one comparison.
 
 use std::collections::VecDeque;
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 
 use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Mutex, MutexGuard, PoisonError, barrier, hint, thread};
+use crate::sync::{Mutex, MutexGuard, PoisonError, barrier, hint, thread, thread_number};
 
 /// How many ranges are held at once; more wait. One for each bit of a word.
 const SLOTS: usize = u64::BITS as usize;
@@ -35,6 +35,9 @@ const YIELDS: u32 = 12;
 
 /// How many ranges have a party at a time; who finds none free waits for its turn as others do.
 const PARTIES: usize = 4;
+
+/// How often a handler of signals lets others run before it believes that nobody but its own thread has the table: seconds.
+const TABLE_LOOKS: u32 = 10_000_000;
 
 /// How often a watch looks at the flag of the holder in its way: together some microseconds.
 const LOOKS: u32 = 100;
@@ -99,6 +102,8 @@ struct Waiter {
     request: Request,
     /// How many later ones were granted before it.
     overtaken: u32,
+    /// [`thread_number`] of the thread.
+    number: usize,
     /// Whether it was woken and has not looked since.
     woken: bool,
     thread: thread::Thread,
@@ -120,14 +125,47 @@ enum InTheWay {
     Line,
 }
 
+/// The table, which nobody else looks at meanwhile.
+struct TableGuard<'a> {
+    table: MutexGuard<'a, Table>,
+    looker: &'a AtomicUsize,
+}
+
+impl Deref for TableGuard<'_> {
+    type Target = Table;
+
+    #[inline]
+    fn deref(&self) -> &Table {
+        &self.table
+    }
+}
+
+impl DerefMut for TableGuard<'_> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut Table {
+        &mut self.table
+    }
+}
+
+impl Drop for TableGuard<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.looker.store(0, Ordering::Relaxed); // before the mutex goes
+    }
+}
+
 /// See the module's head.
 #[derive(Debug)]
 pub(crate) struct RangeLock {
     table: Mutex<Table>,
+    /// The thread that looks at the table; 0 for nobody.
+    looker: AtomicUsize,
     /// How many wait. Changes under the mutex, so that a waiter who was seen can be woken.
     waiters: AtomicUsize,
     /// By slot: whether its holder has ended.
     ended: [AtomicBool; SLOTS],
+    /// By slot: the thread that was granted it. Right where `ended` is false.
+    holders: [AtomicUsize; SLOTS],
     /// By party: how many of those who joined have been served.
     served: [AtomicU64; PARTIES],
     /// By party: how many wait in it. Grows under the mutex.
@@ -174,8 +212,10 @@ impl Default for RangeLock {
         };
         Self {
             table: Mutex::new(table),
+            looker: AtomicUsize::new(0),
             waiters: AtomicUsize::new(0),
-            ended: std::array::from_fn(|_| AtomicBool::new(false)),
+            ended: std::array::from_fn(|_| AtomicBool::new(true)),
+            holders: std::array::from_fn(|_| AtomicUsize::new(0)),
             served: std::array::from_fn(|_| AtomicU64::new(0)),
             members: std::array::from_fn(|_| AtomicUsize::new(0)),
         }
@@ -191,6 +231,39 @@ impl RangeLock {
     /// Waits until no holder overlaps `range`.
     pub(crate) fn exclusive(&self, range: Range<u64>) -> RangeGuard<'_> {
         self.acquire(range.start, range.end, Mode::Exclusive)
+    }
+
+    /// As [`Self::exclusive`], if it can be had at once. In a handler of signals too: it neither waits nor allocates, and the
+    /// guard, when it is dropped, waits for nobody but others who look at the table.
+    pub(crate) fn try_exclusive(&self, range: Range<u64>) -> Option<RangeGuard<'_>> {
+        let request = Request { start: range.start, end: range.end, mode: Mode::Exclusive };
+        let mut table = self.try_table()?;
+        let in_line = table.waiting.len();
+        let slot = self.grant(&mut table, &request, in_line).ok()?;
+        Some(RangeGuard { lock: self, slot })
+    }
+
+    /// Whether a handler of signals has come upon this thread while it holds a range, waits for one, or looks at the table:
+    /// the handler must not wait for a range, whoever gets it.
+    pub(crate) fn is_entered_here(&self) -> bool {
+        let here = thread_number();
+        let holds = |slot: usize| {
+            !self.ended[slot].load(Ordering::Acquire) && self.holders[slot].load(Ordering::Relaxed) == here
+        };
+        if (0..SLOTS).any(holds) {
+            return true;
+        }
+        for _ in 0..TABLE_LOOKS {
+            if self.looker.load(Ordering::Relaxed) == here {
+                return true;
+            }
+            if let Some(mut table) = self.try_table() {
+                self.wake_those_of(&mut table); // this thread may have been about to
+                return table.waiting.iter().any(|waiter| waiter.number == here);
+            }
+            thread::yield_now();
+        }
+        true // nobody else looks at the table for so long: this thread had it, and had not said so yet
     }
 
     /// As [`Self::exclusive`], to do what need be done once for all who ask for it before it begins. `None` when somebody
@@ -224,7 +297,7 @@ impl RangeLock {
     /// Who had it last may have served between the last look and the grant: then it is given back.
     fn granted_unless_served(
         &self,
-        table: MutexGuard<'_, Table>,
+        table: TableGuard<'_>,
         request: &Request,
         slot: usize,
         member: Option<Member>,
@@ -354,11 +427,11 @@ impl RangeLock {
 
     /// The ticket.
     fn get_in_line(&self, request: &Request) -> u64 {
-        let thread = thread::current();
+        let (thread, number) = (thread::current(), thread_number());
         let mut table = self.table();
         let ticket = table.next_ticket;
         table.next_ticket += 1;
-        table.waiting.push_back(Waiter { ticket, request: *request, overtaken: 0, woken: false, thread });
+        table.waiting.push_back(Waiter { ticket, request: *request, overtaken: 0, number, woken: false, thread });
         self.waiters.store(table.waiting.len(), Ordering::SeqCst);
         ticket
     }
@@ -383,7 +456,8 @@ impl RangeLock {
         }
         table.slots |= 1 << slot;
         table.granted[slot] = *request;
-        self.ended[slot].store(false, Ordering::Relaxed); // the mutex orders it, and nobody else has the slot
+        self.holders[slot].store(thread_number(), Ordering::Relaxed);
+        self.ended[slot].store(false, Ordering::Release); // the mutex orders it, and nobody else has the slot
         Ok(slot)
     }
 
@@ -391,8 +465,11 @@ impl RangeLock {
     /// before, so its mutex is waited for.
     #[cold]
     fn wake(&self) {
-        let mut table = self.table();
-        while let Some(index) = self.next_to_wake(&table) {
+        self.wake_those_of(&mut self.table());
+    }
+
+    fn wake_those_of(&self, table: &mut Table) {
+        while let Some(index) = self.next_to_wake(table) {
             table.waiting[index].woken = true;
             table.waiting[index].thread.unpark();
         }
@@ -417,8 +494,17 @@ impl RangeLock {
     }
 
     /// The table is consistent between any two statements that can panic, so a poisoned mutex is still good.
-    fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    fn table(&self) -> TableGuard<'_> {
+        let table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        self.looker.store(thread_number(), Ordering::Relaxed);
+        TableGuard { table, looker: &self.looker }
+    }
+
+    /// Without waiting for it.
+    fn try_table(&self) -> Option<TableGuard<'_>> {
+        let table = self.table.try_lock().ok()?;
+        self.looker.store(thread_number(), Ordering::Relaxed);
+        Some(TableGuard { table, looker: &self.looker })
     }
 }
 

@@ -48,6 +48,16 @@ impl<T> RangeLocked<T> {
         Held { locked: self, _range: self.lock.exclusive(range) }
     }
 
+    /// [`Self::exclusive`], if it can be had at once; in a handler of signals too.
+    pub(super) fn try_exclusive(&self, range: Range<u64>) -> Option<Held<'_, T>> {
+        Some(Held { locked: self, _range: self.lock.try_exclusive(range)? })
+    }
+
+    /// See [`RangeLock::is_entered_here`].
+    pub(super) fn is_entered_here(&self) -> bool {
+        self.lock.is_entered_here()
+    }
+
     /// [`Self::exclusive`] for work that somebody else may do meanwhile: see [`RangeLock::exclusive_unless_served`].
     #[inline]
     pub(super) fn exclusive_unless_served(&self, range: Range<u64>) -> Option<(Held<'_, T>, ForAll<'_>)> {

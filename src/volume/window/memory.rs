@@ -15,6 +15,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create};
@@ -119,6 +120,8 @@ pub(crate) struct View {
     /// Who takes its faults; none for a pinned view.
     faults: Option<Uffd>,
     marks: Marks,
+    /// Whether it was [revoked](Self::revoke), or is about to be.
+    revoked: AtomicBool,
 }
 
 /// What a view is made with.
@@ -145,7 +148,9 @@ impl View {
         let nothing = Arc::clone(&memory.nothing);
         let listed = ListedMap::new(mapped.start, mapped.len_bytes);
         let pinned = faults.is_none();
-        let view = Self { range, pinned, page_count_max, writable, nothing, _listed: listed, mapped, faults, marks };
+        let revoked = AtomicBool::new(false);
+        let view =
+            Self { range, pinned, page_count_max, writable, nothing, _listed: listed, mapped, faults, marks, revoked };
         if let Some(faults) = &view.faults {
             faults.register(&view.addresses(&view.range), writable)?;
             view.allow()?;
@@ -206,6 +211,7 @@ impl View {
     /// Ends every access through this view for good, also of those that wait for a page: the next touch raises SIGBUS, because
     /// there is no file behind it any more. It takes no new descriptor, of which a process may have no more.
     pub(crate) fn revoke(&self) -> io::Result<()> {
+        self.revoked.store(true, Ordering::SeqCst);
         let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
         let protection = ProtFlags::READ | ProtFlags::WRITE; // a store raises SIGBUS too, and not SIGSEGV
         let start = self.mapped.start.cast::<c_void>();
@@ -215,6 +221,11 @@ impl View {
             faults.wake(&self.addresses(&self.range))?;
         }
         Ok(())
+    }
+
+    /// Whether touches raise SIGBUS for good, or will in a moment.
+    pub(crate) fn revoked(&self) -> bool {
+        self.revoked.load(Ordering::SeqCst)
     }
 
     /// [`Self::revoke`] of the one page at logical `start`, where the kernel has no other way to let a touch fail.

@@ -42,7 +42,7 @@ pub(crate) use self::marks::{Marks, Traps};
 use self::memory::WindowMemory;
 pub(crate) use self::memory::{View, ViewOptions};
 pub(super) use self::operations::blocks_of;
-pub(crate) use self::operations::{Install, Through};
+pub(crate) use self::operations::{AtOnce, Install, Through};
 pub(crate) use self::pages::PageSet;
 pub(crate) use self::write_back::WriteBack;
 use crate::secret::SecretBytes;

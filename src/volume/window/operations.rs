@@ -42,6 +42,16 @@ pub(crate) struct Through<'a> {
     pub(crate) install: Option<&'a dyn Install>,
 }
 
+/// What became of a [`Volume::fill_at_once`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AtOnce {
+    Filled,
+    /// Somebody has a part of it: perhaps only for a moment.
+    Busy,
+    /// It takes what may wait.
+    Refused,
+}
+
 /// How often pages that nobody of us has made are taken out of the memfd before a fill gives up.
 const STRANGERS_MAX: u32 = 8;
 
@@ -68,6 +78,33 @@ impl Volume {
         let filled = self.fill_through(held.blocks(), window, range, through, &mut new_pages);
         window.reserved.fetch_sub(room - new_pages, Ordering::AcqRel);
         filled
+    }
+
+    /// [`Self::fill`] in a handler of signals. It waits for nothing and allocates nothing, so it does nothing where a range is
+    /// held by somebody else, where pages would have to leave first, while a transform moves data, and where media fail;
+    /// [`Self::fill`] does, or tells.
+    pub(crate) fn fill_at_once(&self, window: &Window, range: &Range<u64>, through: Through<'_>) -> AtOnce {
+        let room = window.absent_count(range);
+        let reserve = |now: u64| now.checked_add(room).filter(|&then| then <= window.page_count_max());
+        if window.reserved.fetch_update(Ordering::AcqRel, Ordering::Acquire, reserve).is_err() {
+            return AtOnce::Refused;
+        }
+        let mut new_pages = 0;
+        let done = match self.area.try_exclusive(range.clone()) {
+            None => AtOnce::Busy,
+            Some(_) if window.absent_count(range) > room => AtOnce::Busy, // some of it was evicted before it was held
+            Some(held) => match self.fill_through(held.blocks(), window, range, through, &mut new_pages) {
+                Ok(()) => AtOnce::Filled,
+                Err(_) => AtOnce::Refused,
+            },
+        };
+        window.reserved.fetch_sub(room - new_pages, Ordering::AcqRel);
+        done
+    }
+
+    /// Whether a handler of signals has come upon this thread while it holds a range of the volume or waits for one.
+    pub(crate) fn is_entered_here(&self) -> bool {
+        self.area.is_entered_here()
     }
 
     /// Holds `range` exclusively, with room for what is absent of it: how many pages were reserved. What is resident takes
