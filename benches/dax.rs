@@ -20,6 +20,8 @@
 mod calm;
 #[path = "dax/engine.rs"]
 mod engine;
+#[path = "dax/in_thread.rs"]
+mod in_thread;
 
 use std::arch::asm;
 use std::ffi::c_void;
@@ -35,7 +37,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use calm::Calm;
-use daxcrypt::dax::{DaxMapping, MapOptions};
+use daxcrypt::dax::{DaxMapping, FaultsBy, MapOptions};
 use daxcrypt::namespace::{self, Credential, FormatOptions, HEADER_AREA_BYTES};
 use daxcrypt::nbd_server::{ExportInfo, Exports, Limits, Listener, Options, Server};
 use daxcrypt::pmem::{Access, Allocation, Backing, Granularity, OpenOptions};
@@ -206,12 +208,15 @@ fn nbdfuse_touch(folder: &Path, volume: Arc<Volume>, len: u64) -> Option<f64> {
 fn sequential(folder: &Path, place: &str) {
     const LEN: u64 = 256 * MIB;
     let volume = in_tmpfs(folder, LEN);
-    let per_page = (0..5).map(|_| {
-        let map = volume.map(0..LEN, &MapOptions::new()).unwrap();
-        let all = seconds(|| (0..LEN / PAGE).for_each(|page| touch(map.as_ptr(), page * PAGE)));
-        all * 1e6 / (LEN / PAGE) as f64
-    });
-    report(&format!("sequential first touch, per page, {place}"), median(per_page.collect()), "us", "<= 2.0");
+    for (by, faults) in [("", FaultsBy::Threads), (" in the thread", FaultsBy::InThread)] {
+        let per_page = (0..5).map(|_| {
+            let map = volume.map(0..LEN, &MapOptions::new().faults(faults)).unwrap();
+            let all = seconds(|| (0..LEN / PAGE).for_each(|page| touch(map.as_ptr(), page * PAGE)));
+            all * 1e6 / (LEN / PAGE) as f64
+        });
+        let per_page = median(per_page.collect());
+        report(&format!("sequential first touch{by}, per page, {place}"), per_page, "us", "<= 2.0");
+    }
 }
 
 fn prefetch(folder: &Path) {
@@ -490,9 +495,10 @@ type Entry = (&'static str, fn(&Path));
 
 fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|name| !name.starts_with('-')).collect();
-    let all: [Entry; 12] = [
+    let all: [Entry; 13] = [
         ("load", resident_load),
         ("touch", |_| in_both_places(first_touch)),
+        ("in-thread", |_| in_both_places(in_thread::first_touch)),
         ("sequential", |_| in_both_places(sequential)),
         ("prefetch", prefetch),
         ("persist", persist),
