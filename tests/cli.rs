@@ -88,11 +88,14 @@ fn a_wrong_key_file_or_passphrase_is_exit_2() {
 fn a_key_file_that_is_short_or_missing_is_told_with_the_cure() {
     let bench = vault();
     bench.secret("short.key", &[1; 31]);
-    let short = ["has 31 bytes, but must have 32 to 8388608", "head -c 64 /dev/urandom"];
-    bench.refused(&dmtable(["--key-file", "short.key"]), 1, &short);
-    bench.refused(&dmtable(["--key-file", "none.key"]), 1, &["none.key", "No such file", "head -c 64 /dev/urandom"]);
+    let short = "has 31 bytes, but must have 32 to 8388608";
+    bench.refused(&dmtable(["--key-file", "short.key"]), 1, &[short, "key list"]);
+    bench.refused(&dmtable(["--key-file", "none.key"]), 1, &["none.key", "No such file", "key list"]);
     bench.refused(&dmtable(["--passphrase-file", "none"]), 1, &["passphrase file none", "No such file"]);
-    bench.run(&["format", "new.img", "--size", "4M", "--key-file", "none.key"]).fails(1, &["none.key"]);
+    let make = ["none.key", "head -c 64 /dev/urandom"];
+    bench.run(&["format", "new.img", "--size", "4M", "--key-file", "none.key"]).fails(1, &make);
+    let make = [short, "head -c 64 /dev/urandom"];
+    bench.run(&["format", "new.img", "--size", "4M", "--key-file", "short.key"]).fails(1, &make);
     assert!(!bench.path("new.img").exists(), "a key that is not there leaves no file behind");
 }
 
@@ -375,7 +378,7 @@ fn usage_errors_are_exit_1() {
         (&["info"], "<PATH>"),
         (&["info", "vault.img", "--jsn"], "--jsn"),
         (&["dmtable", "vault.img", "--key-file", "vault.key", "--passphrase-file", "x"], "cannot be used with"),
-        (&["format", "x.img", "--size", "4GB", "--key-file", "vault.key"], "such as 512M or 4G"),
+        (&["format", "x.img", "--size", "4GB", "--key-file", "vault.key"], "type 4G,"),
         (&["format", "x.img", "--size", "99999999999999999999", "--key-file", "vault.key"], "64 bits"),
         (&["format", "x.img", "--unit", "1024", "--key-file", "vault.key"], "[possible values: 512, 4096]"),
         (&["format", "x.img", "--key-file", "vault.key"], "say how large it is to be"),

@@ -139,7 +139,7 @@ impl Keys {
                 let path = path.display();
                 return Err(Error::Usage(format!("--key {name}=...: {path} has no such namespace to move")));
             }
-            let key = secrets::key_file(file, secrets::key_file_bytes_min())?;
+            let key = secrets::key_file(secrets::KEY_FILE, file, secrets::key_file_bytes_min())?;
             named.insert(name.clone(), Credential::KeyFile(key));
         }
         let what = path.display().to_string();

@@ -160,7 +160,8 @@ impl KeyArgs {
     /// As [`Self::read`], with key files of at least `key_file_bytes_min` bytes.
     pub(crate) fn read_with(&self, prompt: Prompt, what: &str, key_file_bytes_min: usize) -> Result<Credential, Error> {
         if let Some(path) = &self.key_file {
-            let key = secrets::key_file(path, key_file_bytes_min)?;
+            let what = if prompt == Prompt::Twice { secrets::NEW_KEY_FILE } else { secrets::KEY_FILE };
+            let key = secrets::key_file(what, path, key_file_bytes_min)?;
             if prompt == Prompt::Twice && key.iter().all(|byte| *byte == key[0]) {
                 warning!("every byte of {} is the same: that is no key, and whoever tries it is in", path.display());
             }

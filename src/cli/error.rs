@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use linux_keyutils::KeyError;
 
+use super::secrets;
 use super::size::ByteSize;
 use crate::luks2;
 use crate::namespace::{
@@ -40,8 +41,8 @@ pub(crate) enum Error {
     Usage(String),
     #[error("cannot read the {what} {path}", path = path.display())]
     SecretFile { what: &'static str, path: PathBuf, source: io::Error },
-    #[error("the key file {path} has {len_bytes} bytes, but must have {min_bytes} to {max_bytes}", path = path.display())]
-    KeyFileLength { path: PathBuf, len_bytes: usize, min_bytes: usize, max_bytes: usize },
+    #[error("the {what} {path} has {len_bytes} bytes, but must have {min_bytes} to {max_bytes}", path = path.display())]
+    KeyFileLength { what: &'static str, path: PathBuf, len_bytes: usize, min_bytes: usize, max_bytes: usize },
     #[error("the passphrase is empty")]
     EmptyPassphrase,
     #[error("the two passphrases differ")]
@@ -155,7 +156,7 @@ pub(crate) enum Error {
     Tls(#[from] TlsError),
     #[error("cannot ask the server at {path}", path = path.display())]
     Control { path: PathBuf, source: io::Error },
-    #[error("cannot listen")]
+    #[error(transparent)]
     Listen(#[from] ListenError),
     #[error("the NBD server failed")]
     Server(#[from] ServerError),
@@ -179,8 +180,32 @@ impl Error {
         }
     }
 
-    /// The exit code for a script.
+    /// The file that is not there, or that is there and must not be, where that is all that is wrong.
+    fn named(&self) -> Option<(&Path, io::ErrorKind)> {
+        let (path, source) = match self {
+            Self::Open { path, source: OpenError::NotFound } => return Some((path, io::ErrorKind::NotFound)),
+            Self::SecretFile { path, source, .. }
+            | Self::Plain { path, source }
+            | Self::WriteFile { path, source, .. }
+            | Self::ReadFile { path, source, .. }
+            | Self::ConfigFile { path, source }
+            | Self::Control { path, source }
+            | Self::Listen(ListenError::Unix { path, source }) => (path, source),
+            _ => return None,
+        };
+        let told = matches!(
+            source.kind(),
+            io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory
+        );
+        told.then_some((path, source.kind()))
+    }
+
+    /// The exit code for a script. A name that leads nowhere is the same everywhere.
     pub(crate) fn exit(&self) -> Exit {
+        if self.named().is_some() { Exit::Usage } else { self.exit_of_kind() }
+    }
+
+    fn exit_of_kind(&self) -> Exit {
         match self {
             Self::Usage(_) | Self::PassphrasesDiffer | Self::WouldOverwrite { .. } | Self::EmptyPassphrase => {
                 Exit::Usage
@@ -244,20 +269,40 @@ impl Error {
 
     /// What the user can do about it.
     pub(crate) fn hint(&self) -> Option<String> {
-        self.key_hint().or_else(|| self.place_hint())
+        self.folder_hint().or_else(|| self.key_hint()).or_else(|| self.place_hint())
+    }
+
+    /// Where a name leads nowhere because a folder is missing, or somewhere already.
+    fn folder_hint(&self) -> Option<String> {
+        let (path, kind) = self.named()?;
+        if kind == io::ErrorKind::AlreadyExists {
+            return Some("nothing is overwritten: give another name".into());
+        }
+        let folder = path.ancestors().skip(1).find(|folder| folder.exists() || folder.as_os_str().is_empty())?;
+        let missing = path.parent().filter(|parent| *parent != folder)?;
+        Some(if folder.is_file() {
+            format!("{} is a file and no folder", folder.display())
+        } else {
+            format!("there is no folder {0}: mkdir -p {0}", missing.display())
+        })
     }
 
     /// Where a key could not be had.
     fn key_hint(&self) -> Option<String> {
         match self {
-            Self::SecretFile { what: "key file", path, source } if source.kind() == io::ErrorKind::NotFound => {
+            Self::SecretFile { what: secrets::NEW_KEY_FILE, path, source }
+                if source.kind() == io::ErrorKind::NotFound =>
+            {
                 Some(format!(
                     "make a key with: (umask 077; head -c 64 /dev/urandom > {0}), and keep a copy of it elsewhere",
                     path.display()
                 ))
             }
-            Self::KeyFileLength { path, .. } => {
+            Self::KeyFileLength { what: secrets::NEW_KEY_FILE, path, .. } => {
                 Some(format!("make a key with: (umask 077; head -c 64 /dev/urandom > {})", path.display()))
+            }
+            Self::SecretFile { what: secrets::KEY_FILE, .. } | Self::KeyFileLength { .. } => {
+                Some("give the key file that it was made with; `daxcrypt key list` shows which slots there are".into())
             }
             Self::Prompt(_) => Some("give --key-file FILE or --passphrase-file FILE where there is no terminal".into()),
             Self::Keyring { source: KeyError::KeyDoesNotExist, description } => Some(format!(

@@ -1,6 +1,6 @@
 //! `daxcrypt info`: everything that can be told without the key. `json.md` documents `--json`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
@@ -18,10 +18,13 @@ use crate::xts::Backend;
 pub(crate) struct InfoArgs {
     #[command(flatten)]
     place: PlaceArgs,
+    /// More of them
+    #[arg(value_name = "MORE", conflicts_with = "header")]
+    more: Vec<PathBuf>,
     /// It is a LUKS2 volume (of cryptsetup) and not a namespace
     #[arg(long)]
     luks2: bool,
-    /// One JSON object, for scripts
+    /// One JSON object for each, for scripts
     #[arg(long)]
     json: bool,
 }
@@ -42,16 +45,33 @@ struct Info<'a> {
     warnings: Vec<String>,
 }
 
+/// One that cannot be looked at keeps nobody from the others; the last such one is the error of the command.
 pub(crate) fn run(args: &InfoArgs) -> Result<(), Error> {
     let backend = Backend::from_env()?;
-    if args.luks2 {
-        return luks2(args, &args.place.location().peek(Operation::Info)?, backend);
+    let others = args.more.iter().map(|path| PlaceArgs { path: path.clone(), ..args.place.clone() });
+    let mut failed: Option<Error> = None;
+    for (index, place) in std::iter::once(args.place.clone()).chain(others).enumerate() {
+        if index > 0 && !args.json {
+            outln!("")?;
+        }
+        if let Err(error) = of_one(args, &place, backend)
+            && let Some(earlier) = failed.replace(error)
+        {
+            output::complain(format_args!("{}", earlier.chain()));
+        }
     }
-    let found = args.place.look(Operation::Info)?;
+    failed.map_or(Ok(()), Err)
+}
+
+fn of_one(args: &InfoArgs, place: &PlaceArgs, backend: Backend) -> Result<(), Error> {
+    if args.luks2 {
+        return luks2(args.json, place, &place.location().peek(Operation::Info)?, backend);
+    }
+    let found = place.look(Operation::Info)?;
     let (locked, header, site) = (found.locked(), found.header(), found.site());
     let info = Info {
-        path: &args.place.path,
-        header_path: args.place.header.as_deref(),
+        path: &place.path,
+        header_path: place.header.as_deref(),
         header,
         data_start: locked.geometry().data_start(),
         size_bytes_max: SIZE_BYTES_MAX,
@@ -77,13 +97,13 @@ struct Luks2Info<'a> {
     warnings: Vec<String>,
 }
 
-fn luks2(args: &InfoArgs, site: &Site, backend: Backend) -> Result<(), Error> {
-    let locked = open::luks2(&args.place, site)?;
+fn luks2(json: bool, place: &PlaceArgs, site: &Site, backend: Backend) -> Result<(), Error> {
+    let locked = open::luks2(place, site)?;
     let header = locked.info();
-    let (path, header_path) = (args.place.path.as_path(), args.place.header.as_deref());
+    let (path, header_path) = (place.path.as_path(), place.header.as_deref());
     let granularity_reason = site.data().granularity_reason().to_string();
     let warnings = open::luks2_warnings(&header.copies);
-    if args.json {
+    if json {
         let (granularity, xts_backend) = (site.data().granularity().to_string(), backend.name());
         let info = Luks2Info { path, header_path, header, granularity, granularity_reason, xts_backend, warnings };
         return output::json(&info);

@@ -40,6 +40,7 @@ mod serve;
 mod size;
 mod status;
 mod steer;
+mod suggest;
 mod undumped;
 
 use std::process::ExitCode;
@@ -50,6 +51,10 @@ use clap::{Parser, Subcommand};
 use self::error::{Error, Exit};
 
 const EXIT_CODES: &str = "\
+New here?
+  daxcrypt demo            shows all of it on a temporary file
+  daxcrypt COMMAND --help  has examples
+
 Exit codes:
   0  ok
   1  usage: the command line or a file that it names cannot be used
@@ -79,52 +84,55 @@ enum Command {
 Examples:
   (umask 077; head -c 64 /dev/urandom > vault.key)
   daxcrypt format vault.img --size 4G --key-file vault.key
-  daxcrypt format /dev/pmem0 --label tank            # asks for a passphrase, uses the whole device")]
+  daxcrypt format /dev/pmem0 --label tank       # asks for a passphrase")]
     Format(format::FormatArgs),
     /// Show what a namespace is, without its key
     #[command(after_help = "\
 Examples:
-  daxcrypt info vault.img
+  daxcrypt info vault.img other.img
   daxcrypt info vault.img --json | jq .size_bytes")]
     Info(info::InfoArgs),
     /// Serve namespaces over NBD until SIGTERM or SIGINT
     #[command(after_help = "\
 Examples:
-  daxcrypt serve vault.img --key-file vault.key --socket /run/user/1000/vault.sock
-  daxcrypt serve vault.img --key-file vault.key --listen 127.0.0.1:10809 --read-only
-  daxcrypt serve vault.img --key-file vault.key --listen 0.0.0.0:10809 --tls-certificates /etc/daxcrypt/tls
+  daxcrypt serve vault.img --key-file vault.key --socket vault.sock
+  daxcrypt serve vault.img --key-file vault.key --listen 127.0.0.1:10809
+  daxcrypt serve vault.img --key-file vault.key --listen 0.0.0.0:10809 \\
+    --tls-certificates /etc/daxcrypt/tls
   daxcrypt serve --config /etc/daxcrypt/daxcrypt.toml
 
 Then, with the kernel's client:
-  nbd-client -unix /run/user/1000/vault.sock /dev/nbd0 -N vault
+  nbd-client -unix vault.sock /dev/nbd0 -N vault
 or without it:
-  nbdfuse mnt 'nbd+unix:///vault?socket=/run/user/1000/vault.sock' & losetup -f --show mnt/nbd")]
+  nbdfuse mnt 'nbd+unix:///vault?socket=vault.sock' &
+  losetup -f --show mnt/nbd")]
     Serve(Box<serve::ServeArgs>),
     /// Show what a running server and its clients do
     #[command(after_help = "\
 Examples:
-  daxcrypt serve vault.img --key-file vault.key --socket vault.sock --control vault.control &
+  daxcrypt serve vault.img --key-file vault.key --socket vault.sock \\
+    --control vault.control &
   daxcrypt status --control vault.control
   daxcrypt status --control vault.control --json | jq .exports")]
     Status(status::StatusArgs),
     /// Have a running server forget the key of an export, and all plaintext of it
     #[command(after_help = "\
 Examples:
-  daxcrypt lock vault --control vault.control --wait     # a filesystem on it stays mounted, and stands still
-  daxcrypt lock vault --control vault.control            # requests fail
-  daxcrypt lock --all --control vault.control --wait     # before the machine sleeps")]
+  daxcrypt lock vault --control vault.control --wait   # requests wait
+  daxcrypt lock vault --control vault.control          # requests fail
+  daxcrypt lock --all --control vault.control --wait")]
     Lock(lock::LockArgs),
     /// Give a running server the key of an export that is locked; requests that wait are answered
     #[command(after_help = "\
 Examples:
   daxcrypt unlock vault --control vault.control --key-file vault.key
-  daxcrypt unlock vault --control vault.control          # asks for a passphrase")]
+  daxcrypt unlock vault --control vault.control        # asks for a passphrase")]
     Unlock(lock::UnlockArgs),
     /// Have a running server serve one namespace more, or one less
     #[command(after_help = "\
 Examples:
   daxcrypt exports add other.img --key-file other.key --control vault.control
-  daxcrypt exports add region.img#tenant-a --name a --read-only --control vault.control
+  daxcrypt exports add region.img#a --read-only --control vault.control
   daxcrypt exports remove a --control vault.control")]
     Exports(steer::ExportsCommandArgs),
     /// List the clients of a running server, and close one
@@ -141,41 +149,46 @@ Examples:
     /// Print the dm-crypt table line for the same bytes
     #[command(after_help = "\
 Examples:
-  daxcrypt dmtable /dev/pmem0 --key-file vault.key                                    # the key stays hidden
-  daxcrypt dmtable /dev/pmem0 --key-file vault.key --show-key | dmsetup create vault  # the kernel maps it")]
+  daxcrypt dmtable /dev/pmem0 --key-file vault.key     # the key stays hidden
+  daxcrypt dmtable /dev/pmem0 --key-file vault.key --show-key |
+    dmsetup create vault                               # the kernel maps it")]
     Dmtable(dmtable::DmtableArgs),
     /// List, add, remove, change and test key slots
     #[command(after_help = "\
 Examples:
   daxcrypt key list vault.img --json
-  daxcrypt key add vault.img --key-file vault.key --label desk     # asks for the new passphrase, twice
-  daxcrypt key change vault.img --slot 1 --new-key-file new.key    # asks for a present passphrase
-  daxcrypt key add vault.img --key-file vault.key --recovery-key   # prints a phrase, once
+  daxcrypt key add vault.img --key-file vault.key --label desk  # asks for it
+  daxcrypt key change vault.img --slot 1 --new-key-file new.key
+  daxcrypt key add vault.img --key-file vault.key --recovery-key
   daxcrypt key remove vault.img --key-file vault.key --slot 1
-  daxcrypt key dump vault.img --key-file vault.key --volume-key-file vault.escrow")]
+  daxcrypt key dump vault.img --key-file vault.key --volume-key-file escrow")]
     Key(key::KeyCommandArgs),
     /// Give a namespace a new volume key, in place: safe at every instant, and it can be interrupted
     #[command(after_help = "\
 Examples:
   daxcrypt rekey vault.img --key-file vault.key --dry-run
-  daxcrypt rekey vault.img --key-file vault.key --max-rate 200M     # Ctrl-C stops it between two steps
-  daxcrypt rekey vault.img --key-file vault.key --resume            # serve goes on with it too
-  daxcrypt rekey vault.img --key-file vault.key --cipher aes-128-xts --unit 512 --keep-slots")]
+  daxcrypt rekey vault.img --key-file vault.key --max-rate 200M # Ctrl-C is safe
+  daxcrypt rekey vault.img --key-file vault.key --resume
+  daxcrypt rekey vault.img --key-file vault.key --control vault.control
+  daxcrypt rekey vault.img --key-file vault.key --cipher aes-128-xts \\
+    --unit 512 --keep-slots")]
     Rekey(rekey::RekeyArgs),
     /// Move a namespace to another file, device or place in a region, under a new volume key
     #[command(after_help = "\
 Examples:
-  daxcrypt relocate vault.img /dev/pmem0 --key-file vault.key          # the source is erased when all is verified
+  daxcrypt relocate vault.img /dev/pmem0 --key-file vault.key
   daxcrypt relocate vault.img copy.img --key-file vault.key --keep-source
-  daxcrypt relocate vault.img region.img#tenant-a --key-file vault.key # the region gets a partition for it
-  daxcrypt relocate region.img#tenant-a vault.img --key-file vault.key # and loses it again
-  daxcrypt relocate --in-place /dev/pmem1 --key-file vault.key         # after dd or a partition editor has moved it")]
+  daxcrypt relocate vault.img region.img#tenant-a --key-file vault.key
+  daxcrypt relocate region.img#tenant-a vault.img --key-file vault.key
+  daxcrypt relocate --in-place /dev/pmem1 --key-file vault.key # dd moved it")]
     Relocate(relocate::RelocateArgs),
     /// Encrypt a disk image into a namespace
     #[command(after_help = "\
 Examples:
-  daxcrypt format vault.img --size 4G --key-file vault.key && daxcrypt import disk.img vault.img --key-file vault.key
-  nbdcopy nbd://localhost/disk - | daxcrypt import - vault.img --key-file vault.key")]
+  daxcrypt format vault.img --size 4G --key-file vault.key
+  daxcrypt import disk.img vault.img --key-file vault.key
+  nbdcopy nbd://localhost/disk - |
+    daxcrypt import - vault.img --key-file vault.key")]
     Import(plain::ImportArgs),
     /// Decrypt a namespace to a disk image
     #[command(after_help = "\
@@ -199,9 +212,9 @@ Examples:
     /// Give the data area another size
     #[command(after_help = "\
 Examples:
-  daxcrypt resize vault.img --size 8G --key-file vault.key           # a file grows as needed
+  daxcrypt resize vault.img --size 8G --key-file vault.key
   daxcrypt resize region.img#tenant-a --size 2G --key-file a.key --force
-  daxcrypt resize vault.img --size 16G --control vault.control       # while `serve --control vault.control` has it")]
+  daxcrypt resize vault.img --size 16G --control vault.control   # while served")]
     Resize(resize::ResizeArgs),
     /// Make, list and compact regions: many namespaces in one file or device
     #[command(after_help = "\
@@ -223,7 +236,9 @@ Examples:
   daxcrypt completions bash > /etc/bash_completion.d/daxcrypt")]
     Completions(generate::CompletionsArgs),
     /// Write the manual pages
-    #[command(hide = true)]
+    #[command(after_help = "\
+Examples:
+  mkdir -p man && daxcrypt man man")]
     Man(generate::ManArgs),
     /// Measure AES-XTS on this machine: every backend, in cache and in memory, beside memcpy (about 10 seconds)
     Bench(bench::BenchArgs),
@@ -237,6 +252,8 @@ pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
+            let first = std::env::args().nth(1);
+            let error = suggest::correct(error, first.as_deref());
             let _ = error.print();
             let asked_for = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
             return if asked_for { ExitCode::SUCCESS } else { ExitCode::from(Exit::Usage as u8) };

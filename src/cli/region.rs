@@ -33,8 +33,8 @@ enum RegionCommand {
     /// Move the namespaces of a region together, towards its start, each under a new volume key
     #[command(after_help = "\
 Examples:
-  daxcrypt region compact region.img --key tenant-a=a.key --key tenant-b=b.key   # others stay
-  daxcrypt region compact region.img#tenant-b --key-file b.key                   # into the free place before it")]
+  daxcrypt region compact region.img --key a=a.key --key b=b.key  # others stay
+  daxcrypt region compact region.img#b --key-file b.key")]
     Compact(CompactArgs),
 }
 

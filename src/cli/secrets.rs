@@ -35,14 +35,18 @@ const VOLUME_KEY_BYTES_MAX: usize = 64;
 /// Where the kernel lists the keys that this process may see (proc_keys(5)); not every kernel does.
 const KEY_LIST: &str = "/proc/keys";
 
-/// The bytes of a key file of at least `min_bytes` bytes.
-pub(super) fn key_file(path: &Path, min_bytes: usize) -> Result<SecretBytes, Error> {
-    let key = file("key file", path, KEY_FILE_BYTES_MAX)?;
+/// What a key file is called that opens what is there, and one that what is made will open with.
+pub(super) const KEY_FILE: &str = "key file";
+pub(super) const NEW_KEY_FILE: &str = "new key file";
+
+/// The bytes of a key file of at least `min_bytes` bytes; `what` is what it is called.
+pub(super) fn key_file(what: &'static str, path: &Path, min_bytes: usize) -> Result<SecretBytes, Error> {
+    let key = file(what, path, KEY_FILE_BYTES_MAX)?;
     let len_bytes = key.len();
     if (min_bytes..=KEY_FILE_BYTES_MAX).contains(&len_bytes) {
         return Ok(key);
     }
-    Err(Error::KeyFileLength { path: path.into(), len_bytes, min_bytes, max_bytes: KEY_FILE_BYTES_MAX })
+    Err(Error::KeyFileLength { what, path: path.into(), len_bytes, min_bytes, max_bytes: KEY_FILE_BYTES_MAX })
 }
 
 /// The fewest bytes that make a key file.
@@ -353,7 +357,7 @@ mod tests {
 
     #[test]
     fn key_files_keep_every_byte_and_have_bounds() {
-        let read = |bytes: &[u8]| key_file(file_with(bytes).path(), KEY_FILE_BYTES_MIN);
+        let read = |bytes: &[u8]| key_file(KEY_FILE, file_with(bytes).path(), KEY_FILE_BYTES_MIN);
         let mut bytes = vec![7; 63];
         bytes.push(b'\n');
         assert_eq!(*read(&bytes).unwrap(), bytes[..]);
@@ -368,7 +372,7 @@ mod tests {
 
     #[test]
     fn a_missing_key_file_says_how_to_make_one() {
-        let error = key_file(Path::new("/nonexistent/vault.key"), KEY_FILE_BYTES_MIN).unwrap_err();
+        let error = key_file(NEW_KEY_FILE, Path::new("/nonexistent/vault.key"), KEY_FILE_BYTES_MIN).unwrap_err();
         assert!(error.chain().contains("/nonexistent/vault.key"), "{}", error.chain());
         assert!(error.hint().unwrap().contains("head -c 64 /dev/urandom"));
     }

@@ -12,8 +12,16 @@ pub(crate) struct ByteSize(pub(crate) u64);
 /// Why a size cannot be read.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum SizeError {
-    #[error("a size is a whole number with an optional K, M, G, T or P (binary: 1K = 1024), such as 512M or 4G")]
+    #[error("a size is a number with an optional K, M, G, T or P (binary: 1K = 1024), such as 512M, 1.5T or 4G")]
     NotASize,
+    #[error(
+        "is {0} meant in powers of 1000, or of 1024? A size counts in powers of 1024: type {1}, or a number of bytes"
+    )]
+    Decimal(String, String),
+    #[error("it names the whole size, not what is added or taken away: `daxcrypt info` tells the present size")]
+    Difference,
+    #[error("{0} are no whole number of bytes")]
+    NotWhole(String),
     #[error("the size does not fit in 64 bits")]
     TooLarge,
 }
@@ -22,9 +30,13 @@ impl FromStr for ByteSize {
     type Err = SizeError;
 
     fn from_str(text: &str) -> Result<Self, SizeError> {
-        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+        if text.starts_with(['+', '-']) {
+            return Err(SizeError::Difference);
+        }
+        let digits = text.bytes().take_while(|byte| byte.is_ascii_digit() || *byte == b'.').count();
         let (number, suffix) = text.split_at(digits);
-        if number.is_empty() {
+        let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+        if whole.is_empty() || fraction.contains('.') || (number.contains('.') && fraction.is_empty()) {
             return Err(SizeError::NotASize);
         }
         let shift = match suffix.to_ascii_uppercase().as_str() {
@@ -34,11 +46,28 @@ impl FromStr for ByteSize {
             "G" | "GIB" => 30,
             "T" | "TIB" => 40,
             "P" | "PIB" => 50,
+            "KB" | "MB" | "GB" | "TB" | "PB" => {
+                let binary = text.trim_end_matches(['b', 'B']).to_owned();
+                return Err(SizeError::Decimal(text.to_owned(), binary));
+            }
             _ => return Err(SizeError::NotASize),
         };
-        let number: u64 = number.parse().map_err(|_| SizeError::TooLarge)?;
-        number.checked_mul(1 << shift).map(Self).ok_or(SizeError::TooLarge)
+        let whole: u64 = whole.parse().map_err(|_| SizeError::TooLarge)?;
+        let whole = whole.checked_mul(1 << shift).ok_or(SizeError::TooLarge)?;
+        let part = part_of(fraction, shift).ok_or_else(|| SizeError::NotWhole(text.to_owned()))?;
+        whole.checked_add(part).map(Self).ok_or(SizeError::TooLarge)
     }
+}
+
+/// The bytes that the decimals `fraction` of 2^`shift` are; nothing where they are no whole number of bytes.
+fn part_of(fraction: &str, shift: u32) -> Option<u64> {
+    if fraction.is_empty() {
+        return Some(0);
+    }
+    let decimals: u128 = fraction.parse().ok()?;
+    let scale = 10_u128.checked_pow(u32::try_from(fraction.len()).ok()?)?;
+    let bytes = decimals.checked_mul(1 << shift)?;
+    bytes.is_multiple_of(scale).then(|| u64::try_from(bytes / scale).ok())?
 }
 
 impl Serialize for ByteSize {
@@ -76,19 +105,34 @@ mod tests {
 
     #[test]
     fn binary_suffixes_are_read() {
-        for (text, bytes) in
-            [("0", 0), ("512", 512), ("7b", 7), ("4k", 4096), ("64MiB", 64 << 20), ("4G", 4 << 30), ("1T", 1 << 40)]
-        {
+        for (text, bytes) in [
+            ("0", 0),
+            ("512", 512),
+            ("7b", 7),
+            ("4k", 4096),
+            ("64MiB", 64 << 20),
+            ("4G", 4 << 30),
+            ("1T", 1 << 40),
+            ("1.5T", 3 << 39),
+            ("0.25k", 256),
+        ] {
             assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
         }
     }
 
     #[test]
     fn other_text_is_refused() {
-        for text in ["", "G", "-1", "1.5G", "4 G", "4GB", "0x10", "1E"] {
+        for text in ["", "G", "4 G", "0x10", "1E", ".5G", "1.G", "1.2.3G", "."] {
             assert_eq!(text.parse::<ByteSize>(), Err(SizeError::NotASize), "{text}");
         }
-        for text in ["18446744073709551616", "16777216T"] {
+        assert_eq!("4GB".parse::<ByteSize>(), Err(SizeError::Decimal("4GB".into(), "4G".into())));
+        for text in ["+4G", "-1"] {
+            assert_eq!(text.parse::<ByteSize>(), Err(SizeError::Difference), "{text}");
+        }
+        for text in ["0.5", "1.0001K", &format!("1.{}G", "1".repeat(60))] {
+            assert_eq!(text.parse::<ByteSize>(), Err(SizeError::NotWhole(text.into())), "{text}");
+        }
+        for text in ["18446744073709551616", "16777216T", "16384.5P"] {
             assert_eq!(text.parse::<ByteSize>(), Err(SizeError::TooLarge), "{text}");
         }
     }

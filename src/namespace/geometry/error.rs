@@ -26,7 +26,11 @@ pub enum GeometryError {
     #[error("the size is 0 bytes")]
     Empty,
     /// The size is not a whole number of data units.
-    #[error("the size of {size_bytes} bytes is not a multiple of the data unit of {unit_bytes} bytes")]
+    #[error(
+        "the size of {size_bytes} bytes is not a multiple of the data unit of {unit_bytes} bytes: {below} and {above} are",
+        below = size_bytes - size_bytes % u64::from(*unit_bytes),
+        above = size_bytes.saturating_add(u64::from(*unit_bytes) - size_bytes % u64::from(*unit_bytes))
+    )]
     SizeNotInUnits {
         /// The size given.
         size_bytes: u64,
