@@ -279,12 +279,11 @@ impl Error {
             return Some("nothing is overwritten: give another name".into());
         }
         let folder = path.ancestors().skip(1).find(|folder| folder.exists() || folder.as_os_str().is_empty())?;
+        if folder.is_file() {
+            return Some(format!("{} is a file and no folder", folder.display()));
+        }
         let missing = path.parent().filter(|parent| *parent != folder)?;
-        Some(if folder.is_file() {
-            format!("{} is a file and no folder", folder.display())
-        } else {
-            format!("there is no folder {0}: mkdir -p {0}", missing.display())
-        })
+        Some(format!("there is no folder {0}: mkdir -p {0}", missing.display()))
     }
 
     /// Where a key could not be had.

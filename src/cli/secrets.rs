@@ -372,8 +372,8 @@ mod tests {
 
     #[test]
     fn a_missing_key_file_says_how_to_make_one() {
-        let error = key_file(NEW_KEY_FILE, Path::new("/nonexistent/vault.key"), KEY_FILE_BYTES_MIN).unwrap_err();
-        assert!(error.chain().contains("/nonexistent/vault.key"), "{}", error.chain());
+        let error = key_file(NEW_KEY_FILE, Path::new("/nonexistent.key"), KEY_FILE_BYTES_MIN).unwrap_err();
+        assert!(error.chain().contains("/nonexistent.key"), "{}", error.chain());
         assert!(error.hint().unwrap().contains("head -c 64 /dev/urandom"));
     }
 
