@@ -81,3 +81,23 @@ fn vsock_serves_where_the_kernel_has_it() {
     handle.stop();
     thread.join().unwrap().unwrap();
 }
+
+#[test]
+fn vsock_is_for_the_machines_that_are_named() {
+    // This machine is number 1 to itself.
+    for (cids, admitted) in [(vec![1, 99], true), (vec![99], false)] {
+        let Ok(listener) = Listener::vsock(u32::MAX, cids) else { return };
+        let port = vsock::VsockListener::from(listener.as_fd().try_clone_to_owned().unwrap());
+        let port = port.local_addr().unwrap().port();
+        let mut exports = Exports::new();
+        exports.add(info("disk"), MemoryExport::new(1 << 20)).unwrap();
+        let server = Server::new(exports, Limits::default(), Options::default()).unwrap().listen(listener);
+        let handle = server.handle();
+        let thread = std::thread::spawn(|| server.run());
+        if let Ok(mut stream) = vsock::VsockStream::connect_with_cid_port(vsock::VMADDR_CID_LOCAL, port) {
+            assert_eq!(stream.read_exact(&mut [0; 18]).is_ok(), admitted);
+        }
+        handle.stop();
+        thread.join().unwrap().unwrap();
+    }
+}

@@ -12,6 +12,7 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
@@ -19,7 +20,11 @@ use std::time::Duration;
 
 use certificate_files::certificates;
 use common::{Bench, Run, Server, tool, tool_command};
-use nbd::eventually;
+use nbd::{Raw, eventually};
+
+const FLUSH: u16 = 3;
+/// NBD_REP_ERR_UNKNOWN.
+const UNKNOWN: u32 = (1 << 31) + 6;
 
 fn nbdsh(directory: &str, uri: &str, tls: &str, script: &str) -> Output {
     let script = format!(
@@ -561,6 +566,110 @@ fn one_client_writes_and_another_only_reads() {
 }
 
 #[test]
+fn rights_go_by_address_and_by_certificate() {
+    const READ_ONLY: u16 = 1 << 1;
+    let bench = Bench::new();
+    bench.format("a.img", "4M", &[]);
+    let address = free_address();
+    let file = |rules: &str, more: &str| {
+        let namespace = format!("[[namespace]]\npath = 'a.img'\nname = 'a'\nkey_file = 'vault.key'\n{rules}\n");
+        let text = format!("{namespace}[[listen]]\ntcp = '{address}'\n[[listen]]\nunix = 's'\n{more}");
+        fs::write(bench.path("serve.toml"), text).unwrap();
+        Server::start(bench.command(&["serve", "--config", "serve.toml"]), bench.path("s"))
+    };
+    let server = file("allowed_addresses = ['127.77.1.0/24']\nwrite_addresses = ['127.77.1.7']", "");
+    for (host, writes) in [(7, true), (8, false)] {
+        let mut raw = Raw::from_address([127, 77, 1, host], address.parse().unwrap());
+        let (_, flags) = raw.go("a");
+        assert_eq!(flags & READ_ONLY == 0, writes);
+        assert_eq!(raw.write(0, 0, &[1; 512]), if writes { 0 } else { 1 }, "EPERM");
+        assert!(raw.read(0, 0, 512).is_ok());
+    }
+    let mut stranger = Raw::from_address([127, 77, 2, 7], address.parse().unwrap());
+    assert_eq!(stranger.ask(7, &nbd::info_payload("a", &[])).kind, UNKNOWN);
+    drop(stranger);
+    server.stop();
+    for (name, said) in [("tenant1", "False done"), ("tenant10", "True EPERM")] {
+        let folder = certificates(name);
+        let path = folder.path().to_str().unwrap();
+        let server = file("write_certificates = ['cn:tenant1']", &format!("[tls]\ncertificates = '{path}'\n"));
+        let script = "h.set_strict_mode(0)\nsaid = 'done'\ntry: h.pwrite(b'x' * 512, 0)\nexcept nbd.Error as e: said = e.errno\n\
+                      h.pread(512, 0)\nprint(h.is_read_only(), said)";
+        let output = nbdsh(path, &server.uri("a"), "REQUIRE", script);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert_eq!(text.trim(), said, "{}", String::from_utf8_lossy(&output.stderr));
+        server.stop();
+    }
+}
+
+/// A namespace on a loop device whose file has no room for all of its data: what is written there is lost at a flush.
+struct Narrow {
+    device: String,
+    at: PathBuf,
+}
+
+impl Narrow {
+    fn new(bench: &Bench) -> Option<Self> {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: a loop device needs root");
+            return None;
+        }
+        let at = bench.path("narrow");
+        fs::create_dir(&at).unwrap();
+        tool("mount", &["-t", "tmpfs", "-o", "size=8m", "none", at.to_str().unwrap()]);
+        fs::File::create(at.join("image")).unwrap().set_len(64 << 20).unwrap();
+        Some(Self { device: common::loop_device(&at.join("image"), &[])?, at })
+    }
+}
+
+impl Drop for Narrow {
+    fn drop(&mut self) {
+        let _ = tool_command("losetup", &["--detach", &self.device]).status();
+        let _ = tool_command("umount", &["-l", self.at.to_str().unwrap()]).status();
+    }
+}
+
+#[test]
+fn a_poisoned_export_is_told_at_once_and_in_the_exit_code() {
+    let bench = Bench::new();
+    bench.secret("vault.key", &common::noise(1, 64));
+    let Some(narrow) = Narrow::new(&bench) else { return };
+    let format = ["format", &narrow.device, "--key-file", "vault.key", "--label", "vault", "--sparse"];
+    bench.run(&format).succeeds();
+    let (socket, address) = (bench.path("s"), free_address());
+    let serve = ["serve", &narrow.device, "--key-file", "vault.key", "--socket", socket.to_str().unwrap()];
+    let mut command = bench.command(&[&serve[..], &["--control", "control", "--metrics", &address]].concat());
+    command.stderr(fs::File::create(bench.path("said")).unwrap());
+    let mut server = Server::start(command, socket);
+    let mut raw = Raw::greeted(&server.socket);
+    raw.go("vault");
+    let poisoned = || {
+        let status = bench.run(&["status", "--control", "control", "--json"]).succeeds().stdout;
+        let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+        let page = asked(&address, "GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+        let told = fs::read_to_string(bench.path("said")).unwrap().contains("a flush failed");
+        let metrics = page.contains("poisoned{export=\"vault\"} 1");
+        assert_eq!(status["exports"][0]["poisoned"], told);
+        assert_eq!(metrics, told, "{page}");
+        told
+    };
+    assert!(!poisoned());
+    for at in 0..24_u64 {
+        let _ = raw.write(0, at << 20, &vec![7; 1 << 20]);
+    }
+    raw.request(FLUSH, 0, 1, 0, 0);
+    assert_eq!(raw.errno(), 5, "EIO");
+    assert!(poisoned());
+    raw.request(FLUSH, 0, 1, 0, 0);
+    assert_eq!(raw.errno(), 5, "every flush from then on");
+    drop(raw);
+    rustix::process::kill_process(rustix::process::Pid::from_child(&server.child), rustix::process::Signal::TERM)
+        .unwrap();
+    assert_eq!(server.child.wait().unwrap().code(), Some(4));
+    drop(server);
+}
+
+#[test]
 fn a_revoked_certificate_is_refused_after_sighup() {
     let bench = Bench::new();
     bench.format("vault.img", "4M", &[]);
@@ -580,6 +689,15 @@ fn a_revoked_certificate_is_refused_after_sighup() {
     assert!(!client(), "a revoked certificate got in");
     let said = fs::read_to_string(bench.path("said")).unwrap();
     assert!(said.contains("client refused: the TLS handshake failed") && said.contains("Revoked"), "{said}");
+    // A list that is none revokes nothing, so it is no list: not even an empty one.
+    let list = fs::read(folder.path().join("revoked.pem")).unwrap();
+    for bad in
+        [&b""[..], b"no list", b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n", &list[..list.len() / 2]]
+    {
+        fs::write(folder.path().join("ca-crl.pem"), bad).unwrap();
+        hang_up(&bench, &server, "nothing is changed");
+        assert!(!client(), "{}", String::from_utf8_lossy(bad));
+    }
     fs::write(folder.path().join("server-key.pem"), "no key").unwrap();
     hang_up(&bench, &server, "nothing is changed");
     fs::remove_file(folder.path().join("ca-crl.pem")).unwrap();

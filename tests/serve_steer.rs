@@ -87,6 +87,50 @@ fn exports_come_and_go_while_others_are_used() {
 }
 
 #[test]
+fn what_is_added_has_every_option_of_the_file() {
+    let bench = Bench::new();
+    bench.format("vault.img", "8M", &[]);
+    bench.format("other.img", "8M", &[]);
+    let server = serve(&bench, &[&["vault.img"], &KEY[..]].concat());
+    let add = |more: &[&str]| ask(&bench, &[&["exports", "add", "other.img"], &KEY[..], more].concat());
+    let uid = rustix::process::getuid().as_raw();
+    let other = (uid + 1).to_string();
+    let options = ["--description", "for one", "--allow-discards", "--max-client-connections", "1"];
+    add(&[&options[..], &["--allowed-uids", &uid.to_string(), "--write-uids", &other]].concat()).succeeds();
+    let mut raw = Raw::greeted(&server.socket);
+    let (_, flags) = raw.go("other");
+    assert_eq!(flags & 0b10, 0b10, "it is read-only for us");
+    assert!(raw.read(0, 0, 512).is_ok());
+    assert!(client(&server, "other").is_closed(), "one connection of each client");
+    drop(raw);
+    ask(&bench, &["exports", "remove", "other"]).succeeds();
+    let info = bench.run(&["info", "other.img"]).succeeds().stdout;
+    assert!(info.lines().any(|line| line.starts_with("discards") && line.contains("allowed")), "{info}");
+    // A reload leaves what was added as it is.
+    add(&["--allowed-uids", &other]).succeeds();
+    for reloaded in [false, true] {
+        assert_eq!(
+            Raw::greeted(&server.socket).ask(7, &nbd::info_payload("other", &[])).kind,
+            (1 << 31) + 6,
+            "{reloaded}"
+        );
+        ask(&bench, &["reload"]).succeeds();
+    }
+    ask(&bench, &["exports", "remove", "other"]).succeeds();
+    for (more, words) in [
+        (&["--read-only", "--allow-discards"][..], "both read_only and allow_discards"),
+        (&["--tls-required"], "TLS is off"),
+        (&["--write-certificates", "cn:a"], "TLS is off"),
+        (&["--allowed-certificates", "a"], "dns:a"),
+        (&["--allowed-addresses", "10.0.0.7/8"], "10.0.0.0/24"),
+    ] {
+        add(more).fails(1, &[words]);
+    }
+    assert_eq!(names(&bench), ["vault"]);
+    server.stop();
+}
+
+#[test]
 fn what_cannot_be_added_or_removed_changes_nothing() {
     let bench = Bench::new();
     bench.format("vault.img", "8M", &[]);

@@ -14,7 +14,7 @@ use uuid::Uuid;
 use zeroize::Zeroizing;
 
 use super::error::Error;
-use super::export_limits::LimitArgs;
+use super::export_options::ExportOptions;
 use super::from_ops::slot_lines;
 use crate::namespace::{Cipher, Credential, DataUnit, KdfCost, SlotInfo, TransformError, UpdateError};
 use crate::ops::rekey::{self, Estimate};
@@ -70,7 +70,7 @@ pub(crate) enum ServerCommand {
     /// Lock all exports that can be.
     LockAll { wait: bool },
     /// Serve one more.
-    AddExport(NewExport),
+    AddExport(Box<NewExport>),
     /// Close the client of that number.
     KickClient(u64),
     /// Read lists, limits and certificates again.
@@ -85,11 +85,7 @@ pub(crate) struct NewExport {
     pub(crate) path: PathBuf,
     pub(crate) header: Option<PathBuf>,
     pub(crate) accept_data: bool,
-    pub(crate) luks2: bool,
-    pub(crate) name: Option<String>,
-    pub(crate) description: String,
-    pub(crate) read_only: bool,
-    pub(crate) limits: LimitArgs,
+    pub(crate) options: ExportOptions,
     /// Whether the credential is the volume key itself.
     pub(crate) by_volume_key: bool,
 }

@@ -13,6 +13,7 @@ mod duration;
 mod erase;
 mod error;
 mod export_limits;
+mod export_options;
 mod format;
 mod from_ops;
 mod generate;

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use super::control::{Answer, ExportCommand, NewExport, ServerCommand, What, ask_for};
 use super::credentials::{KeyArgs, Prompt};
 use super::error::Error;
-use super::export_limits::LimitArgs;
+use super::export_options::ExportOptions;
 use super::output::outln;
 use super::place::PlaceArgs;
 use super::secrets;
@@ -45,23 +45,11 @@ enum ExportsCommand {
 struct AddArgs {
     #[command(flatten)]
     place: PlaceArgs,
-    /// It is a LUKS2 volume (of cryptsetup) and not a namespace
-    #[arg(long)]
-    luks2: bool,
-    /// Name of the export [default: the label, or the file's stem]
-    #[arg(long)]
-    name: Option<String>,
-    /// A line for people, which clients are shown
-    #[arg(long, default_value = "", hide_default_value = true)]
-    description: String,
-    /// Refuse writes
-    #[arg(long)]
-    read_only: bool,
     /// It has a new key at each opening, and needs none
     #[arg(long, conflicts_with = "KeyArgs")]
     ephemeral: bool,
     #[command(flatten)]
-    limits: LimitArgs,
+    options: ExportOptions,
     #[command(flatten)]
     key: KeyArgs,
     #[command(flatten)]
@@ -120,6 +108,7 @@ pub(crate) fn exports(args: &ExportsCommandArgs) -> Result<(), Error> {
 
 fn add(args: &AddArgs) -> Result<(), Error> {
     let path = &args.place.path;
+    args.options.check().map_err(|reason| Error::Usage(format!("{}: {reason}", path.display())))?;
     let found = |path: &Path| {
         std::path::absolute(path).map_err(|source| Error::Io { doing: "cannot tell the server where it is", source })
     };
@@ -129,15 +118,11 @@ fn add(args: &AddArgs) -> Result<(), Error> {
         path: absolute,
         header,
         accept_data: args.place.accept_data,
-        luks2: args.luks2,
-        name: args.name.clone(),
-        description: args.description.clone(),
-        read_only: args.read_only,
-        limits: args.limits,
+        options: args.options.clone(),
         by_volume_key: given.as_ref().is_some_and(|(_, by_volume_key)| *by_volume_key),
     };
     let credentials: Vec<_> = given.iter().map(|(credential, _)| credential).collect();
-    let answer = ask_for(&args.server.control, What::Server(ServerCommand::AddExport(new)), &credentials)?;
+    let answer = ask_for(&args.server.control, What::Server(ServerCommand::AddExport(Box::new(new))), &credentials)?;
     match answer {
         Answer::WrongCredential => Err(Error::WrongKey { name: path.display().to_string() }),
         answer => match answer.or_error(path)? {

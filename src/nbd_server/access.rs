@@ -141,6 +141,61 @@ impl CertificateName {
     }
 }
 
+/// Internet addresses that share their first bits. In rules and in texts it is an address, or `ADDRESS/BITS`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AddressRange {
+    first: IpAddr,
+    bits: u8,
+}
+
+/// Why a text is no [`AddressRange`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{0:?} is no address such as 10.0.0.7, and no range such as 10.0.0.0/24 or fd00::/8 (with zeroes behind its bits)"
+)]
+pub struct NoAddressRange(String);
+
+impl AddressRange {
+    /// The bits of an address that count, and which kind of address it is.
+    fn prefix(address: IpAddr, bits: u8) -> (bool, u128) {
+        let (number, width) = match address {
+            IpAddr::V4(address) => (u128::from(u32::from(address)), 32),
+            IpAddr::V6(address) => (u128::from(address), 128),
+        };
+        let behind = u32::from(width - bits.min(width));
+        (address.is_ipv4(), number.checked_shr(behind).unwrap_or(0))
+    }
+
+    /// Whether `address` is one of them. An IPv4 address that came over IPv6 is that IPv4 address.
+    fn contains(&self, address: IpAddr) -> bool {
+        Self::prefix(address.to_canonical(), self.bits) == Self::prefix(self.first, self.bits)
+    }
+}
+
+impl FromStr for AddressRange {
+    type Err = NoAddressRange;
+
+    fn from_str(text: &str) -> Result<Self, NoAddressRange> {
+        let none = || NoAddressRange(text.to_owned());
+        let (address, bits) = text.split_once('/').map_or((text, None), |(address, bits)| (address, Some(bits)));
+        let first = address.parse::<IpAddr>().map_err(|_| none())?;
+        let width = if first.is_ipv4() { 32 } else { 128 };
+        let bits = bits.map_or(Ok(width), |bits| bits.parse().map_err(|_| none()))?;
+        let range = Self { first, bits };
+        // Whoever writes 10.0.0.7/8 may have meant the one or the other.
+        let (_, prefix) = Self::prefix(first, bits);
+        let (_, whole) = Self::prefix(first, width);
+        let is_first = prefix.checked_shl(u32::from(width.saturating_sub(bits))).unwrap_or(0) == whole;
+        if bits <= width && is_first { Ok(range) } else { Err(none()) }
+    }
+}
+
+impl fmt::Display for AddressRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.first, self.bits)
+    }
+}
+
 /// The clients that may use an export. Without any entry every client may.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Allowed {
@@ -150,6 +205,8 @@ pub struct Allowed {
     pub gids: Vec<u32>,
     /// Virtual machines that may come over vsock, by context number.
     pub cids: Vec<u32>,
+    /// Addresses that may come over TCP. Whoever is on the way can take one: certificates are safer.
+    pub addresses: Vec<AddressRange>,
     /// Names, one of which the TLS client certificate must carry.
     pub certificate_names: Vec<CertificateName>,
 }
@@ -162,14 +219,15 @@ impl Allowed {
             self.uids.contains(&unix.uid) || groups().any(|gid| self.gids.contains(gid))
         });
         let by_cid = peer.cid.is_some_and(|cid| self.cids.contains(&cid));
+        let by_address = peer.address.is_some_and(|at| self.addresses.iter().any(|range| range.contains(at.ip())));
         let carried = |allowed: &CertificateName| peer.certificate_names.iter().any(|name| name.is(allowed));
-        self.is_open() || by_unix || by_cid || self.certificate_names.iter().any(carried)
+        self.is_open() || by_unix || by_cid || by_address || self.certificate_names.iter().any(carried)
     }
 
     /// Whether there is no rule.
     pub fn is_open(&self) -> bool {
         let numbers = self.uids.is_empty() && self.gids.is_empty() && self.cids.is_empty();
-        numbers && self.certificate_names.is_empty()
+        numbers && self.addresses.is_empty() && self.certificate_names.is_empty()
     }
 
     /// Whether a client that is refused now could be admitted by its TLS certificate.
@@ -238,6 +296,33 @@ mod tests {
         assert_eq!(certified(here.clone(), &["cn:a", "dns:a"]), certified(there, &["dns:a", "cn:a"]));
         assert_ne!(certified(here.clone(), &["cn:a"]), certified(here, &["dns:a"]));
         assert_ne!(Peer { cid: Some(7), ..Peer::default() }.identity(), one.identity());
+    }
+
+    #[test]
+    fn addresses_are_in_ranges_of_their_own_kind() {
+        for (rule, address, admitted) in [
+            ("10.0.0.7", "10.0.0.7:1", true),
+            ("10.0.0.7", "10.0.0.8:1", false),
+            ("10.0.0.7", "[::ffff:10.0.0.7]:1", true),
+            ("10.0.0.0/24", "10.0.0.255:1", true),
+            ("10.0.0.0/24", "10.0.1.0:1", false),
+            ("0.0.0.0/0", "1.2.3.4:1", true),
+            ("0.0.0.0/0", "[::1]:1", false),
+            ("::/0", "[fd00::1]:1", true),
+            ("::/0", "1.2.3.4:1", false),
+            ("fd00::/8", "[fdff::1]:1", true),
+            ("fd00::/8", "[fe00::1]:1", false),
+        ] {
+            let allowed = Allowed { addresses: vec![rule.parse().unwrap()], ..Allowed::default() };
+            let peer = Peer { address: Some(address.parse().unwrap()), ..Peer::default() };
+            assert_eq!(allowed.admits(&peer), admitted, "{address} by {rule}");
+            assert!(!allowed.admits(&Peer::default()) && !allowed.is_open());
+        }
+        for text in
+            ["10.0.0", "10.0.0.7/8", "10.0.0.0/33", "::/129", "fd00::1/8", "host", "10.0.0.0/", "/8", "", "1.2.3.4/0"]
+        {
+            assert!(text.parse::<AddressRange>().is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -23,6 +23,7 @@ use super::shared::{Chosen, Client, Shared};
 use super::slow::{Finished, Slow};
 use super::socket::{self, KernelBuffers, Waited};
 use super::spin::Spin;
+use super::throttle::Seat;
 use super::tls::TlsSession;
 use super::transmission::{OutOfSync, Transmission};
 use super::wire::{OPTION_HEADER_BYTES, RequestHeader};
@@ -42,7 +43,7 @@ pub(super) enum End {
     Closed,
     #[error("it is not admitted any more")]
     NotAdmitted,
-    #[error("its export has as many connections as it may have")]
+    #[error("its export has as many connections as it may have, of all clients or of this one")]
     TooMany,
     #[error("the server stops")]
     Stopped,
@@ -72,6 +73,7 @@ pub(super) fn serve(client: &Arc<Client>, shared: &Arc<Shared>) -> End {
         buffers: Buffers::small(&shared.pool),
         slow: Slow::default(),
         turn: shared.fair.join(client.peer.identity()),
+        seat: None,
         tls: None,
         peer: None,
         spin: Spin::new(shared.options.poll),
@@ -94,7 +96,8 @@ pub(super) fn serve(client: &Arc<Client>, shared: &Arc<Shared>) -> End {
     if !shared.still_admits(client) {
         return End::NotAdmitted;
     }
-    if !shared.limit(client) {
+    link.seat = served.throttle.join(link.turn.identity(), &client.bell);
+    if link.seat.is_none() {
         return End::TooMany;
     }
     link.deadline = None;
@@ -122,6 +125,8 @@ pub(super) struct Link<'a> {
     pub(super) slow: Slow,
     /// Its thread's share of the processors.
     pub(super) turn: Turn,
+    /// Its place at the limits of its export, once it has chosen one.
+    pub(super) seat: Option<Seat>,
     tls: Option<TlsSession>,
     /// Who the client is since TLS has begun.
     peer: Option<Peer>,
@@ -299,8 +304,7 @@ impl Link<'_> {
             return Err(End::PlaintextBehindTls);
         }
         let tls = self.shared.options.tls.as_ref().expect("STARTTLS is granted only with TLS configured");
-        self.turn.rest();
-        let accepted = TlsSession::accept(tls, self.socket(), self.deadline);
+        let accepted = TlsSession::accept(tls, self.client.socket.as_fd(), self.deadline, &mut self.turn);
         let session = accepted.map_err(|error| match self.of_deadline(error) {
             End::Io(error) => End::Tls(error),
             late => late,
@@ -355,6 +359,9 @@ impl Link<'_> {
                 Some(tls) => tls.send_all(socket, replies, &mut self.turn)?,
             }
             self.buffers.reply.truncate(0);
+        }
+        if let Some(seat) = &mut self.seat {
+            seat.sent();
         }
         Ok(())
     }

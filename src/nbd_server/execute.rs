@@ -14,8 +14,11 @@ use super::failures::command_name;
 use super::limits::{EXTENTS_MAX, HOLES_READ_BYTES, HOLES_READ_MAX, SLOW_PER_CONNECTION_MAX, SLOW_ZEROES_BYTES};
 use super::slow::{Finished, Work};
 use super::stats::{INVALID, failure};
+use super::throttle;
 use super::transmission::{Refusal, Replies, Request, StatusQuery, Verdict};
-use super::wire::{NBD_EINVAL, NBD_EIO, NBD_ENOSPC, NBD_ENOTSUP, NBD_EPERM, NBD_ESHUTDOWN, RequestHeader};
+use super::wire::{
+    NBD_CMD_WRITE, NBD_EINVAL, NBD_EIO, NBD_ENOSPC, NBD_ENOTSUP, NBD_EPERM, NBD_ESHUTDOWN, RequestHeader,
+};
 
 /// Room that every head of a reply fits.
 const HEAD_BYTES: usize = 64;
@@ -33,12 +36,19 @@ struct Call {
 impl Session<'_> {
     /// Answers one request whose header has been consumed.
     pub(super) fn answer(&mut self, header: &RequestHeader) -> Result<(), End> {
-        self.throttle(header)?;
+        let verdict = self.machine.validate_request(header, self.link.refuses());
+        let len_bytes = throttle::payload_bytes(&verdict);
+        if verdict != Verdict::Run(Request::Disconnect) {
+            self.throttle(len_bytes)?;
+        }
         self.link.turn.work();
+        self.link.turn.take_moved();
         let start = Instant::now();
         (self.header, self.fate) = (*header, Fate::Succeeded);
-        let answered = self.answer_uncounted(&Call { header: *header, replies: self.machine.replies(header), start });
+        let call = Call { header: *header, replies: self.machine.replies(header), start };
+        let answered = self.answer_uncounted(verdict, &call);
         self.link.turn.moved(0);
+        self.settle(len_bytes, answered.is_ok());
         self.counted(header, start, answered)
     }
 
@@ -60,8 +70,18 @@ impl Session<'_> {
         self.counted(&header, start, answered)
     }
 
-    fn answer_uncounted(&mut self, call: &Call) -> Result<(), End> {
-        match self.machine.validate_request(&call.header, self.link.refuses()) {
+    /// What was asked of the limits of the export was used, or is given back as far as it was not.
+    fn settle(&mut self, len_bytes: u64, is_whole: bool) {
+        let done_bytes = self.link.turn.take_moved();
+        match &mut self.link.seat {
+            Some(seat) if !is_whole => seat.refund(len_bytes, done_bytes.min(len_bytes)),
+            Some(seat) if self.fate != Fate::Deferred => seat.answered(len_bytes),
+            _ => {}
+        }
+    }
+
+    fn answer_uncounted(&mut self, verdict: Verdict, call: &Call) -> Result<(), End> {
+        match verdict {
             Verdict::Run(request) => self.run(request, call),
             Verdict::Refuse { refusal, drain_bytes } => {
                 self.drain(drain_bytes)?;
@@ -135,6 +155,9 @@ impl Session<'_> {
         // A client of a server that hangs up repeats what was not answered.
         let answered = if given_up { Ok(()) } else { self.reply(replies, &result) };
         self.link.client.traffic.record(&header, start.elapsed(), result.is_err() || answered.is_err());
+        if let (NBD_CMD_WRITE, Some(seat)) = (header.command, &mut self.link.seat) {
+            seat.answered(header.len_bytes);
+        }
         answered
     }
 

@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::access::{Allowed, Peer};
 use super::gate::Gate;
-use super::throttle::{Rates, Throttle};
+use super::throttle::{ExportLimits, Throttle};
 use super::wire::STRING_BYTES_MAX;
 use crate::volume::VolumeError;
 
@@ -216,17 +216,6 @@ pub struct ExportInfo {
     pub limits: ExportLimits,
 }
 
-/// How much may be asked of an export; 0 is no limit.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct ExportLimits {
-    /// By all of its clients together.
-    pub rates: Rates,
-    /// By each connection.
-    pub client_rates: Rates,
-    /// Connections at a time that have chosen it.
-    pub connections_max: usize,
-}
-
 /// One served export.
 #[derive(Clone)]
 pub struct Served {
@@ -238,7 +227,7 @@ pub struct Served {
     pub(super) index: usize,
     /// What becomes of requests while it is locked.
     pub(super) gate: Arc<Gate>,
-    /// For all of its clients together.
+    /// Its limits, and what its clients have asked.
     pub(super) throttle: Arc<Throttle>,
     /// Whether the log has told that it is poisoned.
     pub(super) poison_told: Arc<AtomicBool>,
@@ -327,7 +316,7 @@ impl Exports {
             return Err(RegistryError::TooLarge { size_bytes });
         }
         let (index, gate, throttle) = (self.next_index, Arc::default(), Arc::<Throttle>::default());
-        throttle.set(info.limits.rates);
+        throttle.set(info.limits);
         self.list.push(Arc::new(Served { info, export, index, gate, throttle, poison_told: Arc::default() }));
         self.next_index += 1;
         Ok(())
@@ -362,7 +351,7 @@ impl Exports {
     pub fn presented(&self, change: impl Fn(&ExportInfo) -> ExportInfo) -> Self {
         let present = |served: &Arc<Served>| {
             let info = ExportInfo { name: served.info.name.clone(), ..change(&served.info) };
-            served.throttle.set(info.limits.rates);
+            served.throttle.set(info.limits);
             Arc::new(Served { info, ..Served::clone(served) })
         };
         Self { list: self.list.iter().map(present).collect(), ..*self }

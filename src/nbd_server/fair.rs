@@ -19,8 +19,9 @@ use std::time::{Duration, Instant};
 
 use super::access::Identity;
 
-/// How much a thread does before another one of its party has its turn, in bytes.
-const QUANTUM_BYTES: u64 = 1 << 20;
+/// How much a thread does before another one of its party has its turn, in bytes: about what it does in a slice of the kernel's
+/// scheduler. Threads that take turns more often are woken more often, and a thread that was woken goes before one that works on.
+const QUANTUM_BYTES: u64 = 8 << 20;
 /// What a request counts for besides the bytes that it moves.
 const REQUEST_BYTES: u64 = 16 << 10;
 /// How long after its last work a party still has its share: longer than a client takes from a reply to its next request.
@@ -88,7 +89,7 @@ impl Fair {
         let party = Arc::clone(party);
         self.crowded.store(parties.len() > 1, Ordering::Relaxed);
         drop(parties);
-        Turn { fair: Arc::clone(self), party, held: false, quantum: 0 }
+        Turn { fair: Arc::clone(self), party, held: false, quantum: 0, moved: 0 }
     }
 
     /// Whether there are several parties.
@@ -194,12 +195,18 @@ pub(super) struct Turn {
     held: bool,
     /// What was done in this turn.
     quantum: u64,
+    /// Bytes that were moved since somebody asked for that.
+    moved: u64,
 }
 
 impl Turn {
     /// Another thread of the same party.
     pub(super) fn another(&self) -> Self {
         self.fair.join(self.party.identity.clone())
+    }
+
+    pub(super) fn identity(&self) -> &Identity {
+        &self.party.identity
     }
 
     /// Whether there are other parties.
@@ -245,10 +252,16 @@ impl Turn {
     /// So many bytes were moved, or a request was answered: another thread of the party has its turn now and then.
     #[inline]
     pub(super) fn moved(&mut self, len_bytes: u64) {
+        self.moved += len_bytes;
         self.quantum += len_bytes + REQUEST_BYTES;
         if self.held && self.quantum >= QUANTUM_BYTES {
             self.renew();
         }
+    }
+
+    /// Bytes that were moved since this was asked last.
+    pub(super) fn take_moved(&mut self) -> u64 {
+        std::mem::take(&mut self.moved)
     }
 
     fn renew(&mut self) {

@@ -38,7 +38,6 @@ impl Handle {
         }
         let clients: Vec<_> = shared.clients().values().cloned().collect();
         for client in &clients {
-            shared.limit(client);
             client.bell.ring();
         }
         for client in clients.iter().filter(|client| !shared.still_admits(client)) {
@@ -133,6 +132,11 @@ impl Handle {
         tracing::warn!(client = client.id, peer = %client.peer, "client closed: somebody asked for it");
         client.shut_down();
         true
+    }
+
+    /// Whether new clients are asked for a TLS certificate; `None` without TLS.
+    pub fn asks_for_certificates(&self) -> Option<bool> {
+        self.shared.options.tls.as_ref().map(Tls::asks_for_certificates)
     }
 
     /// Whether [`stop`](Self::stop) was called.

@@ -49,9 +49,9 @@ pub mod transmission;
 mod volume;
 pub mod wire;
 
-pub use access::{Allowed, CertificateName, NoCertificateName, Peer, UnixPeer};
+pub use access::{AddressRange, Allowed, CertificateName, NoAddressRange, NoCertificateName, Peer, UnixPeer};
 pub use export::{
-    Durability, Export, ExportError, ExportInfo, ExportLimits, Exports, Extent, ExtentKind, Hole, RegistryError, Served,
+    Durability, Export, ExportError, ExportInfo, Exports, Extent, ExtentKind, Hole, RegistryError, Served,
 };
 pub use gate::WhileLocked;
 pub use handle::Handle;
@@ -63,5 +63,5 @@ pub use server::{Options, Server, ServerError};
 pub use stats::{COMMAND_NAMES, ClientStatus, ExportStatus, FAILURE_NAMES, RekeyStatus, Stats, Status};
 pub use status::Commands;
 pub use systemd::{inherited_listeners, notify};
-pub use throttle::Rates;
+pub use throttle::{ExportLimits, Quota};
 pub use tls::{ClientCertificates, Tls, TlsError};

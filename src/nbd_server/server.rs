@@ -28,7 +28,6 @@ use super::socket::{self, Bell};
 use super::stats::{RekeyStatus, Traffic};
 use super::status::{self, Commands, Kind};
 use super::threads::{self, SharedOut};
-use super::throttle::Throttle;
 use super::tls::Tls;
 use crate::peer_groups;
 use crate::spawn::without_signals;
@@ -254,7 +253,7 @@ fn admit<'scope>(
 ) {
     socket::tune(socket.as_fd());
     let bell = match Bell::new() {
-        Ok(bell) => bell,
+        Ok(bell) => Arc::new(bell),
         Err(error) => {
             tracing::warn!(%error, "client refused");
             return;
@@ -268,7 +267,6 @@ fn admit<'scope>(
         chosen: OnceLock::new(),
         traffic: Traffic::default(),
         bell,
-        throttle: Throttle::default(),
         wiped_rounds: 0.into(),
     });
     let limits = shared.limits();

@@ -20,7 +20,6 @@ use super::slow::Workers;
 use super::socket::{self, Bell, StopSignal};
 use super::stats::{ClientStatus, ExportStatus, RekeyStatus, Stats, Status, Traffic};
 use super::threads::SharedOut;
-use super::throttle::Throttle;
 use crate::owner::Owner;
 
 /// What all connections of a server share.
@@ -133,15 +132,6 @@ impl Shared {
         served.info.allowed.admits(&chosen.peer) && (chosen.read_only || !served.is_read_only_for(&chosen.peer))
     }
 
-    /// Gives a client its own limits. `false` when its export has as many connections as it may have.
-    pub(super) fn limit(&self, client: &Client) -> bool {
-        let (exports, clients) = (self.exports(), self.clients());
-        let Some(served) = client.chosen.get().and_then(|chosen| exports.numbered(chosen.index)) else { return true };
-        client.throttle.set(served.info.limits.client_rates);
-        let max = served.info.limits.connections_max;
-        max == 0 || clients.values().filter(|other| other.is_at(served)).count() <= max
-    }
-
     /// Says once, and at once, that an export cannot make anything durable any more.
     pub(super) fn note_poison(&self, served: &Served) {
         if served.export.is_poisoned() && !served.poison_told.swap(true, Ordering::Relaxed) {
@@ -234,9 +224,7 @@ pub(super) struct Client {
     pub(super) chosen: OnceLock<Chosen>,
     pub(super) traffic: Traffic,
     /// Wakes its thread.
-    pub(super) bell: Bell,
-    /// For its own requests.
-    pub(super) throttle: Throttle,
+    pub(super) bell: Arc<Bell>,
     /// How often its export had been locked when it wiped its buffers last.
     pub(super) wiped_rounds: AtomicU64,
 }

@@ -1,7 +1,7 @@
 //! TLS for a connection, by rustls: certificates, the handshake, and records in place of plain bytes.
 //!
 //! Guards: the TLS handshake is bounded by the connection's deadline; a client certificate's names are used only after
-//! rustls has verified it. Nothing here decides whether TLS is needed: that is the NBD handshake's business.
+//! rustls has verified it; the work of a handshake is that of a client like any other. Nothing here decides whether TLS is needed: that is the NBD handshake's business.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::BorrowedFd;
@@ -12,7 +12,7 @@ use std::time::Instant;
 use rustix::net::SendAncillaryBuffer;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
-use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
+use rustls::server::{NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier};
 use rustls::{RootCertStore, ServerConfig, ServerConnection};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
@@ -66,7 +66,14 @@ pub enum TlsError {
 pub struct Tls {
     /// Refuse everything before TLS, instead of offering it.
     pub required: bool,
-    config: Arc<RwLock<Arc<ServerConfig>>>,
+    current: Arc<RwLock<Current>>,
+}
+
+/// What new clients get.
+#[derive(Debug, Clone)]
+struct Current {
+    config: Arc<ServerConfig>,
+    asks_for_certificates: bool,
 }
 
 impl Tls {
@@ -100,18 +107,28 @@ impl Tls {
         let key_path = directory.join(KEY_FILE);
         let key = PrivateKeyDer::from_pem_file(&key_path)
             .map_err(|source| TlsError::File { path: key_path.clone(), source })?;
-        let config = Arc::new(builder.with_single_cert(chain, key)?);
-        Ok(Self { required, config: Arc::new(RwLock::new(config)) })
+        let mut config = builder.with_single_cert(chain, key)?;
+        // No session is resumed: that would let a client in whose certificate was checked earlier, and connections last for
+        // days, so nothing is gained by it and no memory of sessions has to be bounded.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        let asks_for_certificates = clients != ClientCertificates::Ignored;
+        let current = Current { config: Arc::new(config), asks_for_certificates };
+        Ok(Self { required, current: Arc::new(RwLock::new(current)) })
     }
 
-    /// What new clients get.
-    fn config(&self) -> Arc<ServerConfig> {
-        Arc::clone(&self.config.read().unwrap_or_else(PoisonError::into_inner))
+    fn current(&self) -> Current {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether new clients are asked for a certificate.
+    pub(super) fn asks_for_certificates(&self) -> bool {
+        self.current().asks_for_certificates
     }
 
     /// New clients get what `other` has.
     pub(super) fn replace_with(&self, other: &Self) {
-        *self.config.write().unwrap_or_else(PoisonError::into_inner) = other.config();
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = other.current();
     }
 }
 
@@ -122,7 +139,10 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
 
 fn revoked(path: &Path) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
     let failed = |source| TlsError::File { path: path.to_owned(), source };
-    CertificateRevocationListDer::pem_file_iter(path).map_err(failed)?.collect::<Result<_, _>>().map_err(failed)
+    let lists = CertificateRevocationListDer::pem_file_iter(path).map_err(failed)?;
+    let lists = lists.collect::<Result<Vec<_>, _>>().map_err(failed)?;
+    // A file that was cut off must not admit everybody again.
+    if lists.is_empty() { Err(failed(pem::Error::NoItemsFound)) } else { Ok(lists) }
 }
 
 /// An established TLS session. It does not own its socket.
@@ -135,17 +155,24 @@ pub(super) struct TlsSession {
 
 impl TlsSession {
     /// Does the TLS handshake on `socket`.
-    pub(super) fn accept(tls: &Tls, socket: BorrowedFd<'_>, deadline: Option<Instant>) -> io::Result<Self> {
-        let connection = ServerConnection::new(tls.config()).map_err(io::Error::other)?;
+    pub(super) fn accept(
+        tls: &Tls,
+        socket: BorrowedFd<'_>,
+        deadline: Option<Instant>,
+        turn: &mut Turn,
+    ) -> io::Result<Self> {
+        let connection = ServerConnection::new(tls.current().config).map_err(io::Error::other)?;
         let mut session = Self { connection: Box::new(connection), deadline };
         while session.connection.is_handshaking() {
             session.flush(socket, None)?;
             if !session.connection.is_handshaking() {
                 break;
             }
+            turn.rest();
             if socket::wait(socket, None, None, deadline)? == Waited::TimedOut {
                 return Err(io::ErrorKind::TimedOut.into());
             }
+            turn.work();
             if session.connection.read_tls(&mut Records::received(socket))? == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }

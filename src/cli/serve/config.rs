@@ -15,9 +15,9 @@ use super::tls::{TlsMode, TlsPlan};
 use crate::cli::credentials::KeyArgs;
 use crate::cli::duration::Span;
 use crate::cli::error::Error;
-use crate::cli::export_limits::LimitArgs;
+use crate::cli::export_options::ExportOptions;
 use crate::cli::size::ByteSize;
-use crate::nbd_server::{Allowed, CertificateName, Limits};
+use crate::nbd_server::Limits;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -49,41 +49,14 @@ struct File {
 #[serde(deny_unknown_fields)]
 struct NamespaceTable {
     path: PathBuf,
-    name: Option<String>,
-    #[serde(default)]
-    description: String,
     key_file: Option<PathBuf>,
     passphrase_file: Option<PathBuf>,
     header: Option<PathBuf>,
-    #[serde(default)]
-    luks2: bool,
     keyring: Option<String>,
     credential: Option<String>,
     passphrase_command: Option<String>,
-    #[serde(default)]
-    read_only: bool,
-    #[serde(default)]
-    allow_discards: bool,
-    #[serde(default)]
-    tls_required: bool,
-    #[serde(default)]
-    allowed_uids: Vec<u32>,
-    #[serde(default)]
-    allowed_gids: Vec<u32>,
-    #[serde(default)]
-    allowed_cids: Vec<u32>,
-    #[serde(default)]
-    allowed_certificates: Vec<String>,
-    #[serde(default)]
-    limits: LimitArgs,
-    #[serde(default)]
-    write_uids: Vec<u32>,
-    #[serde(default)]
-    write_gids: Vec<u32>,
-    #[serde(default)]
-    write_cids: Vec<u32>,
-    #[serde(default)]
-    write_certificates: Vec<String>,
+    #[serde(flatten)]
+    options: ExportOptions,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -173,26 +146,7 @@ impl NamespaceTable {
         if given.len() > 1 {
             return Err(format!("{} has both {}", path.display(), given.join(" and ")));
         }
-        if self.read_only && self.allow_discards {
-            return Err(format!("{} has both read_only and allow_discards", path.display()));
-        }
-        if self.luks2 && self.allow_discards {
-            return Err(format!("{} has both luks2 and allow_discards", path.display()));
-        }
-        let names = |texts: &[String]| -> Result<Vec<CertificateName>, String> {
-            let names = texts.iter().map(|text| text.parse::<CertificateName>());
-            names.collect::<Result<_, _>>().map_err(|error| format!("{}: {error}", path.display()))
-        };
-        let (allowed_names, write_names) = (names(&self.allowed_certificates)?, names(&self.write_certificates)?);
-        let writers = Allowed {
-            uids: self.write_uids,
-            gids: self.write_gids,
-            cids: self.write_cids,
-            certificate_names: write_names,
-        };
-        if self.read_only && !writers.is_open() {
-            return Err(format!("{} has both read_only and write_...", path.display()));
-        }
+        self.options.check().map_err(|reason| format!("{} has {reason}", path.display()))?;
         // "-" is standard input.
         let passphrase = self.passphrase_file;
         let passphrase_file = passphrase.map(|file| if file == Path::new("-") { file } else { folder.join(file) });
@@ -206,22 +160,9 @@ impl NamespaceTable {
                 passphrase_command: self.passphrase_command,
                 escrow_file: None,
             },
-            luks2: self.luks2,
             header: self.header.map(|file| folder.join(file)),
             accept_data: false,
-            name: self.name,
-            description: self.description,
-            read_only: self.read_only,
-            allow_discards: self.allow_discards,
-            tls_required: self.tls_required,
-            allowed: Allowed {
-                uids: self.allowed_uids,
-                gids: self.allowed_gids,
-                cids: self.allowed_cids,
-                certificate_names: allowed_names,
-            },
-            writers,
-            limits: self.limits.into(),
+            options: self.options,
         })
     }
 }
@@ -292,8 +233,9 @@ mod tests {
         let rights = SocketRights { mode: 0o660, owner: None, group: Some(0) };
         let wanted = [Address::Unix("/etc/d/s".into(), rights), Address::Vsock(5, vec![3])];
         assert_eq!(listen.unwrap().addresses, wanted);
-        let error = plan("allowed_certificates = ['host1']").unwrap_err();
-        assert!(error.contains("dns:host1") && error.contains("a.img"), "{error}");
+        let text = "[[namespace]]\npath = 'a.img'\nallowed_certificates = ['host1']\n";
+        let error = toml::from_str::<File>(text).unwrap_err().to_string();
+        assert!(error.contains("dns:host1"), "{error}");
         assert!(plan("allowed_certificates = ['dns:host1']\nallowed_cids = [3]").is_ok());
     }
 

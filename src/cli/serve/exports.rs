@@ -9,11 +9,12 @@ use super::stem;
 use super::volumes::Volumes;
 use crate::cli::credentials::KeyArgs;
 use crate::cli::error::Error;
+use crate::cli::export_options::ExportOptions;
 use crate::cli::open;
 use crate::cli::output::warning;
 use crate::cli::place::PlaceArgs;
-use crate::namespace::Credential;
-use crate::nbd_server::{Allowed, ExportInfo, ExportLimits, Exports};
+use crate::namespace::{Credential, Namespace};
+use crate::nbd_server::{ExportInfo, Exports};
 use crate::ops::{self, Key, Location, Operation};
 use crate::secret::{self, SecretBytes, VolumeKey};
 use crate::volume::Volume;
@@ -27,39 +28,8 @@ pub(super) struct Source {
     pub(super) header: Option<PathBuf>,
     /// Whether the user vouches for the data of that.
     pub(super) accept_data: bool,
-    /// Whether it is a LUKS2 volume and not a namespace.
-    pub(super) luks2: bool,
     pub(super) key: KeyArgs,
-    /// Instead of the label or the file's stem.
-    pub(super) name: Option<String>,
-    pub(super) description: String,
-    pub(super) read_only: bool,
-    pub(super) allow_discards: bool,
-    pub(super) tls_required: bool,
-    pub(super) allowed: Allowed,
-    pub(super) limits: ExportLimits,
-    /// Who may write, if not all of those.
-    pub(super) writers: Allowed,
-}
-
-impl Source {
-    /// How it is presented to clients; without a name where the namespace itself has to say it.
-    pub(super) fn info(&self) -> ExportInfo {
-        ExportInfo {
-            name: self.name.clone().unwrap_or_default(),
-            description: self.description.clone(),
-            read_only: self.read_only,
-            writers: self.writers.clone(),
-            tls_required: self.tls_required,
-            allowed: self.allowed.clone(),
-            limits: self.limits,
-        }
-    }
-
-    /// Whether a rule of it needs the names in certificates.
-    pub(super) fn names_certificates(&self) -> bool {
-        self.allowed.names_certificates() || self.writers.names_certificates()
-    }
+    pub(super) options: ExportOptions,
 }
 
 /// Opens, unlocks and reads every namespace. With `keep_going` one that fails is left out, unless all do.
@@ -95,13 +65,13 @@ fn add(exports: &mut Exports, source: &Source, backend: Backend, volumes: &Volum
     let name = opened.info.name.clone();
     let export: Arc<Volume> = Arc::clone(&opened.volume);
     exports.add(opened.info, export).map_err(|error| Error::Export { path: source.path.clone(), source: error })?;
-    volumes.add(&name, opened.location, opened.volume, source.luks2);
+    volumes.add(&name, opened.location, opened.volume, source.options.luks2);
     Ok(())
 }
 
 impl Source {
     fn operation(&self) -> Operation {
-        if self.read_only { Operation::ServeReadOnly } else { Operation::Serve }
+        if self.options.read_only { Operation::ServeReadOnly } else { Operation::Serve }
     }
 
     fn place(&self) -> PlaceArgs {
@@ -112,24 +82,30 @@ impl Source {
 /// Opens what `source` names, with the key that it names.
 fn open(source: &Source, backend: Backend) -> Result<Opened, Error> {
     let (place, operation) = (source.place(), source.operation());
-    let volume = if source.luks2 {
+    let volume = if source.options.luks2 {
         open::volume(&place, operation, &source.key, true)?
     } else {
         let mut namespace = open::namespace(&place, operation, &source.key)?;
-        if source.allow_discards {
-            ops::also(Operation::AllowDiscards, &place.location(), &namespace)?;
-            let allowed = namespace.allow_discards();
-            allowed.map_err(|error| Error::AllowDiscards { path: source.path.clone(), source: error })?;
-        }
+        allow_discards(source, &place, &mut namespace)?;
         Volume::new(namespace, backend)
     };
     made_ready(source, volume)
 }
 
+/// Has discards punch holes from now on, if that is wanted.
+fn allow_discards(source: &Source, place: &PlaceArgs, namespace: &mut Namespace) -> Result<(), Error> {
+    if source.options.allow_discards {
+        ops::also(Operation::AllowDiscards, &place.location(), namespace)?;
+        let allowed = namespace.allow_discards();
+        allowed.map_err(|error| Error::AllowDiscards { path: source.path.clone(), source: error })?;
+    }
+    Ok(())
+}
+
 /// Opens what `source` names, with a credential that came from elsewhere; without one it must be ephemeral.
 pub(super) fn open_with(source: &Source, key: Option<&Credential>, by_volume_key: bool) -> Result<Opened, Error> {
     let (place, operation, backend) = (source.place(), source.operation(), Backend::from_env()?);
-    let volume = match (key, source.luks2) {
+    let volume = match (key, source.options.luks2) {
         (Some(_), true) if by_volume_key => {
             return Err(Error::Usage("--escrow-file is for namespaces, and not for LUKS2 volumes".into()));
         }
@@ -149,7 +125,9 @@ pub(super) fn open_with(source: &Source, key: Option<&Credential>, by_volume_key
                 }
                 Some(credential) => Key::Credential(credential),
             };
-            Volume::new(open::found(&place, operation)?.unlock(key)?, backend)
+            let mut namespace = open::found(&place, operation)?.unlock(key)?;
+            allow_discards(source, &place, &mut namespace)?;
+            Volume::new(namespace, backend)
         }
     };
     made_ready(source, volume)
@@ -158,14 +136,14 @@ pub(super) fn open_with(source: &Source, key: Option<&Credential>, by_volume_key
 fn made_ready(source: &Source, volume: Volume) -> Result<Opened, Error> {
     let path = &source.path;
     let label = volume.header().label.clone();
-    let name = source.name.clone().unwrap_or_else(|| if label.is_empty() { stem(path) } else { label });
+    let name = source.options.name.clone().unwrap_or_else(|| if label.is_empty() { stem(path) } else { label });
     if volume.discards() {
         warning!("{}: discards are allowed, so media shows which units are unused", path.display());
     }
     // What this thread leaves on its stack stays there as long as the server runs.
     secret::with_wiped_stack(|| read_one_unit(&volume))
         .map_err(|source| Error::Volume { path: path.clone(), source })?;
-    let info = ExportInfo { name, ..source.info() };
+    let info = ExportInfo { name, ..source.options.info() };
     Ok(Opened { info, location: source.place().location(), volume: Arc::new(volume) })
 }
 

@@ -35,10 +35,11 @@ use super::credentials::KeyArgs;
 use super::duration::Span;
 use super::error::Error;
 use super::export_limits::LimitArgs;
+use super::export_options::ExportOptions;
 use super::log;
 use super::output::warning;
 use super::size::ByteSize;
-use crate::nbd_server::{self, Allowed, Commands, Limits, Listener, Options, Server};
+use crate::nbd_server::{self, Commands, Limits, Listener, Options, Server};
 use crate::secret;
 
 #[derive(Args, Clone, Debug)]
@@ -253,16 +254,14 @@ fn plan(args: &ServeArgs) -> Result<Plan, Error> {
         path: path.clone(),
         header: args.header.clone(),
         accept_data: args.accept_data,
-        luks2: args.luks2,
         key: args.key.clone(),
-        name: None,
-        description: String::new(),
-        read_only: args.read_only,
-        allow_discards: args.allow_discards,
-        tls_required: false,
-        allowed: Allowed::default(),
-        writers: Allowed::default(),
-        limits: args.limits.into(),
+        options: ExportOptions {
+            luks2: args.luks2,
+            read_only: args.read_only,
+            allow_discards: args.allow_discards,
+            limits: args.limits,
+            ..ExportOptions::default()
+        },
     };
     let mut limits = Limits::default();
     if let Some(connections) = args.max_connections {

@@ -51,7 +51,7 @@ impl Reloader {
         self.warn_of_restarts(&plan);
         let present = |info: &ExportInfo| match self.source_of(&plan, &info.name) {
             // A volume that was opened for reading cannot be written, and the other way round nobody expects it.
-            Some(source) => ExportInfo { read_only: info.read_only, ..source.info() },
+            Some(source) => ExportInfo { read_only: info.read_only, ..source.options.info() },
             None => info.clone(),
         };
         server.reload(present, fitting_limits(&plan.limits), tls.as_ref());

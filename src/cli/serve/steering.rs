@@ -1,5 +1,7 @@
 //! What the control socket asks for, done by whoever knows how.
 
+use std::error::Error as StdError;
+use std::io;
 use std::sync::Arc;
 
 use super::exports::{self, Opened, Source};
@@ -9,7 +11,7 @@ use crate::cli::control::{Answer, ExportCommand, NewExport, Request, ServerComma
 use crate::cli::credentials::KeyArgs;
 use crate::cli::error::{Error, Exit, chain};
 use crate::namespace::Credential;
-use crate::nbd_server::{Allowed, Handle};
+use crate::nbd_server::Handle;
 use crate::volume::Volume;
 
 /// Those who know how.
@@ -55,7 +57,7 @@ impl Steering {
 
     /// Opens a namespace and serves it from now on.
     fn add(&self, new: &NewExport, key: Option<&Credential>) -> Result<Answer, Error> {
-        let source = source(new);
+        let source = source(new, &self.server)?;
         let Opened { info, location, volume } = exports::open_with(&source, key, new.by_volume_key)?;
         let name = info.name.clone();
         let failed = |error| Error::of_volume(&source.path, error);
@@ -70,7 +72,7 @@ impl Steering {
             return Err(Error::Export { path: source.path, source: error });
         }
         tracing::info!(export = name.as_str(), path = %source.path.display(), "served from now on");
-        self.volumes.add(&name, location, volume, source.luks2).go_on_or_rest();
+        self.volumes.add(&name, location, volume, source.options.luks2).go_on_or_rest();
         Ok(Answer::Added(name))
     }
 
@@ -103,22 +105,34 @@ impl Steering {
     }
 }
 
-fn source(new: &NewExport) -> Source {
-    Source {
+/// What is to be opened, if the server can keep what is asked of it.
+fn source(new: &NewExport, server: &Handle) -> Result<Source, Error> {
+    let refused = |reason: &str| Err(Error::Usage(format!("{}: {reason}", new.path.display())));
+    let options = &new.options;
+    options.check().or_else(|reason| refused(&reason))?;
+    match server.asks_for_certificates() {
+        None if options.needs_tls() => refused("it has rules that only TLS can fulfil, but TLS is off")?,
+        Some(false) if options.names_certificates() => {
+            refused(
+                "it has rules on certificates, but the server asks clients for none: it needs tls.verify_client or --tls-verify-client",
+            )?;
+        }
+        _ => {}
+    }
+    Ok(Source {
         path: new.path.clone(),
         header: new.header.clone(),
         accept_data: new.accept_data,
-        luks2: new.luks2,
         key: KeyArgs::default(),
-        name: new.name.clone(),
-        description: new.description.clone(),
-        read_only: new.read_only,
-        allow_discards: false,
-        tls_required: false,
-        allowed: Allowed::default(),
-        writers: Allowed::default(),
-        limits: new.limits.into(),
-    }
+        options: options.clone(),
+    })
+}
+
+/// Whether a cause of it is that somebody may not.
+fn is_denied(error: &Error) -> bool {
+    let causes = std::iter::successors(Some(error as &(dyn StdError + 'static)), |cause| (*cause).source());
+    let kinds = causes.filter_map(|cause| cause.downcast_ref::<io::Error>());
+    kinds.map(io::Error::kind).any(|kind| kind == io::ErrorKind::PermissionDenied)
 }
 
 fn refused(error: &Error) -> Answer {
@@ -127,7 +141,7 @@ fn refused(error: &Error) -> Answer {
         _ => {
             let reason = error.chain();
             // That of the sandbox looks like any other.
-            let denied = reason.to_lowercase().contains("permission denied");
+            let denied = is_denied(error);
             let folder =
                 "`serve --export-folder DIR` lets the sandbox open the namespaces of a folder, --no-sandbox all".into();
             Answer::Refused { help: if denied { Some(folder) } else { error.hint() }, reason }

@@ -35,8 +35,8 @@ pub(super) struct TlsPlan {
 /// Reads the certificates, if TLS is on.
 pub(super) fn set_up(plan: &TlsPlan, namespaces: &[Source]) -> Result<Option<Tls>, Error> {
     let refused = |reason: &str| Err(Error::Usage(reason.into()));
-    let names_certificates = namespaces.iter().any(Source::names_certificates);
-    let needs_tls = names_certificates || namespaces.iter().any(|source| source.tls_required);
+    let names_certificates = namespaces.iter().any(|source| source.options.names_certificates());
+    let needs_tls = namespaces.iter().any(|source| source.options.needs_tls());
     match (plan.mode, &plan.certificates) {
         (TlsMode::Off, Some(_)) => refused("certificates for TLS are given, but TLS is off"),
         (TlsMode::Off, None) if plan.verify_client => refused("clients cannot be verified, because TLS is off"),
