@@ -33,9 +33,11 @@ const REQ_ONE: u16 = 1 << 3;
 #[derive(Default)]
 struct Gated {
     size: u64,
-    closed: Mutex<bool>,
+    /// How many may still pass; `u64::MAX`: all.
+    permits: Mutex<u64>,
     opened: Condvar,
     waiting: AtomicU64,
+    passed: AtomicU64,
     /// Zeroes, discards and persists, with their lengths.
     calls: Mutex<Vec<(&'static str, u64)>>,
     status_calls: AtomicU64,
@@ -43,25 +45,37 @@ struct Gated {
 
 impl Gated {
     fn closed(size: u64) -> Arc<Self> {
-        Arc::new(Self { size, closed: true.into(), ..Self::default() })
-    }
-
-    fn open(size: u64) -> Arc<Self> {
         Arc::new(Self { size, ..Self::default() })
     }
 
+    fn open(size: u64) -> Arc<Self> {
+        Arc::new(Self { size, permits: u64::MAX.into(), ..Self::default() })
+    }
+
     fn let_through(&self) {
-        *self.closed.lock().unwrap() = false;
+        *self.permits.lock().unwrap() = u64::MAX;
         self.opened.notify_all();
+    }
+
+    /// Lets one operation pass, and waits until it has.
+    fn let_one_through(&self) {
+        let passed = self.passed.load(Ordering::SeqCst);
+        *self.permits.lock().unwrap() += 1;
+        self.opened.notify_one();
+        eventually("a slow operation that passes", || self.passed.load(Ordering::SeqCst) > passed);
     }
 
     fn pass(&self, call: &'static str, len_bytes: u64) -> Result<(), ExportError> {
         self.calls.lock().unwrap().push((call, len_bytes));
         self.waiting.fetch_add(1, Ordering::SeqCst);
-        let mut closed = self.closed.lock().unwrap();
-        while *closed {
-            closed = self.opened.wait(closed).unwrap();
+        let mut permits = self.permits.lock().unwrap();
+        while *permits == 0 {
+            permits = self.opened.wait(permits).unwrap();
         }
+        if *permits != u64::MAX {
+            *permits -= 1;
+        }
+        self.passed.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
 
@@ -220,6 +234,22 @@ fn a_range_without_end_is_cut_in_slices_and_ends_when_its_client_leaves() {
         let calls = export.calls.lock().unwrap();
         assert!(calls.iter().all(|(name, len)| *name == call && *len <= 4 * MIB), "{:?}", &calls[..3.min(calls.len())]);
     }
+}
+
+/// The replies to what ends first cannot be sent any more when the next ends.
+#[test]
+fn a_client_that_leaves_slow_requests_behind_is_forgotten_when_they_have_ended_one_by_one() {
+    let export = Gated::closed(64 * MIB);
+    let server = serve(export.clone());
+    let mut raw = Raw::in_transmission(&server.path, "extended");
+    for cookie in 0..2 {
+        raw.request(FLUSH, 0, cookie, 0, 0);
+    }
+    export.await_begun(2);
+    drop(raw);
+    export.let_one_through();
+    export.let_through();
+    eventually("the end of the connection", || server.handle.connection_count() == 0);
 }
 
 #[test]

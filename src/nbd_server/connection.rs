@@ -349,21 +349,22 @@ impl Link<'_> {
         if late { End::HandshakeDeadline } else { End::Io(error) }
     }
 
-    /// Sends the replies that wait.
+    /// Sends the replies that wait. Those that cannot be sent are dropped: after an error nobody can be answered any more.
     pub(super) fn send_replies(&mut self) -> Result<(), End> {
+        let mut sent = Ok(());
         if !self.buffers.reply.pending().is_empty() {
             let (socket, replies) = (self.client.socket.as_fd(), self.buffers.reply.pending());
             self.needs_large |= replies.len() > SMALL_BUFFER_BYTES;
-            match &mut self.tls {
-                None => socket::send_all(socket, replies, self.deadline, Some(&mut self.turn))?,
-                Some(tls) => tls.send_all(socket, replies, &mut self.turn)?,
-            }
+            sent = match &mut self.tls {
+                None => socket::send_all(socket, replies, self.deadline, Some(&mut self.turn)),
+                Some(tls) => tls.send_all(socket, replies, &mut self.turn),
+            };
             self.buffers.reply.truncate(0);
         }
         if let Some(seat) = &mut self.seat {
             seat.sent();
         }
-        Ok(())
+        Ok(sent?)
     }
 
     /// Changes to large buffers, and has the kernel enlarge its own, as far as the budget allows it.
