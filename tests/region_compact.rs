@@ -184,6 +184,27 @@ fn the_header_of_a_slide_that_was_cut_goes_when_the_namespace_is_opened_for_writ
     }
 }
 
+/// The free place before a namespace becomes larger when its neighbour goes: the header must be gone by then, because a slide
+/// would begin elsewhere.
+#[test]
+fn the_header_of_a_slide_that_was_cut_goes_before_the_table_changes() {
+    let bench = region(Path::new("/tmp"), 2 * MIB);
+    let places = places(&bench);
+    let [(_, _, _), (_, b, b_len), (_, c, _)] = &places[..] else { panic!("{places:?}") };
+    let before_c = b + b_len;
+    assert!(before_c + 2 * MIB as u64 <= *c, "{places:?}");
+    let image = fs::OpenOptions::new().read(true).write(true).open(bench.path("region.img")).unwrap();
+    let mut header = vec![0; 2 * MIB];
+    image.read_exact_at(&mut header, *c).unwrap();
+    image.write_all_at(&header, before_c).unwrap();
+    bench.run(&["remove", "region.img#b", "--yes"]).succeeds();
+    image.read_exact_at(&mut header, before_c).unwrap();
+    assert!(header.iter().all(|&byte| byte == 0));
+    for name in ["a", "c"] {
+        assert_content(&bench, name, 2 * MIB, "after the sweep");
+    }
+}
+
 #[test]
 fn what_cannot_move_is_named_and_nothing_changes() {
     let len = 2 * MIB;

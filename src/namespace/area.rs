@@ -14,12 +14,15 @@ use super::error::{Chain, OpenError};
 use super::geometry::HEADER_AREA_BYTES;
 use super::header::{COPY_BYTES, CopyFault, HeaderCopy, MAGIC};
 use super::metadata::MetadataError;
+use super::wipe::confirm_zeros;
 use crate::pmem::{Backing, MediaError};
 
 /// Distance of copy B from copy A; the room between them lets a later version grow the copies.
 const COPY_DISTANCE_BYTES: u64 = 256 << 10;
 
 const CHUNK_BYTES: usize = 64 << 10;
+
+const PAGE_BYTES: u64 = 4096;
 
 /// One of the two header copies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,6 +177,41 @@ impl HeaderArea {
             Some(offset) => Err(WriteError::ReadBack { offset }),
             None => Ok(()),
         }
+    }
+}
+
+impl HeaderArea {
+    /// The page of each copy that begins with the magic.
+    fn first_pages(&self) -> [Range<u64>; 2] {
+        CopyName::BOTH.map(|name| self.base + name.offset()..self.base + name.offset() + PAGE_BYTES)
+    }
+
+    /// [`Self::clear`] of an area that only its magic leads to: that goes last, so that who is cut is not the last to find it.
+    pub(super) fn clear_stray(&mut self) -> Result<(), WriteError> {
+        let magic = MAGIC.len() as u64;
+        let [a, b] = self.first_pages().map(|page| page.start..page.start + magic);
+        let end = self.base + HEADER_AREA_BYTES;
+        for range in [a.end..b.start, b.end..end] {
+            self.backing.write(range, |mut target| target.fill(0))?;
+        }
+        self.backing.persist(self.base..end)?;
+        self.clear()
+    }
+
+    /// Whether it was a header, or was to become one, and no program will read it any more.
+    pub(super) fn is_ruined(&mut self) -> Result<bool, MediaError> {
+        let is_ruined = |copy: &Result<_, CopyFault>| match copy {
+            Ok(_) | Err(CopyFault::Unreadable(_)) => false,
+            // What was overwritten up to its magic has version 0.
+            Err(CopyFault::Version { found, .. }) => *found == 0,
+            Err(fault) => !fault.is_from_the_future(),
+        };
+        Ok(self.has_magic()? && self.read_copies().iter().all(is_ruined))
+    }
+
+    /// Where no copy announces itself any more, because somebody has [cleared](Self::clear) it: makes that durable.
+    pub(super) fn confirm_clear(&self) -> Result<(), MediaError> {
+        self.first_pages().into_iter().try_for_each(|page| confirm_zeros(&self.backing, page))
     }
 }
 

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use super::{Credential, FormatOptions, KdfCost, LockedNamespace, Namespace, format};
 use crate::leftovers::{Old, nothing_old_is_left};
-use crate::pmem::sim::{CrashImage, Effort, SimOptions, Story, Told, assert_proof, visible_bytes};
+use crate::pmem::sim::{
+    Bounds, CrashImage, Effort, Fault, PageCache, SimHandle, SimOptions, Story, Told, assert_proof, visible_bytes,
+};
 use crate::pmem::{Backing, Granularity};
 use crate::secret::SecretBytes;
 
@@ -159,4 +161,59 @@ fn header_updates_survive_at_cache_line_granularity() {
 #[test]
 fn header_updates_survive_at_page_granularity() {
     survives("header, page", Granularity::Page);
+}
+
+/// Whose key opens what the data begins with must not open what is there in future, also when a power cut comes after the
+/// second try.
+#[test]
+fn a_header_in_front_of_detached_data_goes_although_an_earlier_format_failed_or_was_killed() {
+    let options = SimOptions::new(Granularity::Page);
+    let data = Arc::new(Backing::simulated(4 << 20, options).0);
+    let attached = FormatOptions { size_bytes: Some(SIZE), ..FormatOptions::default() };
+    format(Arc::clone(&data), attached, &key_file(1)).unwrap();
+    let before = visible_bytes(&data);
+    let old = Old::of(&before);
+    let record = |fault: Option<usize>| {
+        let (data, handle) = Backing::from_media(&before, options);
+        let header = Arc::new(handle.beside(&vec![0; 2 << 20], options));
+        if let Some(call) = fault {
+            handle.fail_call(call, Fault::Io);
+        }
+        (detached(&Arc::new(data), &header), handle)
+    };
+    let is_gone = |backings: &[Arc<Backing>], handle: &SimHandle, what: &str| {
+        detached(&backings[0], &backings[1]).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let trace = handle.trace();
+        let bounds = Bounds { positions: (trace.end(), trace.end()), ..Effort::of_environment().bounds };
+        let left = trace.explore(&bounds, None, |image| {
+            match image.media.starts_with(b"DAXCRYPT") || old.found_in(image.media).is_some() {
+                true => Err("the old header is on media"),
+                false => Ok(()),
+            }
+        });
+        left.unwrap_or_else(|failure| panic!("{what}: {failure}"));
+    };
+    let (whole, handle) = record(None);
+    whole.unwrap();
+    let trace = handle.trace();
+    let mut tries = 0;
+    for barrier in trace.barriers() {
+        let (backings, handle) = trace.restart(barrier.position, PageCache::Kept);
+        is_gone(&backings, &handle, &format!("killed at {}", barrier.position));
+        tries += 1;
+    }
+    for (call, cache) in (0..handle.calls()).flat_map(|call| [(call, PageCache::Kept), (call, PageCache::Evicted)]) {
+        let trace = record(Some(call)).1.trace();
+        let (backings, handle) = trace.restart(trace.end(), cache);
+        is_gone(&backings, &handle, &format!("call {call} failed, {cache:?}"));
+        tries += 1;
+    }
+    assert!(tries > 20, "{tries}");
+}
+
+/// Formats with the header in a file of its own.
+fn detached(data: &Arc<Backing>, header: &Arc<Backing>) -> Result<(), String> {
+    let options =
+        FormatOptions { size_bytes: Some(SIZE), header: Some(Arc::clone(header)), ..FormatOptions::default() };
+    format(Arc::clone(data), options, &key_file(2)).map(drop).map_err(text)
 }

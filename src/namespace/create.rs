@@ -15,11 +15,11 @@ use super::geometry::{
 use super::header::{self, MacKey};
 use super::kdf::{Credential, Kdf, KdfCost, KdfWork};
 use super::metadata::{Cipher, CipherName, Metadata, check_label};
-use super::signature::foreign_signature;
+use super::signature::{foreign_signature, telling_pages};
 use super::site::Site;
 use super::slot::{Slot, SlotError};
 use super::unlocked::Namespace;
-use super::wipe::overwrite_with_zeros;
+use super::wipe::{confirm_zeros, overwrite_with_zeros};
 use crate::pmem::Backing;
 use crate::secret::{self, VolumeKey};
 
@@ -172,7 +172,11 @@ const FOREIGN_HEADER_BYTES: u64 = 16 << 20;
 /// Destroys the header that detached data begins with: its keys are not the new namespace's, and whoever has one could open
 /// what it encrypted, until writes happen to reach it.
 fn clear_foreign_header(site: &Site) -> Result<(), WriteError> {
-    let Some((_, signature)) = foreign_signature(site.data(), site.start())? else { return Ok(()) };
+    let Some((_, signature)) = foreign_signature(site.data(), site.start())? else {
+        // An earlier try may have cleared it without making that durable.
+        let pages = telling_pages(site.data(), site.start());
+        return Ok(pages.into_iter().try_for_each(|page| confirm_zeros(site.data(), page))?);
+    };
     let end = site.start() + site.available_bytes().min(FOREIGN_HEADER_BYTES);
     // What announces it goes last: after a power cut in between the next try must find that there is something left.
     for range in [signature.end..end, site.start()..signature.start, signature] {

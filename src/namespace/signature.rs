@@ -40,6 +40,8 @@ impl fmt::Display for Signature {
     }
 }
 
+const PAGE_BYTES: u64 = 4096;
+
 /// Name, offset from the base, and the bytes there. More telling ones come first: a GPT hides behind an MBR, and many a
 /// boot sector ends as an MBR does.
 const KNOWN: &[(&str, u64, &[u8])] = &[
@@ -99,8 +101,21 @@ pub(super) fn foreign_signature(
     backing: &Backing,
     start: u64,
 ) -> Result<Option<(&'static str, Range<u64>)>, MediaError> {
-    let is_telling = |name: &str| ["a daxcrypt", "a LUKS", "a GPT"].iter().any(|telling| name.starts_with(telling));
     Ok(known_signature(backing, start)?.filter(|(name, _)| is_telling(name)))
+}
+
+fn is_telling(name: &str) -> bool {
+    ["a daxcrypt", "a LUKS", "a GPT"].iter().any(|telling| name.starts_with(telling))
+}
+
+/// The pages in the backing where such signatures are.
+pub(super) fn telling_pages(backing: &Backing, start: u64) -> Vec<Range<u64>> {
+    let places = KNOWN.iter().filter(|(name, ..)| is_telling(name)).map(|(_, offset, _)| start + offset);
+    let mut pages: Vec<_> = places.map(|at| at - at % PAGE_BYTES..at - at % PAGE_BYTES + PAGE_BYTES).collect();
+    pages.retain(|page| start <= page.start && page.end <= backing.len_bytes());
+    pages.sort_unstable_by_key(|page| page.start);
+    pages.dedup();
+    pages
 }
 
 /// The name of the first known format whose signature is at its place.

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::area::first_nonzero;
 use crate::pmem::{Backing, MediaError};
 
 /// Bytes that are written between two reports.
@@ -27,4 +28,15 @@ pub fn overwrite_with_zeros(
         report(start - range.start);
     }
     backing.sync_all()
+}
+
+/// Makes the zeros in `range` durable, if there is nothing else: the flush of whoever has overwritten it may have failed, or he
+/// may have been killed before it, and what was there before is on media then. What has no blocks stays so.
+pub(super) fn confirm_zeros(backing: &Backing, range: Range<u64>) -> Result<(), MediaError> {
+    let has_blocks = backing.extents(range.clone(), 2)?.iter().any(|extent| extent.allocated);
+    if has_blocks && first_nonzero(backing, range.clone())?.is_none() {
+        backing.write(range.clone(), |mut target| target.fill(0))?;
+        backing.persist(range)?;
+    }
+    Ok(())
 }

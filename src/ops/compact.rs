@@ -178,7 +178,7 @@ impl Compaction {
         let backing = location::open_range(OPERATION, &self.path, &(start..range.end))?;
         let site = Site::part(backing, range.start, range.end - range.start);
         // What a killed slide has told the table is seen, and not always durable: its former place is wiped next.
-        location::confirm_table(OPERATION, &self.path, &site)?;
+        location::confirm_table(OPERATION, &self.path)?;
         let found = place.find_at(OPERATION, site)?;
         let namespace = found.unlock(Key::Credential(credential))?;
         let way = Way { key: KeyWay::Slot, read_only: false, detached: false, caller: Caller::Opener, force: false };

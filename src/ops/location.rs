@@ -127,14 +127,18 @@ fn region_and_name(path: &Path) -> Option<(PathBuf, String)> {
     (!name.is_empty() && region.exists()).then(|| (region.into(), name.into()))
 }
 
-/// Opens the region at `path` for a change of its table, which nobody else can change meanwhile.
+/// Opens the region at `path` for a change of its table, which nobody else can change meanwhile. The table is durable then, and
+/// slides that were cut before it knew of them are ended.
 ///
 /// # Errors
 ///
 /// As [`Location::open`].
 pub fn open_table(operation: Operation, path: &Path) -> Result<Region, Error> {
     let options = OpenOptions::new(Access::ReadWrite).lock_range(0..REGION_ALIGNMENT_BYTES);
-    region(operation, path, open(operation, path, &options)?)
+    let mut region = region(operation, path, open(operation, path, &options)?)?;
+    region.confirm().map_err(|source| Error::new(operation, path, source))?;
+    region.end_cut_slides().map_err(|source| Error::new(operation, path, Cause::Erase(source)))?;
+    Ok(region)
 }
 
 /// The table of the region at `path`, without a lock.
@@ -159,25 +163,19 @@ fn open_in_region(operation: Operation, path: &Path, name: &str, access: Access)
     }
     let site = Site::part(backing, range.start, range.end - range.start);
     if access == Access::ReadWrite {
-        confirm_table(operation, path, &site)?;
+        confirm_table(operation, path)?;
     }
     Ok(site)
 }
 
-/// Makes the table durable that says where the namespace at `site` is, and destroys the header that a slide left which was cut
-/// before the table knew of it: whatever key opens it is one of before. Comes before anything is written on the strength of
-/// the place that was found, whatever way it was found. Somebody who is changing the table at the moment does the first.
-pub(super) fn confirm_table(operation: Operation, path: &Path, site: &Site) -> Result<(), Error> {
-    let mut table = match open_table(operation, path) {
-        Ok(table) => table,
-        Err(error) if matches!(*error.cause, Cause::Open(OpenError::Busy)) => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    table.confirm().map_err(|source| Error::new(operation, path, source))?;
-    let Ok(locked) = LockedNamespace::open_in(site.clone()) else { return Ok(()) };
-    let range = site.start()..site.start().saturating_add(site.available_bytes());
-    let swept = table.sweep_before(&range, locked.header().uuid);
-    swept.map(drop).map_err(|source| Error::new(operation, path, Cause::Erase(source)))
+/// Makes the table of the region at `path` durable, and ends slides that were cut before it knew of them. Comes before anything
+/// is written on the strength of a place that was found in it, whatever way it was found. Somebody who is changing the table at
+/// the moment does the same.
+pub(super) fn confirm_table(operation: Operation, path: &Path) -> Result<(), Error> {
+    match open_table(operation, path) {
+        Err(error) if !matches!(*error.cause, Cause::Open(OpenError::Busy)) => Err(error),
+        _ => Ok(()),
+    }
 }
 
 fn find(operation: Operation, path: &Path, backing: &Arc<Backing>, name: &str) -> Result<Range<u64>, Error> {

@@ -95,8 +95,7 @@ impl NewPlace<'_> {
     /// The place of a namespace in a region: its partition if it has one, and otherwise the first that is large enough.
     fn place_in_region(&self, path: &Path, name: &str) -> Result<DataPlace, Error> {
         let failed = |source: RegionError| self.failed(path, source);
-        let mut region = location::open_table(self.operation, path)?;
-        region.confirm().map_err(failed)?;
+        let region = location::open_table(self.operation, path)?;
         match region.check_name(name) {
             Ok(()) => {
                 let range = region.place(self.total_bytes()?).map_err(failed)?;

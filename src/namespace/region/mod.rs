@@ -116,26 +116,47 @@ impl Region {
         Ok(swept)
     }
 
-    /// As [`Self::sweep`], only in the place where a slide of the partition at `range` would begin: for who goes on with the
-    /// namespace. Whether there was one.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::sweep`].
-    pub fn sweep_before(&self, range: &Range<u64>, uuid: Uuid) -> Result<bool, WriteError> {
-        let start = self.earliest_start(range);
-        let has_room = range.start.saturating_sub(start) >= HEADER_AREA_BYTES;
-        if has_room { self.sweep_at(start, uuid) } else { Ok(false) }
-    }
-
     fn sweep_at(&self, start: u64, uuid: Uuid) -> Result<bool, WriteError> {
         let Some(mut area) = HeaderArea::new(Arc::clone(&self.backing), start) else { return Ok(false) };
         let found =
             area.has_magic()? && area.read_copies().into_iter().flatten().any(|copy| copy.metadata.uuid == uuid);
         if found {
-            area.clear()?;
+            area.clear_stray()?;
+        } else {
+            area.confirm_clear()?;
         }
         Ok(found)
+    }
+
+    /// Ends every slide of a namespace in the region that was cut before the table knew of it: destroys the header that it has
+    /// left in the free place before the namespace, whatever key opens it is one of before. For who is to change the table or
+    /// to write on the strength of it, with the table locked: then such headers are nowhere else than where a slide would begin.
+    /// How many there were.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::sweep`].
+    pub fn end_cut_slides(&self) -> Result<usize, WriteError> {
+        let mut swept = 0;
+        for partition in self.partitions().into_iter().filter(|partition| partition.is_ours) {
+            let start = self.earliest_start(&partition.range);
+            if partition.range.start.saturating_sub(start) < HEADER_AREA_BYTES {
+                continue;
+            }
+            let present = HeaderArea::new(Arc::clone(&self.backing), partition.range.start);
+            let mut copies = present.into_iter().flat_map(|mut area| area.read_copies()).flatten();
+            let Some(copy) = copies.next() else { continue };
+            let mut found = self.sweep_at(start, copy.metadata.uuid)?;
+            // An earlier sweep may have been cut.
+            if let Some(mut area) = HeaderArea::new(Arc::clone(&self.backing), start)
+                && area.is_ruined()?
+            {
+                area.clear_stray()?;
+                found = true;
+            }
+            swept += usize::from(found);
+        }
+        Ok(swept)
     }
 
     /// The backing that it is on.

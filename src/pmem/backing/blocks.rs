@@ -4,7 +4,6 @@ use std::ops::Range;
 
 use super::{Backing, BackingExtent, Medium};
 use crate::pmem::error::MediaError;
-use crate::pmem::sim::SimMedium;
 
 /// How many runs are asked for at a time.
 const EXTENTS_MAX: usize = 256;
@@ -79,8 +78,8 @@ impl Backing {
         match &self.medium {
             Medium::Kernel(medium) => medium.extents(&range, count_max),
             _ if range.is_empty() || count_max == 0 => Ok(Vec::new()),
-            Medium::Simulated(_) => {
-                let mut extents = SimMedium::extents(&self.mapping, &span);
+            Medium::Simulated(medium) => {
+                let mut extents = medium.extents(&self.mapping, &span);
                 extents.truncate(count_max);
                 Ok(extents)
             }

@@ -131,8 +131,9 @@ impl SimMedium {
         }
     }
 
-    /// Whole pages of zero bytes are holes.
-    pub(in crate::pmem) fn extents(mapping: &Mapping, span: &Range<usize>) -> Vec<BackingExtent> {
+    /// Whole pages of zero bytes are holes, unless somebody has stored there.
+    pub(in crate::pmem) fn extents(&self, mapping: &Mapping, span: &Range<usize>) -> Vec<BackingExtent> {
+        let log = self.recorder.log();
         let mut extents: Vec<BackingExtent> = Vec::new();
         let mut start = span.start;
         while start < span.end {
@@ -140,7 +141,7 @@ impl SimMedium {
             let end = page_end.min(span.end);
             let mut bytes = vec![0; end - start];
             mapping.source(&(start..end)).copy_to(&mut bytes);
-            let allocated = !is_zero(&bytes);
+            let allocated = !is_zero(&bytes) || log.has_block(first_address(self.index) + start as u64);
             match extents.last_mut().filter(|last| last.allocated == allocated) {
                 Some(last) => last.range.end = end as u64,
                 None => extents.push(BackingExtent { range: start as u64..end as u64, allocated }),

@@ -19,7 +19,7 @@
 //! - A longer length is committed by a sync; before it, the power cut leaves the old or the new one.
 //! - A punched hole is a store of zero bytes that a flush at cache-line granularity does not commit: it is metadata, which
 //!   a sync does, if it makes the system call: a backing does so only for changes that it owes. A later store to the same
-//!   cell that is committed takes the hole with it. Whole pages of zero bytes count as holes.
+//!   cell that is committed takes the hole with it. Whole pages of zero bytes count as holes until somebody has stored there.
 //!
 //! A process may die while the power stays ([`Trace::restart`]): the next one sees every store, and those that were not
 //! committed are still not durable. What the dead process had marked is not marked any more, because nobody fences it. A
@@ -138,6 +138,8 @@ pub(super) enum Event {
     Store { call: u64, offset: u64, bytes: [u8; BLOCK_BYTES], punched: bool },
     /// A `write` call may have changed nothing here, but its pages are dirty now. Recorded once a flush has failed.
     Touched(Range<u64>),
+    /// A `write` call gave these bytes blocks, or (`true`) a punched hole took them away.
+    Blocks(Range<u64>, bool),
     /// A flush of these bytes.
     Flush(Range<u64>, Thread),
     /// A fence.

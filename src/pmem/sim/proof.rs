@@ -317,9 +317,14 @@ const GATE_SAMPLES: usize = 2;
 
 #[cfg(test)]
 impl Effort {
-    /// As much as `DAXCRYPT_CRASH_SAMPLES` says, which `tools/crash` sets; little without it.
+    /// As much as `DAXCRYPT_CRASH_SAMPLES` says, which `tools/crash` sets; little without it. With `DAXCRYPT_CRASH_FAULTS=all`
+    /// every call fails in every way.
     pub(crate) fn of_environment() -> Self {
-        Self::new(std::env::var("DAXCRYPT_CRASH_SAMPLES").map_or(GATE_SAMPLES, |samples| samples.parse().unwrap()))
+        let samples = std::env::var("DAXCRYPT_CRASH_SAMPLES").map_or(GATE_SAMPLES, |samples| samples.parse().unwrap());
+        let effort = Self::new(samples);
+        // Stories that try a part of the faults try all of so many as well.
+        let every_call = std::env::var("DAXCRYPT_CRASH_FAULTS").is_ok_and(|faults| faults == "all");
+        if every_call { Self { faults: usize::MAX, ..effort } } else { effort }
     }
 
     /// Whether it is that of the gate.

@@ -1,8 +1,10 @@
 //! The recording side of simulated media: every store in its order, and the one call that is to fail.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::replay::PAGE_BYTES;
 use super::sparse::SparseMedia;
 use super::{BLOCK_BYTES, Beginning, Event, Fault, SimOptions, Trace, first_address};
 use crate::memory::Target;
@@ -20,6 +22,8 @@ pub(super) struct Log {
     /// Which of them is to fail, and how.
     pub(super) fault: Option<(usize, Fault)>,
     stores: u64,
+    /// Pages that have blocks although they may hold nothing but zeros: somebody has stored there since the beginning.
+    stored_pages: HashSet<u64>,
     /// A flush has failed, so that pages may be clean without being durable.
     has_failed: bool,
 }
@@ -28,6 +32,21 @@ impl Log {
     pub(super) fn push(&mut self, event: Event) {
         self.has_failed |= matches!(event, Event::Failed(_));
         self.events.push(event);
+    }
+
+    /// Whether there is a block at this address, whatever it holds.
+    pub(super) fn has_block(&self, address: u64) -> bool {
+        self.stored_pages.contains(&(address / PAGE_BYTES))
+    }
+
+    /// The pages of these addresses have blocks now, or none any more.
+    fn count_blocks(&mut self, addresses: Range<u64>, punched: bool) {
+        if punched {
+            let whole = addresses.start.div_ceil(PAGE_BYTES)..addresses.end / PAGE_BYTES;
+            self.stored_pages.retain(|page| !whole.contains(page));
+        } else {
+            self.stored_pages.extend(addresses.start / PAGE_BYTES..addresses.end.div_ceil(PAGE_BYTES));
+        }
     }
 
     /// Counts a call that can fail; how it does, if it is its turn.
@@ -48,7 +67,13 @@ impl Recorder {
         let has_failed = events.iter().any(|event| matches!(event, Event::Failed(_)));
         let stores = events.len() as u64; // more than there were calls
         let (beginnings, events) = (trace.beginnings.to_vec(), events.to_vec());
-        Self(Mutex::new(Log { beginnings, events, stores, has_failed, ..Log::default() }))
+        let mut log = Log { beginnings, stores, has_failed, ..Log::default() };
+        for event in &events {
+            if let Event::Blocks(addresses, punched) = event {
+                log.count_blocks(addresses.clone(), *punched);
+            }
+        }
+        Self(Mutex::new(Log { events, ..log }))
     }
 
     pub(super) fn log(&self) -> MutexGuard<'_, Log> {
@@ -91,6 +116,9 @@ impl Recorder {
         let mut after = vec![0; blocks.len()];
         mapping.source(&blocks).copy_to(&mut after);
         let first = first_address(index);
+        let stored = first + span.start as u64..first + span.end as u64;
+        log.count_blocks(stored.clone(), punched);
+        log.push(Event::Blocks(stored, punched));
         if log.has_failed {
             log.push(Event::Touched(first + span.start as u64..first + span.end as u64));
         }

@@ -173,7 +173,7 @@ impl Replay {
                 self.mark(range, *thread)
             }
             Event::Flush(range, _) => self.commit_pages(range),
-            Event::Streamed(..) => false,
+            Event::Streamed(..) | Event::Blocks(..) => false,
             Event::Drain(thread) => self.commit_marked(*thread),
             Event::Sync(index, thread) => {
                 let range = first_address(*index)..first_address(index + 1);
@@ -387,6 +387,7 @@ pub(super) const fn barrier_kind(event: &Event) -> Option<BarrierKind> {
         Event::Sync(..) => Some(BarrierKind::Sync),
         Event::Store { .. }
         | Event::Touched(_)
+        | Event::Blocks(..)
         | Event::Failed(_)
         | Event::Streamed(..)
         | Event::Length(..)

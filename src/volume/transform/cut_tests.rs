@@ -411,6 +411,50 @@ fn a_slide_that_was_cut_before_the_table_knew_leaves_nothing_when_the_namespace_
     assert!(swept > 1, "some cuts leave a header where nobody would look");
 }
 
+/// What was cleared by somebody who was killed, or whose flush failed, is seen as zeros and may be on media all the same.
+#[test]
+fn the_header_of_a_cut_slide_is_gone_from_media_although_an_earlier_sweep_was_killed_or_failed() {
+    let (first, handle) = backing(&in_region(&pattern(14, SIZE)), PAGE);
+    let (mut region, namespace) = open_in_region(&first).unwrap();
+    drop(begin_slide(&mut region, "a", namespace, 2 << 20, &key_file(1), &RekeyOptions::default()).unwrap());
+    let trace = handle.trace();
+    let stray = cuts(&trace).into_iter().find_map(|position| {
+        let (backings, _) = trace.restart(position, PageCache::Kept);
+        let begins_there = visible_bytes(&backings[0])[2 << 20..].starts_with(b"DAXCRYPT");
+        (begins_there && open_in_region(&backings[0]).unwrap().0.find("a").unwrap().range.start == 4 << 20)
+            .then(|| visible_bytes(&backings[0]))
+    });
+    let stray = stray.expect("a cut after the header and before the table");
+    let sweep = |backing: &Arc<Backing>| Region::open(Arc::clone(backing)).unwrap().end_cut_slides();
+    let is_gone = |backing: &Arc<Backing>, handle: &SimHandle, what: &str| {
+        sweep(backing).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let trace = handle.trace();
+        let bounds = Bounds { positions: (trace.end(), trace.end()), samples: 8, ..FEW };
+        let left =
+            trace.explore(&bounds, None, |image| match image.media[2 << 20..4 << 20].iter().all(|&byte| byte == 0) {
+                true => Ok(()),
+                false => Err("the header is on media"),
+            });
+        left.unwrap_or_else(|failure| panic!("{what}: {failure}"));
+    };
+    let (whole, handle) = backing(&stray, PAGE);
+    let begin = handle.calls();
+    assert_eq!(sweep(&whole).unwrap(), 1);
+    let (calls, trace) = (begin..handle.calls(), handle.trace());
+    for position in cuts(&trace) {
+        let (backings, handle) = trace.restart(position, PageCache::Kept);
+        is_gone(&backings[0], &handle, &format!("killed at {position}"));
+    }
+    for (call, cache) in calls.flat_map(|call| BOTH.map(|cache| (call, cache))) {
+        let (failing, handle) = backing(&stray, PAGE);
+        handle.fail_call(call, Fault::Io);
+        let _ = Region::open(failing).map(|region| region.end_cut_slides()); // the call may be one of the opening
+        let trace = handle.trace();
+        let (backings, handle) = trace.restart(trace.end(), cache);
+        is_gone(&backings[0], &handle, &format!("call {call} failed, {cache:?}"));
+    }
+}
+
 #[test]
 fn both_copies_are_whole_after_the_next_opening_for_writing() {
     let (found, _) = backing(&formatted(2, 2, &pattern(10, SIZE)), PAGE);
