@@ -2,45 +2,12 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+#[path = "common/terminal.rs"]
+mod terminal;
 
 use common::{Bench, CHEAP_KDF};
-use serde_json::{Value, json};
-
-/// Runs a program on a terminal of its own, waits for texts and types bytes, and tells how the program ended and how it left
-/// the terminal.
-const TYPIST: &str = r#"
-import fcntl, json, os, pty, signal, struct, sys, termios
-steps, argv = json.loads(sys.argv[1]), sys.argv[2:]
-pid, terminal = pty.fork()
-if pid == 0:
-    for kind in (signal.SIGINT, signal.SIGQUIT):  # whoever runs the tests in the background has them ignored
-        signal.signal(kind, signal.SIG_DFL)
-    os.execv(argv[0], argv)
-number = struct.unpack("i", fcntl.ioctl(terminal, 0x80045430, b"\0" * 4))[0]  # TIOCGPTN
-kept = os.open(f"/dev/pts/{number}", os.O_RDWR | os.O_NOCTTY)  # so that its modes outlive the program
-shown, seen = b"", 0
-for wait_for, typed in steps:
-    while wait_for.encode() not in shown[seen:]:
-        shown += os.read(terminal, 4096)
-    seen = len(shown)
-    if typed.startswith("signal "):
-        os.kill(pid, int(typed[7:]))
-    else:
-        os.write(terminal, bytes.fromhex(typed))
-_, status = os.waitpid(pid, 0)
-os.set_blocking(terminal, False)
-try:
-    shown += os.read(terminal, 65536)
-except BlockingIOError:
-    pass
-modes = termios.tcgetattr(kept)[3]
-print(json.dumps({
-    "code": os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
-    "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
-    "echo": bool(modes & termios.ECHO) and bool(modes & termios.ICANON) and bool(modes & termios.ISIG),
-    "shown": shown.decode("latin-1"),
-}))
-"#;
+use serde_json::json;
+use terminal::{SIGNAL, typed};
 
 const PROMPT: &str = "Passphrase for vault.img: ";
 
@@ -51,27 +18,6 @@ fn bench(passphrase: &[u8]) -> Bench {
     let format = ["format", "vault.img", "--size", "4M", "--passphrase-file", "pass"];
     bench.run(&[&format[..], &CHEAP_KDF].concat()).succeeds();
     bench
-}
-
-/// Instead of something typed: the number of a signal follows, which somebody else sends.
-const SIGNAL: &[u8] = b"signal ";
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn typed(bench: &Bench, args: &[&str], steps: &[(&str, &[u8])]) -> Value {
-    let hex = |bytes: &[u8]| match bytes.strip_prefix(SIGNAL) {
-        Some(number) => format!("signal {}", number[0]),
-        None => hex(bytes),
-    };
-    let steps: Vec<_> = steps.iter().map(|(wait_for, bytes)| json!([wait_for, hex(bytes)])).collect();
-    let steps = serde_json::to_string(&steps).unwrap();
-    let folder = bench.path(".");
-    let line = format!("cd {} && exec python3 -c \"$TYPIST\" \"$@\"", folder.display());
-    let mut command = common::tool_command("sh", &["-c", &line, "typist", &steps, env!("CARGO_BIN_EXE_daxcrypt")]);
-    command.args(args).env("TYPIST", TYPIST);
-    serde_json::from_str(&common::Run::of(command).succeeds().stdout).unwrap()
 }
 
 #[test]

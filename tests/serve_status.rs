@@ -4,15 +4,19 @@
 mod common;
 #[path = "common/nbd.rs"]
 mod nbd;
+#[path = "common/terminal.rs"]
+mod terminal;
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 
 use common::{Bench, Server, noise};
 use nbd::{Raw, eventually};
-use serde_json::Value;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use terminal::{SIGNAL, typed};
 
 const READ: u16 = 0;
 
@@ -113,4 +117,102 @@ fn a_rekey_tells_how_far_it_is_how_fast_and_why_it_could_not_go_on() {
     raw.request(READ, 0, 1, 0, 4096);
     assert_eq!(raw.errno(), 0, "what lies before the fault can be read");
     server.kill();
+}
+
+/// `status --watch` without a terminal.
+fn watch(bench: &Bench, more: &[&str]) -> (Child, BufReader<std::process::ChildStdout>) {
+    let mut command = bench.command(&[&["status", "--control", "control", "--watch", "0.1"], more].concat());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap());
+    (child, lines)
+}
+
+/// Lines up to one that begins so.
+fn until(lines: &mut impl BufRead, start: &str) -> String {
+    loop {
+        let mut line = String::new();
+        assert!(lines.read_line(&mut line).unwrap() > 0, "no line begins with {start}");
+        if line.starts_with(start) {
+            return line;
+        }
+    }
+}
+
+#[test]
+fn a_live_table_shows_what_happens_in_a_second_and_ctrl_c_ends_it() {
+    let bench = Bench::new();
+    let (server, _) = serve(&bench);
+    let (mut child, mut lines) = watch(&bench, &[]);
+    // There is nothing to compare the first block with.
+    until(&mut lines, "EXPORT  SIZE   ACCESS      PLAINTEXT  READ/s  WRITTEN/s  REQUESTS/s  ERRORS");
+    let first = until(&mut lines, "vault");
+    assert!(first.contains(" -       -          -           0"), "{first}");
+    let mut raw = client(&server);
+    let busy = std::iter::from_fn(|| {
+        assert_eq!(raw.write(0, 0, &noise(1, 1 << 20)), 0);
+        Some(until(&mut lines, "vault"))
+    });
+    let seen: Vec<_> = busy.take(5).collect();
+    let rates: Vec<_> = seen.iter().filter(|line| line.contains(" MiB  ") && !line.contains(" - ")).collect();
+    assert!(!rates.is_empty(), "{seen:?}");
+    until(&mut lines, "CLIENT");
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    // A reader that has gone ends it as well, and so does SIGTERM.
+    let (mut child, lines) = watch(&bench, &[]);
+    drop(lines);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let (mut child, mut lines) = watch(&bench, &["--json"]);
+    let mut ups = Vec::new();
+    for _ in 0..3 {
+        let mut line = String::new();
+        lines.read_line(&mut line).unwrap();
+        let told: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(told["exports"][0]["name"], "vault");
+        ups.push(told["uptime_seconds"].as_u64().unwrap());
+    }
+    assert!(ups.is_sorted());
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    server.stop();
+}
+
+#[test]
+fn a_live_table_on_a_terminal_is_drawn_in_place_and_leaves_the_terminal_as_it_was() {
+    let bench = Bench::new();
+    let (server, _) = serve(&bench);
+    let args = ["status", "--control", "control", "--watch", "0.1"];
+    let again = "\x1b[5A\r";
+    for end in [b"\x03".to_vec(), [SIGNAL, &[15]].concat()] {
+        let run = typed(&bench, &args, &[("EXPORT", b"keys"), (again, b""), (again, &end)]);
+        assert_eq!((&run["code"], &run["echo"]), (&json!(0), &json!(true)), "{run}");
+        let shown = run["shown"].as_str().unwrap();
+        assert!(!shown.contains("keys") && shown.contains("\x1b[K\r\nup "), "{shown:?}");
+    }
+    server.stop();
+}
+
+#[test]
+fn a_live_table_says_that_the_server_has_gone() {
+    let bench = Bench::new();
+    for more in [&[][..], &["--json"]] {
+        let (server, _) = serve(&bench);
+        let (child, mut lines) = watch(&bench, more);
+        lines.read_line(&mut String::new()).unwrap();
+        server.kill();
+        let mut rest = String::new();
+        lines.read_to_string(&mut rest).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(4), "{said}");
+        assert!(said.contains("the server at control has stopped answering"), "{said}");
+        for file in ["vault.img", "control"] {
+            std::fs::remove_file(bench.path(file)).unwrap();
+        }
+    }
+    // One that was never there is not gone.
+    let mut args = vec!["status", "--control", "nowhere", "--watch"];
+    bench.run(&args).fails(4, &["cannot ask the server at nowhere"]);
+    args.push("soon");
+    bench.run(&args).fails(1, &["seconds from 0.1 to 86400"]);
 }

@@ -151,9 +151,10 @@ fn nothing_panics_when_nobody_reads_what_is_printed() {
     }
 }
 
-/// Files of the command line that write by themselves: the one that makes text harmless, a bar of numbers, logs (whose
-/// library escapes), and the plaintext of `export -`.
-const WRITERS: &[&str] = &["src/cli/output.rs", "src/cli/progress.rs", "src/cli/log.rs", "src/cli/plain.rs"];
+/// Files of the command line that write by themselves: the one that makes text harmless, a bar of numbers, a live table of
+/// lines that were made harmless, logs (whose library escapes), and the plaintext of `export -`.
+const WRITERS: &[&str] =
+    &["src/cli/output.rs", "src/cli/progress.rs", "src/cli/live.rs", "src/cli/log.rs", "src/cli/plain.rs"];
 
 #[test]
 fn text_reaches_the_terminal_by_one_way() {

@@ -156,6 +156,8 @@ pub(crate) enum Error {
     Tls(#[from] TlsError),
     #[error("cannot ask the server at {path}", path = path.display())]
     Control { path: PathBuf, source: io::Error },
+    #[error("the server at {path} has stopped answering", path = path.display())]
+    ServerGone { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Listen(#[from] ListenError),
     #[error("the NBD server failed")]
@@ -326,6 +328,7 @@ impl Error {
                  `rekey`, `resize` and `key add|remove|change` ask a running server with --control SOCKET"
                     .into(),
             ),
+            Self::ServerGone { .. } => Some("`daxcrypt serve` starts one; its log says why the last one ended".into()),
             Self::Control { .. } => {
                 Some("is a server running with --control SOCKET? The socket is its user's and root's alone".into())
             }

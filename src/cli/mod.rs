@@ -22,6 +22,7 @@ mod info;
 #[doc = include_str!("json.md")]
 pub mod json {}
 mod key;
+mod live;
 mod lock;
 mod log;
 mod open;
@@ -114,7 +115,9 @@ Examples:
   daxcrypt serve vault.img --key-file vault.key --socket vault.sock \\
     --control vault.control &
   daxcrypt status --control vault.control
-  daxcrypt status --control vault.control --json | jq .exports")]
+  daxcrypt status --control vault.control --watch        # a live table, with what happens in a second
+  daxcrypt status --control vault.control --json | jq .exports
+  daxcrypt status --control vault.control --json --watch 10 >> status.jsonl")]
     Status(status::StatusArgs),
     /// Have a running server forget the key of an export, and all plaintext of it
     #[command(after_help = "\

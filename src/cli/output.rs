@@ -8,7 +8,7 @@
 //! files, what a server answers. A terminal takes some characters as commands (ECMA-48), so none of them gets through: each
 //! is printed as `\u001b`, which JSON reads as the same character again. A line stays one line: what follows a line end that
 //! was in a message is indented, so that it cannot pass for a message of its own. Nothing in the program writes to the
-//! terminal by another way, save the bar of `progress` (`tests/tidy.rs`).
+//! terminal by another way, save the bar of `progress` and the table of `status --watch`, whose lines pass here (`tests/tidy.rs`).
 
 use std::fmt;
 use std::fs::File;

@@ -6,12 +6,13 @@ use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde::Deserialize;
 
 use super::error::Error;
+use super::live;
 use super::output::{out, outln};
 use super::size::ByteSize;
 use crate::nbd_server::RekeyStatus;
@@ -29,6 +30,15 @@ pub(crate) struct StatusArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,
+    /// Show it again every so many seconds [default: 2], with what happens in a second, until Ctrl-C; with --json one line each
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", value_parser = interval)]
+    watch: Option<Duration>,
+}
+
+/// Seconds between two looks.
+fn interval(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.1..=86_400.0).contains(seconds));
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| "seconds from 0.1 to 86400, such as 2 or 0.5".into())
 }
 
 /// What the table shows of a server's answer.
@@ -77,13 +87,65 @@ struct Stats {
 }
 
 pub(crate) fn run(args: &StatusArgs) -> Result<(), Error> {
+    if let Some(interval) = args.watch {
+        return watch(&args.control, args.json, interval);
+    }
     let failed = |source| Error::Control { path: args.control.clone(), source };
     let answer = ask(&args.control).map_err(failed)?;
     if args.json {
         return outln!("{}", answer.trim_end());
     }
     let status: Status = serde_json::from_str(&answer).map_err(|error| failed(error.into()))?;
-    out!("{}", table(&status))
+    out!("{}", table(&status, None))
+}
+
+/// Shows the status again and again.
+fn watch(control: &Path, json: bool, interval: Duration) -> Result<(), Error> {
+    let control = control.to_path_buf();
+    let mut before: Option<(Instant, Status)> = None;
+    let mut answered = false;
+    live::show(interval, !json, move || {
+        let failed = |source| match answered {
+            false => Error::Control { path: control.clone(), source },
+            true => Error::ServerGone { path: control.clone(), source },
+        };
+        let asked = ask(&control).map_err(failed)?;
+        let status: Status = serde_json::from_str(&asked).map_err(|error| failed(error.into()))?;
+        answered = true;
+        if json {
+            return Ok(asked.trim_end().to_owned());
+        }
+        let now = Instant::now();
+        let since = before.as_ref().map(|(then, status)| Since { elapsed: now.duration_since(*then), status });
+        let text = format!("{}\n{}", control.display(), table(&status, Some(since.as_ref())));
+        before = Some((now, status));
+        Ok(text)
+    })
+}
+
+/// What was so a while ago.
+struct Since<'a> {
+    elapsed: Duration,
+    status: &'a Status,
+}
+
+impl Since<'_> {
+    fn export(&self, name: &str) -> Option<(Duration, &Stats)> {
+        let export = self.status.exports.iter().find(|export| export.name == name)?;
+        Some((self.elapsed, &export.stats))
+    }
+
+    fn client(&self, id: u64) -> Option<(Duration, &Stats)> {
+        let client = self.status.clients.iter().find(|client| client.id == id)?;
+        Some((self.elapsed, &client.stats))
+    }
+}
+
+/// How many a second; nothing where a counter has begun anew.
+fn per_second(before: u64, now: u64, elapsed: Duration) -> Option<u64> {
+    let nanoseconds = elapsed.as_nanos().max(1);
+    let more = u128::from(now.checked_sub(before)?);
+    u64::try_from((more * 1_000_000_000 + nanoseconds / 2) / nanoseconds).ok()
 }
 
 /// `client list`: the clients alone.
@@ -96,7 +158,7 @@ pub(crate) fn clients(control: &Path, json: bool) -> Result<(), Error> {
     }
     let status: Status = serde_json::from_str(&answer).map_err(|error| failed(error.into()))?;
     let mut text = String::new();
-    client_rows(&mut text, &status.clients);
+    client_rows(&mut text, &status.clients, None);
     out!("{text}")
 }
 
@@ -110,14 +172,15 @@ fn ask(path: &Path) -> io::Result<String> {
     Ok(answer)
 }
 
-fn table(status: &Status) -> String {
+/// The whole status; with `live` the traffic of a second instead of all of it, since then if that is known.
+fn table(status: &Status, live: Option<Option<&Since<'_>>>) -> String {
     let mut text = format!(
         "up {}, {} connections, {} of buffers in use\n\n",
         uptime(status.uptime_seconds),
         status.connections,
         ByteSize(status.buffer_bytes)
     );
-    let mut rows = vec![head(&["EXPORT", "SIZE", "ACCESS", "PLAINTEXT"])];
+    let mut rows = vec![head(&["EXPORT", "SIZE", "ACCESS", "PLAINTEXT"], live.is_some())];
     for export in &status.exports {
         let access = match (export.poisoned, export.locked, export.read_only) {
             (true, ..) => "POISONED",
@@ -127,7 +190,8 @@ fn table(status: &Status) -> String {
         };
         let size = ByteSize(export.size_bytes).to_string();
         let plaintext = ByteSize(export.resident_plaintext_bytes).to_string();
-        rows.push(row([printable(&export.name), size, access.into(), plaintext], &export.stats));
+        let first = [printable(&export.name), size, access.into(), plaintext];
+        rows.push(row(first, &export.stats, live.map(|since| since.and_then(|since| since.export(&export.name)))));
     }
     align(&mut text, &rows);
     for export in &status.exports {
@@ -142,16 +206,17 @@ fn table(status: &Status) -> String {
     }
     if !status.clients.is_empty() {
         text.push('\n');
-        client_rows(&mut text, &status.clients);
+        client_rows(&mut text, &status.clients, live);
     }
     text
 }
 
-fn client_rows(text: &mut String, clients: &[Client]) {
-    let mut rows = vec![head(&["CLIENT", "EXPORT", "UID"])];
+fn client_rows(text: &mut String, clients: &[Client], live: Option<Option<&Since<'_>>>) {
+    let mut rows = vec![head(&["CLIENT", "EXPORT", "UID"], live.is_some())];
     for client in clients {
         let uid = client.uid.map_or_else(|| "-".to_owned(), |uid| uid.to_string());
-        rows.push(row([client.id.to_string(), printable(&client.export), uid], &client.stats));
+        let first = [client.id.to_string(), printable(&client.export), uid];
+        rows.push(row(first, &client.stats, live.map(|since| since.and_then(|since| since.client(client.id)))));
     }
     align(text, &rows);
 }
@@ -171,15 +236,32 @@ fn rekey_text(state: &RekeyStatus) -> String {
     }
 }
 
-fn head(first: &[&str]) -> Vec<String> {
-    let stats = ["READ", "WRITTEN", "REQUESTS", "ERRORS", "P50", "P99", "P99.9"];
-    first.iter().chain(&stats).map(|&title| title.to_owned()).collect()
+fn head(first: &[&str], live: bool) -> Vec<String> {
+    let traffic = if live { ["READ/s", "WRITTEN/s", "REQUESTS/s"] } else { ["READ", "WRITTEN", "REQUESTS"] };
+    first.iter().chain(&traffic).chain(&["ERRORS", "P50", "P99", "P99.9"]).map(|&title| title.to_owned()).collect()
 }
 
-fn row<const N: usize>(first: [String; N], stats: &Stats) -> Vec<String> {
+fn row<const N: usize>(first: [String; N], stats: &Stats, live: Option<Option<(Duration, &Stats)>>) -> Vec<String> {
     let mut cells = Vec::from(first);
-    cells.extend([ByteSize(stats.read_bytes).to_string(), ByteSize(stats.written_bytes).to_string()]);
-    cells.extend([stats.requests.values().sum::<u64>().to_string(), stats.errors.to_string()]);
+    let counted = |stats: &Stats| [stats.read_bytes, stats.written_bytes, stats.requests.values().sum()];
+    let now = counted(stats);
+    let told: [Option<u64>; 3] = match live {
+        None => now.map(Some),
+        Some(None) => [None; 3],
+        Some(Some((elapsed, before))) => {
+            let before = counted(before);
+            std::array::from_fn(|index| per_second(before[index], now[index], elapsed))
+        }
+    };
+    for (index, value) in told.into_iter().enumerate() {
+        let bytes = index < 2;
+        cells.push(match value {
+            Some(value) if bytes => ByteSize(value).to_string(),
+            Some(value) => value.to_string(),
+            None => "-".into(),
+        });
+    }
+    cells.push(stats.errors.to_string());
     cells.extend([stats.latency_p50_ns, stats.latency_p99_ns, stats.latency_p999_ns].map(latency));
     cells
 }
@@ -237,6 +319,17 @@ mod tests {
         }
         for (seconds, text) in [(59, "59 s"), (61, "1 min 1 s"), (7_260, "2 h 1 min"), (90_000, "1 d 1 h")] {
             assert_eq!(uptime(seconds), text);
+        }
+    }
+
+    #[test]
+    fn a_rate_is_the_difference_in_its_time() {
+        assert_eq!(per_second(100, 300, Duration::from_secs(2)), Some(100));
+        assert_eq!(per_second(0, 10, Duration::from_millis(500)), Some(20));
+        assert_eq!(per_second(5, 4, Duration::from_secs(1)), None, "a server that has begun anew");
+        assert_eq!((interval("2"), interval("0.5")), (Ok(Duration::from_secs(2)), Ok(Duration::from_millis(500))));
+        for text in ["0", "-1", "NaN", "inf", "1e9", "", "2s"] {
+            assert!(interval(text).is_err(), "{text}");
         }
     }
 
