@@ -102,11 +102,15 @@ struct Running {
 }
 
 fn serve(export: Arc<dyn Export>) -> Running {
+    serve_limited(export, Limits::default())
+}
+
+fn serve_limited(export: Arc<dyn Export>, limits: Limits) -> Running {
     let mut exports = Exports::new();
     exports.add(info("disk"), export).unwrap();
     let listener = Listener::tcp(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
     let address = listener.tcp_address().unwrap();
-    let server = Server::new(exports, Limits::default(), Options::default()).unwrap().listen(listener);
+    let server = Server::new(exports, limits, Options::default()).unwrap().listen(listener);
     let handle = server.handle();
     Running { handle, address, thread: thread::spawn(|| server.run()) }
 }
@@ -192,6 +196,20 @@ fn many_connections_are_no_larger_share_than_one() {
 fn long_requests_beside_their_connections_are_no_larger_share() {
     let processors = thread::available_parallelism().unwrap().get();
     check(&beside(processors, (ZEROES, NO_HOLE, 0, 32 * MIB), 16, 300), 16 * processors as u64);
+}
+
+#[test]
+fn who_connects_often_does_not_push_out_who_connects_once() {
+    let limits = Limits { handshaking_max: 4, ..Limits::default() };
+    let running = serve_limited(Arc::new(Busy::default()), limits);
+    let mut modest = Raw::from_address(MODEST, running.address);
+    let many: Vec<_> = (0..12).map(|_| Raw::from_address(GREEDY, running.address)).collect();
+    modest.go("disk");
+    modest.request(READ, 0, 1, 0, 512);
+    assert_eq!(modest.errno(), 0);
+    running.handle.stop();
+    drop((many, modest));
+    running.thread.join().unwrap().unwrap();
 }
 
 #[test]

@@ -8,6 +8,8 @@ mod nbd;
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
+use std::process::Stdio;
+use std::thread;
 
 use common::{Bench, Run, Server, noise, tool};
 use nbd::{Raw, eventually};
@@ -127,6 +129,38 @@ fn what_is_added_has_every_option_of_the_file() {
         add(more).fails(1, &[words]);
     }
     assert_eq!(names(&bench), ["vault"]);
+    server.stop();
+}
+
+/// Memory of a process, in bytes.
+fn resident_bytes(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
+}
+
+#[test]
+fn a_command_that_derives_a_key_delays_no_other() {
+    let bench = Bench::new();
+    bench.format("vault.img", "8M", &[]);
+    bench.secret("pass", b"correct horse\n");
+    let slow = ["format", "slow.img", "--size", "4M", "--passphrase-file", "pass"];
+    bench.run(&[&slow[..], &["--kdf-memory", "256M", "--kdf-time", "6"]].concat()).succeeds();
+    let server = serve(&bench, &[&["vault.img"], &KEY[..]].concat());
+    let before = resident_bytes(server.child.id());
+    eventually("an answer in the middle of a derivation", || {
+        let add = ["exports", "add", "slow.img", "--passphrase-file", "pass"];
+        let mut adds = bench.command(&[&add[..], &CONTROL].concat()).stdout(Stdio::null()).spawn().unwrap();
+        // The derivation has begun when its memory is there.
+        while resident_bytes(server.child.id()) < before + (128 << 20) && adds.try_wait().unwrap().is_none() {
+            thread::yield_now();
+        }
+        status(&bench);
+        let in_the_middle = adds.try_wait().unwrap().is_none();
+        assert!(adds.wait().unwrap().success());
+        ask(&bench, &["exports", "remove", "slow"]).succeeds();
+        in_the_middle
+    });
     server.stop();
 }
 

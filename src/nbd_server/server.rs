@@ -3,6 +3,8 @@
 //! Guards: connections and handshakes in progress are limited; one client's end, even a panic of ours, leaves the
 //! others alone; [`Server::run`] returns only after every connection has ended and every export is flushed.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::AssertUnwindSafe;
@@ -16,7 +18,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, sockopt};
 use vsock::VsockStream;
 
-use super::access::{Peer, UnixPeer};
+use super::access::{Identity, Peer, UnixPeer};
 use super::connection::{self, End};
 use super::export::{ExportError, Exports};
 use super::failures::chain;
@@ -228,11 +230,7 @@ fn accept_all<'scope>(
                     // Whoever has not chosen an export makes room for whoever may. Nothing is accepted meanwhile, because
                     // the listener stays ready.
                     tracing::warn!(%error, "no client can be accepted for now");
-                    shared
-                        .clients()
-                        .values()
-                        .find(|client| client.is_handshaking())
-                        .inspect(|client| client.shut_down());
+                    first_to_go(&shared.clients()).inspect(|client| client.shut_down());
                     let mut stop = [PollFd::new(&shared.stop, PollFlags::IN)];
                     socket::poll(&mut stop, Some(Instant::now() + ACCEPT_PAUSE))?;
                 }
@@ -272,15 +270,15 @@ fn admit<'scope>(
     let limits = shared.limits();
     let mut clients = shared.clients();
     let is_full = clients.len() >= limits.connections_max;
-    let mut handshaking = clients.values().filter(|client| client.is_handshaking());
-    let oldest = handshaking.next();
-    if is_full && oldest.is_none_or(|_| clients.len() >= limits.connections_max.saturating_add(EVICTED_MAX)) {
+    let handshaking = clients.values().filter(|client| client.is_handshaking()).count();
+    let most = limits.connections_max.saturating_add(EVICTED_MAX);
+    if is_full && (handshaking == 0 || clients.len() >= most) {
         tracing::warn!(limit = limits.connections_max, "client refused, too many connections");
         return;
     }
-    if oldest.is_some() && (is_full || handshaking.count() + 1 >= limits.handshaking_max) {
+    if is_full || handshaking >= limits.handshaking_max {
         // Its thread ends in a moment, which is what the few connections above the limit are for.
-        oldest.into_iter().for_each(|client| client.shut_down());
+        first_to_go(&clients).inspect(|client| client.shut_down());
     }
     tracing::info!(client = id, peer = %client.peer, "client connected");
     clients.insert(id, Arc::clone(&client));
@@ -301,6 +299,17 @@ fn admit<'scope>(
     if without_signals(|| thread.spawn_scoped(scope, serve)).is_err() {
         shared.clients().remove(&id);
     }
+}
+
+/// The connection that makes room for another one: of the client that has most without an export, the oldest of these. So nobody
+/// who connects often pushes out who connects once.
+fn first_to_go(clients: &BTreeMap<u64, Arc<Client>>) -> Option<&Arc<Client>> {
+    let mut all: BTreeMap<Identity, (usize, &Arc<Client>)> = BTreeMap::new();
+    for client in clients.values().filter(|client| client.is_handshaking()) {
+        all.entry(client.peer.identity()).or_insert((0, client)).0 += 1;
+    }
+    let (_, oldest) = all.into_values().max_by_key(|(count, oldest)| (*count, Reverse(oldest.id)))?;
+    Some(oldest)
 }
 
 /// Who is at the other end, as far as the socket's family tells.
