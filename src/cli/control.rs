@@ -344,6 +344,92 @@ mod tests {
 
     use super::*;
 
+    /// The name of what is asked. What is new here needs an example in `json.md`.
+    fn question(what: &What) -> &'static str {
+        match what {
+            What::Namespace { command, .. } => match command {
+                Command::RekeyStatus => "rekey_status",
+                Command::RekeyPreview(_) => "rekey_preview",
+                Command::RekeyBegin { .. } => "rekey_begin",
+                Command::RekeyResume { .. } => "rekey_resume",
+                Command::RekeyPause => "rekey_pause",
+                Command::RekeyStop => "rekey_stop",
+                Command::Resize(_) => "resize",
+                Command::KeyAdd { .. } => "key_add",
+                Command::KeyRemove { .. } => "key_remove",
+                Command::KeyChange { .. } => "key_change",
+            },
+            What::Export { command, .. } => match command {
+                ExportCommand::Lock { .. } => "lock",
+                ExportCommand::Unlock { .. } => "unlock",
+                ExportCommand::Remove => "remove",
+            },
+            What::Server(command) => match command {
+                ServerCommand::LockAll { .. } => "lock_all",
+                ServerCommand::AddExport(_) => "add_export",
+                ServerCommand::KickClient(_) => "kick_client",
+                ServerCommand::Reload => "reload",
+            },
+        }
+    }
+
+    /// The same of answers.
+    fn answer(answer: &Answer) -> &'static str {
+        match answer {
+            Answer::Rekey(_) => "rekey",
+            Answer::Estimate(_) => "estimate",
+            Answer::Resized(_) => "resized",
+            Answer::Locked(_) => "locked",
+            Answer::Unlocked => "unlocked",
+            Answer::Added(_) => "added",
+            Answer::Done => "done",
+            Answer::Shrinks { .. } => "shrinks",
+            Answer::Slot(_) => "slot",
+            Answer::OtherSlots(_) => "other_slots",
+            Answer::WrongCredential => "wrong_credential",
+            Answer::OwnSlot(_) => "own_slot",
+            Answer::Refused { .. } => "refused",
+        }
+    }
+
+    /// Every line of a block of examples, read as `T` and written again: neither has a field that the other has not.
+    fn examples<T: Serialize + serde::de::DeserializeOwned>(
+        block: &str,
+        name: impl Fn(&T) -> &'static str,
+    ) -> Vec<String> {
+        let known = |line: &str| {
+            let read: T = serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+            let (written, documented) = (serde_json::to_value(&read).unwrap(), serde_json::from_str(line).unwrap());
+            let documented: serde_json::Value = documented;
+            assert_eq!(written, documented);
+            name(&read).to_owned()
+        };
+        block.lines().map(known).collect()
+    }
+
+    #[test]
+    fn the_documentation_has_an_example_of_everything_that_is_said() {
+        let document = include_str!("json.md");
+        let (_, conversation) = document.split_once("# The control socket\n").unwrap();
+        let blocks: Vec<_> =
+            conversation.split("```").skip(1).step_by(2).map(|block| &block["json\n".len()..]).collect();
+        let [questions, answers] = blocks[..] else { panic!("{} blocks", blocks.len()) };
+        let questions = examples::<Request>(questions, |request| question(&request.what));
+        let answers = examples::<Answer>(answers, answer);
+        // Every name in `question` and `answer` is in the document: as an example, and in the table.
+        let source = include_str!("control.rs");
+        let (_, functions) = source.split_once("    fn question(").unwrap();
+        let (functions, _) = functions.split_once("    /// Every line of a block").unwrap();
+        let names: Vec<_> =
+            functions.lines().filter_map(|line| line.split_once("=> \"")?.1.split('"').next()).collect();
+        assert_eq!(names.len(), 17 + 13, "{names:?}");
+        let (table, _) = conversation.split_once("Questions:").unwrap();
+        for name in names {
+            assert!(questions.iter().chain(&answers).any(|example| example == name), "no example of {name}");
+            assert!(table.contains(&format!("`{name}`")), "{name} is not in the table");
+        }
+    }
+
     /// A server that closes the first connections as `early` says, and answers the next one.
     fn asked(early: &'static [&'static [u8]]) -> (io::Result<Answer>, usize) {
         let dir = tempfile::tempdir().unwrap();
