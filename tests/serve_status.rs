@@ -216,3 +216,21 @@ fn a_live_table_says_that_the_server_has_gone() {
     args.push("soon");
     bench.run(&args).fails(1, &["seconds from 0.1 to 86400"]);
 }
+
+/// The units of `tools/systemd`, as systemd reads them; what they run is in another place here.
+#[test]
+fn systemd_finds_nothing_wrong_with_the_units() {
+    let bench = Bench::new();
+    let mut units = vec!["verify".to_owned(), "--man=no".to_owned()];
+    for unit in std::fs::read_dir("tools/systemd").unwrap().map(|unit| unit.unwrap().path()) {
+        if unit.extension().is_some_and(|extension| extension == "service" || extension == "socket") {
+            let text = std::fs::read_to_string(&unit).unwrap();
+            let here = bench.path(unit.file_name().unwrap().to_str().unwrap());
+            std::fs::write(&here, text.replace("/usr/bin/daxcrypt", env!("CARGO_BIN_EXE_daxcrypt"))).unwrap();
+            units.push(here.display().to_string());
+        }
+    }
+    assert!(units.iter().any(|unit| unit.ends_with("/daxcrypt-sleep.service")), "{units:?}");
+    let run = common::tool("systemd-analyze", &units);
+    assert!(run.stdout.is_empty() && run.stderr.is_empty(), "{}{}", run.stdout, run.stderr);
+}
