@@ -12,7 +12,7 @@ use crate::nbd_server::{AddressRange, Allowed, CertificateName, ExportInfo};
 
 /// The options of an export.
 #[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub(crate) struct ExportOptions {
     /// Name of the export [default: the label, or the file's stem]
     #[arg(long)]
@@ -159,6 +159,13 @@ mod tests {
         let keys: Vec<_> = file.as_object().unwrap().keys().filter(|key| *key != "limits").chain(limits).collect();
         assert_eq!(keys.len(), options.len());
         assert!(keys.iter().all(|key| options.contains(key)), "{keys:?} {options:?}");
+    }
+
+    /// A rule that is passed over would open the export to everybody.
+    #[test]
+    fn a_misspelt_rule_is_refused() {
+        let error = serde_json::from_str::<ExportOptions>(r#"{"allowed_uid": [1000]}"#).unwrap_err().to_string();
+        assert!(error.contains("allowed_uid"), "{error}");
     }
 
     #[test]
