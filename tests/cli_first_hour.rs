@@ -123,7 +123,7 @@ fn a_name_that_leads_nowhere_is_exit_1_everywhere_and_its_folder_is_named_once()
         let said = stderr(bench.run(command));
         assert!(!said.contains("folder"), "{command:?}: {said}");
     }
-    bench.run(&["header", "inspect", "vault.key/x"]).fails(1, &["vault.key is a file and no folder"]);
+    bench.run(&["header", "backup", "vault.img", "vault.key/x"]).fails(1, &["vault.key is a file and no folder"]);
     // Nor is anything overwritten.
     bench.run(&["export", "vault.img", "vault.key", key[0], key[1]]).fails(1, &["vault.key", "nothing is overwritten"]);
 }
