@@ -29,6 +29,19 @@
 //!
 //! What is protected, and what not, is in [`threat_model`]; what people ask first in [`faq`].
 //!
+//! # Features
+//!
+//! | feature | what it adds | needs |
+//! |---|---|---|
+//! | (none) | namespaces, volumes, the direct map, `ops`: everything that is done to namespaces | |
+//! | `luks2` | volumes and headers of LUKS2 | |
+//! | `nbd` | the NBD server | |
+//! | `tls` | TLS for its connections | `nbd` |
+//! | `cli` | the program | `nbd`, `tls`, `luks2` |
+//! | `sim` | simulated media, which lose what was not flushed: for crash tests | |
+//!
+//! `cli` and `sim` are the default. A library asks for `default-features = false`.
+//!
 //! # Layers
 //!
 //! Imports point downwards only (`tests/tidy.rs`):
@@ -48,20 +61,27 @@
 //!   secret, memory                            key memory, raw memory
 //! ```
 
+// What a layer above asks for is not dead where that layer is left out.
+#![cfg_attr(not(feature = "cli"), allow(dead_code))]
+
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64", target_endian = "little")))]
 compile_error!("daxcrypt supports 64-bit little-endian Linux only");
 
 mod barrier;
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod dax;
 #[doc = include_str!("../docs/faq.md")]
 pub mod faq {}
+#[cfg(feature = "luks2")]
 pub mod luks2;
 pub mod memory;
 pub mod namespace;
+#[cfg(feature = "nbd")]
 pub mod nbd_server;
 pub mod ops;
 mod owner;
+#[cfg(feature = "nbd")]
 mod peer_groups;
 pub mod pmem;
 pub mod secret;

@@ -271,7 +271,7 @@ impl Link<'_> {
         self.send(&Handshake::greeting())?;
         let mode = match &self.shared.options.tls {
             None => TlsMode::Off,
-            Some(tls) if tls.required => TlsMode::Require,
+            Some(tls) if tls.required() => TlsMode::Require,
             Some(_) => TlsMode::Allow,
         };
         let mut machine = Handshake::new(self.shared.exports(), mode, self.client.peer.clone());

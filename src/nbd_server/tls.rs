@@ -126,6 +126,11 @@ impl Tls {
         self.current().asks_for_certificates
     }
 
+    /// Whether no client is served without it.
+    pub(super) const fn required(&self) -> bool {
+        self.required
+    }
+
     /// New clients get what `other` has.
     pub(super) fn replace_with(&self, other: &Self) {
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = other.current();

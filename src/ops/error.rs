@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::gate::{Operation, Refusal};
+#[cfg(feature = "luks2")]
 use crate::luks2;
 use crate::namespace::{
     self, AdoptError, Chain, FormatError, RegionError, RestoreError, Signature, SlideError, SlotInfo, TransformError,
@@ -168,6 +169,7 @@ pub enum Cause {
     #[error(transparent)]
     Restore(#[from] RestoreError),
     /// A LUKS2 header was not made.
+    #[cfg(feature = "luks2")]
     #[error(transparent)]
     ExportLuks2(#[from] luks2::ExportError),
     /// The plaintext could not be read or written.
@@ -209,7 +211,9 @@ impl Cause {
     pub fn kind(&self) -> Kind {
         match self {
             Self::Refused(_) | Self::SamePlace(_) | Self::NotInRegion | Self::ImageTooLong { .. } => Kind::Refused,
-            Self::ExportLuks2(_) | Self::Slide(_) | Self::Format(_) => Kind::Refused,
+            #[cfg(feature = "luks2")]
+            Self::ExportLuks2(_) => Kind::Refused,
+            Self::Slide(_) | Self::Format(_) => Kind::Refused,
             Self::OtherSlots(_) | Self::SizeNeeded | Self::SizeTooLarge | Self::WouldOverwrite(_) => Kind::Asks,
             Self::NoKeyGiven | Self::OwnSlot { .. } | Self::SlotNeeded => Kind::Asks,
             Self::AcceptsAndReads => Kind::Refused,

@@ -12,10 +12,13 @@ use super::error::{Cause, Error};
 use super::gate::{self, Operation, Way};
 use super::location::Location;
 use super::open::Key;
+#[cfg(feature = "luks2")]
 use crate::luks2::{self, ExportOptions};
+#[cfg(feature = "luks2")]
+use crate::namespace::Credential;
 use crate::namespace::{
-    self, CopyFault, CopyName, Credential, HEADER_AREA_BYTES, Header, LockedNamespace, Namespace, Proof, RepairKey,
-    Site, UnlockError,
+    self, CopyFault, CopyName, HEADER_AREA_BYTES, Header, LockedNamespace, Namespace, Proof, RepairKey, Site,
+    UnlockError,
 };
 use crate::pmem::{Allocation, Backing, OpenError};
 
@@ -267,6 +270,7 @@ fn unlock(locked: LockedNamespace, key: Key<'_>) -> Result<Namespace, UnlockErro
 /// # Errors
 ///
 /// [`Cause::ExportLuks2`].
+#[cfg(feature = "luks2")]
 pub fn export_luks2(
     location: &Location,
     namespace: &Namespace,

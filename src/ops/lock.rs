@@ -5,8 +5,11 @@ use super::error::{Cause, Error};
 use super::gate::{self, Caller, KeyWay, Operation, State, Way};
 use super::location::Location;
 use super::open::{Key, also_in_use};
+#[cfg(feature = "luks2")]
 use crate::luks2;
-use crate::namespace::{Credential, Site};
+#[cfg(feature = "luks2")]
+use crate::namespace::Credential;
+use crate::namespace::Site;
 use crate::volume::{Volume, VolumeError};
 
 /// Whether a volume may be locked, and where it is to be found again.
@@ -54,12 +57,14 @@ pub fn unlock_in_use(location: &Location, site: Site, key: Key<'_>, volume: &Vol
 /// # Errors
 ///
 /// What is wrong with its header or the credential, as [`unlock_in_use`].
+#[cfg(feature = "luks2")]
 pub fn unlock_luks2_in_use(site: &Site, credential: &Credential, volume: &Volume) -> Result<(), Luks2Error> {
     let unlocked = luks2::Locked::open(site)?.unlock(credential)?;
     Ok(volume.unlock_luks2(unlocked)?)
 }
 
 /// Why a LUKS2 volume was not unlocked again.
+#[cfg(feature = "luks2")]
 #[derive(Debug, thiserror::Error)]
 pub enum Luks2Error {
     /// Its header.

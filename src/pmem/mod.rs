@@ -22,7 +22,11 @@ mod options;
 mod persist;
 mod probe;
 mod sigbus;
+#[cfg(any(test, feature = "sim"))]
 pub mod sim;
+#[cfg(not(any(test, feature = "sim")))]
+#[path = "no_sim.rs"]
+mod sim;
 mod sync;
 mod users;
 

@@ -39,6 +39,7 @@ use self::side::Side;
 use self::transform::Engine;
 pub use self::transform::{TransformProgress, WINDOW_BYTES};
 use self::window::Window;
+#[cfg(feature = "luks2")]
 use crate::luks2;
 use crate::namespace::{
     self, Credential, FormatOptions, Geometry, HEADER_AREA_BYTES, Header, LockedNamespace, Namespace, UnlockError,
@@ -121,6 +122,7 @@ impl Volume {
     }
 
     /// The decrypted view of a LUKS2 volume.
+    #[cfg(feature = "luks2")]
     #[must_use]
     pub fn from_luks2(unlocked: luks2::Unlocked, backend: Backend) -> Self {
         let (backing, header_backing, geometry, header, key) = unlocked.into_parts();

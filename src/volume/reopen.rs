@@ -10,6 +10,7 @@ use super::area::DataArea;
 use super::side::Side;
 use super::transform::Engine;
 use super::{Volume, VolumeError};
+#[cfg(feature = "luks2")]
 use crate::luks2;
 use crate::namespace::{Geometry, Namespace, Site};
 use crate::pmem::Backing;
@@ -53,6 +54,7 @@ impl Volume {
     /// # Errors
     ///
     /// As [`Self::unlock`].
+    #[cfg(feature = "luks2")]
     pub fn unlock_luks2(&self, unlocked: luks2::Unlocked) -> Result<(), VolumeError> {
         self.check_owner()?;
         let _engine = self.engine();
