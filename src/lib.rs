@@ -62,7 +62,7 @@
 //! ```
 
 // What a layer above asks for is not dead where that layer is left out.
-#![cfg_attr(not(feature = "cli"), allow(dead_code))]
+#![cfg_attr(not(all(feature = "cli", feature = "sim")), allow(dead_code))]
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64", target_endian = "little")))]
 compile_error!("daxcrypt supports 64-bit little-endian Linux only");
