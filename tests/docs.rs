@@ -176,7 +176,8 @@ fn command_lines(text: &str) -> Vec<Vec<String>> {
         let line = line.split(" #").next().unwrap();
         for command in line.split(['|', ';', '&', '(', ')']) {
             let words: Vec<String> = command.split_whitespace().map(str::to_owned).collect();
-            if words.first().is_some_and(|word| word == "daxcrypt") {
+            let is_command = words.first().is_some_and(|word| word == "daxcrypt");
+            if is_command && words.get(1).is_some_and(|word| word != "=") {
                 found.push(words[1..].to_vec());
             }
         }
