@@ -67,12 +67,7 @@ pub use server::{Options, Server, ServerError};
 pub use stats::{COMMAND_NAMES, ClientStatus, ExportStatus, FAILURE_NAMES, RekeyStatus, Stats, Status};
 pub use status::Commands;
 pub use systemd::{inherited_listeners, notify};
-<<<<<<< HEAD
 pub use throttle::{ExportLimits, Quota};
-pub use tls::{ClientCertificates, Tls, TlsError};
-=======
-pub use throttle::Rates;
 pub use tls::Tls;
 #[cfg(feature = "tls")]
 pub use tls::{ClientCertificates, TlsError};
->>>>>>> df26bb4 (Features: the library alone is 59 crates instead of 149; a Debian package)
