@@ -16,6 +16,10 @@ impl Tls {
         match *self {}
     }
 
+    pub(super) const fn asks_for_certificates(&self) -> bool {
+        match *self {}
+    }
+
     pub(super) const fn required(&self) -> bool {
         match *self {}
     }
@@ -26,7 +30,12 @@ impl Tls {
 pub(super) enum TlsSession {}
 
 impl TlsSession {
-    pub(super) fn accept(tls: &Tls, _socket: BorrowedFd<'_>, _deadline: Option<Instant>) -> io::Result<Self> {
+    pub(super) fn accept(
+        tls: &Tls,
+        _socket: BorrowedFd<'_>,
+        _deadline: Option<Instant>,
+        _turn: &mut Turn,
+    ) -> io::Result<Self> {
         match *tls {}
     }
 
