@@ -9,8 +9,8 @@
 use std::io;
 use std::mem::align_of;
 use std::ptr;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
 
@@ -30,8 +30,7 @@ pub(crate) struct Owner {
 impl Owner {
     /// This process.
     pub(crate) fn here() -> Self {
-        static PLACE: OnceLock<&'static AtomicU64> = OnceLock::new();
-        let word = *PLACE.get_or_init(|| wiped_page().unwrap_or_else(cleared_word));
+        let word = Self::word();
         loop {
             let number = word.load(Ordering::Acquire);
             if number != 0 {
@@ -40,6 +39,18 @@ impl Owner {
             let mine = NUMBERS.fetch_add(1, Ordering::Relaxed) + 1;
             let _ = word.compare_exchange(0, mine, Ordering::AcqRel, Ordering::Acquire); // who came first has named us
         }
+    }
+
+    /// The word of this process and its children. Nobody waits for who makes it: a child may have been forked meanwhile.
+    fn word() -> &'static AtomicU64 {
+        static PLACE: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());
+        if PLACE.load(Ordering::Acquire).is_null() {
+            let made = ptr::from_ref(wiped_page().unwrap_or_else(cleared_word)).cast_mut();
+            // Who comes second has made a page too many.
+            let _ = PLACE.compare_exchange(ptr::null_mut(), made, Ordering::AcqRel, Ordering::Acquire);
+        }
+        // SAFETY: it points to a word that is there for good, or is null.
+        unsafe { PLACE.load(Ordering::Acquire).as_ref() }.expect("somebody has made it")
     }
 
     /// No process at all.
@@ -54,34 +65,43 @@ impl Owner {
     }
 }
 
-/// A value that each process has for itself: a child gets a fresh one, and never waits for a lock that was held in its parent.
+/// A value that each process has for itself: a child gets a fresh one, and never waits for a lock that was held in its parent,
+/// nor for who was making the value. For statics only: what is made is there for good.
 #[derive(Debug)]
 pub(crate) struct PerProcess<T> {
-    first: OnceLock<Box<Generation<T>>>,
+    first: AtomicPtr<Generation<T>>,
 }
 
 #[derive(Debug)]
 struct Generation<T> {
     owner: Owner,
     value: T,
-    next: OnceLock<Box<Self>>,
+    next: AtomicPtr<Self>,
 }
 
 impl<T: Default> PerProcess<T> {
     pub(crate) const fn new() -> Self {
-        Self { first: OnceLock::new() }
+        Self { first: AtomicPtr::new(ptr::null_mut()) }
     }
 
     /// That of this process.
-    pub(crate) fn here(&self) -> &T {
+    pub(crate) fn here(&'static self) -> &'static T {
         let mut place = &self.first;
         loop {
-            let made = || Box::new(Generation { owner: Owner::here(), value: T::default(), next: OnceLock::new() });
-            let generation = place.get_or_init(made);
-            if generation.owner.is_here() {
-                return &generation.value;
+            // SAFETY: what a place points to is never freed, and changes by atomics only.
+            match unsafe { place.load(Ordering::Acquire).as_ref() } {
+                Some(generation) if generation.owner.is_here() => return &generation.value,
+                Some(generation) => place = &generation.next,
+                None => {
+                    let made = Generation { owner: Owner::here(), value: T::default(), next: AtomicPtr::default() };
+                    let made = Box::into_raw(Box::new(made));
+                    let placed = place.compare_exchange(ptr::null_mut(), made, Ordering::AcqRel, Ordering::Acquire);
+                    if placed.is_err() {
+                        // SAFETY: it was made above, and nobody has it.
+                        drop(unsafe { Box::from_raw(made) });
+                    }
+                }
             }
-            place = &generation.next;
         }
     }
 }
@@ -92,7 +112,7 @@ impl<T> PerProcess<Mutex<Weak<T>>> {
     /// # Errors
     ///
     /// Those of `make`.
-    pub(crate) fn shared(&self, make: impl FnOnce() -> io::Result<T>) -> io::Result<Arc<T>> {
+    pub(crate) fn shared(&'static self, make: impl FnOnce() -> io::Result<T>) -> io::Result<Arc<T>> {
         let mut place = self.here().lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(shared) = place.upgrade() {
             return Ok(shared);

@@ -11,7 +11,8 @@ use std::io;
 use std::mem::size_of;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
@@ -164,14 +165,16 @@ impl Features {
     ///
     /// What the kernel refuses userfaultfd with.
     pub(crate) fn of_kernel(max: Option<(u32, u32)>) -> io::Result<Self> {
-        static KNOWN: OnceLock<u64> = OnceLock::new();
-        let known = match KNOWN.get() {
-            Some(&known) => known,
-            None => {
+        /// 0 while nobody has asked.
+        static KNOWN: AtomicU64 = AtomicU64::new(0);
+        let known = match KNOWN.load(Ordering::Relaxed) {
+            0 => {
                 let probe = Uffd { fd: open_for_user_mode()?, features: Self(0) };
                 let known = probe.shake_hands(0)?;
-                *KNOWN.get_or_init(|| known)
+                KNOWN.store(known, Ordering::Relaxed);
+                known
             }
+            known => known,
         };
         let newer = |since| max.is_some_and(|max| since > max);
         let hidden = Self::SINCE.iter().filter(|(since, _)| newer(*since)).fold(0, |bits, (_, bit)| bits | bit);

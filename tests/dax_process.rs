@@ -7,13 +7,13 @@ use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Stdio;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use daxcrypt::dax::{DaxError, DaxMapping, FaultsBy, MapMode, MapOptions, Tracking};
 use daxcrypt::pmem::{Access, Backing, OpenError};
-use daxcrypt::volume::Volume;
+use daxcrypt::volume::{Volume, VolumeError};
 use vault::{DATA, PAGE, Random, Vault, child_argument, child_command, load, pattern, store, writable};
 
 /// What the child does wrong, and the signals that may end it: after `close` the address is nobody's, so a thread that
@@ -351,4 +351,68 @@ fn what_was_persisted_survives_kill_9() {
             );
         }
     }
+}
+
+/// A child is forked while threads of its parent make and end volumes and maps, and then does the same: whatever was held in
+/// the parent at that moment, the child waits for none of it.
+#[test]
+fn a_child_that_is_forked_while_maps_come_and_go_has_maps_of_its_own() {
+    const NAME: &str = "a_child_that_is_forked_while_maps_come_and_go_has_maps_of_its_own";
+    if child_argument().is_none() {
+        let output = child_command(NAME, "apart").output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        return;
+    }
+    let (_vault, volume) = Vault::new(1 << 20);
+    let map = volume.map(0..1 << 20, &writable()).unwrap();
+    let stop = AtomicBool::new(false);
+    let mut failed = None;
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            let (volume, stop) = (&volume, &stop);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let map = volume.map(0..PAGE, &writable().faults(FaultsBy::InThread)).unwrap();
+                    volume.read_at(&mut [0; 8], 0).unwrap();
+                    map.close().unwrap();
+                }
+            });
+        }
+        for round in 0..200 {
+            // SAFETY: the child has memory, descriptors and this thread, which is all that it uses.
+            match unsafe { libc::fork() } {
+                0 => {
+                    // SAFETY: ends this process if it hangs.
+                    unsafe { libc::alarm(20) };
+                    let refused = matches!(volume.read_at(&mut [0], 0), Err(VolumeError::Forked))
+                        && matches!(map.persist(0..8), Err(DaxError::Volume(VolumeError::Forked)));
+                    // SAFETY: ends the child without the destructors of its parent's threads.
+                    unsafe { libc::_exit(i32::from(!(refused && map_of_its_own()))) }
+                }
+                pid => {
+                    let mut status = 0;
+                    // SAFETY: waits for the child; the status is a local.
+                    assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+                    if status != 0 {
+                        failed = Some((round, status));
+                        break;
+                    }
+                }
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(failed, None, "the round and the status of the child; 14 is one that hung");
+    map.close().unwrap();
+}
+
+fn map_of_its_own() -> bool {
+    let own = std::sync::Arc::new(Volume::ephemeral(1 << 20).unwrap());
+    let map = own.map(0..1 << 20, &writable().faults(FaultsBy::InThread)).unwrap();
+    store(&map, 5 * PAGE, 0x55);
+    let mut byte = [0];
+    own.read_at(&mut byte, 5 * PAGE).unwrap();
+    // SAFETY: nobody else uses the map.
+    own.read_at(unsafe { map.as_mut_slice(6 * PAGE..6 * PAGE + 1) }, 5 * PAGE).unwrap();
+    byte == [0x55] && load(&map, 6 * PAGE) == 0x55 && map.close().is_ok()
 }

@@ -202,7 +202,10 @@ impl World {
 
     /// `Volume::fill` through a map.
     fn fault(&self, view: usize, page: u64) {
-        let _held = self.blocks.exclusive(whole(page));
+        // The thread that touches takes the range if nobody has it (`fill_at_once`), and hands the fault over otherwise.
+        let at_once =
+            if shuttle::rand::thread_rng().gen_bool(0.5) { self.blocks.try_exclusive(whole(page)) } else { None };
+        let _held = at_once.unwrap_or_else(|| self.blocks.exclusive(whole(page)));
         if self.resident.contains(page) {
             self.kernel(page, |page| {
                 assert!(page.content.is_some(), "UFFDIO_CONTINUE finds the page");

@@ -28,11 +28,12 @@ use std::io;
 use std::mem;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use super::bitmap;
 use crate::barrier;
+use crate::owner::PerProcess;
 
 /// One mapping as the handler sees it. Slots are never freed, so that the handler can walk the list without a lock; a
 /// slot whose mapping is gone is used again.
@@ -68,8 +69,10 @@ struct Covered {
 }
 
 static SLOTS: AtomicPtr<Slot> = AtomicPtr::new(ptr::null_mut());
-static REGISTERING: Mutex<()> = Mutex::new(());
-static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
+static REGISTERING: PerProcess<Mutex<()>> = PerProcess::new();
+
+/// The action that was there before ours; null before ours is.
+static PREVIOUS: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
 
 /// A mapping's entry with the handler. Dropping it takes the mapping out; it must go before the memory does.
 #[derive(Debug)]
@@ -199,7 +202,7 @@ impl Slot {
 
     /// Takes the mapping out: handlers that come later do not find it.
     fn clear(&self) {
-        let _guard = REGISTERING.lock().unwrap_or_else(PoisonError::into_inner);
+        let _guard = REGISTERING.here().lock().unwrap_or_else(PoisonError::into_inner);
         self.change(|slot| {
             slot.start.store(0, Ordering::Relaxed);
             slot.end.store(0, Ordering::Relaxed);
@@ -235,7 +238,7 @@ fn slots() -> impl Iterator<Item = &'static Slot> {
 
 /// A slot for a new mapping, which `fill` describes.
 fn take_slot(fill: impl FnOnce(&Slot)) -> &'static Slot {
-    let _guard = REGISTERING.lock().unwrap_or_else(PoisonError::into_inner);
+    let _guard = REGISTERING.here().lock().unwrap_or_else(PoisonError::into_inner);
     let slot = slots().find(|slot| !slot.taken.load(Ordering::Acquire)).unwrap_or_else(new_slot);
     slot.taken.store(true, Ordering::Relaxed);
     slot.change(fill);
@@ -262,18 +265,23 @@ fn new_slot() -> &'static Slot {
 }
 
 fn install_handler() -> io::Result<()> {
-    static INSTALLED: Mutex<bool> = Mutex::new(false);
-    let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
-    if *installed {
+    /// A child has the handler from its parent, and with it this.
+    static INSTALLED: AtomicBool = AtomicBool::new(false);
+    let _guard = REGISTERING.here().lock().unwrap_or_else(PoisonError::into_inner);
+    if INSTALLED.load(Ordering::Acquire) {
         return Ok(());
     }
     barrier::prepare();
-    // The previous handler is stored before ours can run.
+    let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = on_sigbus;
     let previous = swap_action(None)?;
-    let _ = PREVIOUS.set(previous);
+    if previous.sa_sigaction == handler as usize {
+        INSTALLED.store(true, Ordering::Release); // the parent had not said so yet
+        return Ok(());
+    }
+    // The previous handler is stored before ours can run.
+    PREVIOUS.store(Box::into_raw(Box::new(previous)), Ordering::Release);
     // SAFETY: all-zero bytes are a valid sigaction: no flags, empty mask, default handler.
     let mut action: libc::sigaction = unsafe { mem::zeroed() };
-    let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = on_sigbus;
     action.sa_sigaction = handler as usize;
     // SA_ONSTACK: a thread may be out of stack, or have a small one (of a coroutine), and then has an alternative one.
     // SA_NODEFER: what answers a touch reads a backing, whose pages may be bad.
@@ -285,7 +293,7 @@ fn install_handler() -> io::Result<()> {
         unsafe { libc::sigdelset(&raw mut action.sa_mask, synchronous) };
     }
     swap_action(Some(&action))?;
-    *installed = true;
+    INSTALLED.store(true, Ordering::Release);
     Ok(())
 }
 
@@ -397,7 +405,9 @@ fn cover(start: usize, len_bytes: usize) -> bool {
 
 /// Gives a signal that is not ours to the previous handler, or lets the default action happen.
 fn pass_on(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void, from_kernel: bool) {
-    let previous = PREVIOUS.get().filter(|action| action.sa_sigaction != libc::SIG_DFL);
+    // SAFETY: what it points to was there before the handler, and is never freed.
+    let previous = unsafe { PREVIOUS.load(Ordering::Acquire).as_ref() };
+    let previous = previous.filter(|action| action.sa_sigaction != libc::SIG_DFL);
     match previous {
         Some(action) if action.sa_sigaction == libc::SIG_IGN && !from_kernel => {}
         Some(action) if action.sa_sigaction != libc::SIG_IGN => {

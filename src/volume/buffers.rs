@@ -10,12 +10,12 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{PoisonError, RwLock};
 
-use crate::owner::Owner;
+use crate::owner::{Owner, PerProcess};
 
-/// Ends of maps by their starts.
-static MAPS: RwLock<BTreeMap<usize, usize>> = RwLock::new(BTreeMap::new());
+/// Ends of maps by their starts. A child has none, and perhaps a copy of the lock that nobody lets go of.
+static MAPS: PerProcess<RwLock<BTreeMap<usize, usize>>> = PerProcess::new();
 
-/// No map lies below.
+/// No map lies below. A child that has not listed a map has the bounds of its parent, between which it finds nothing.
 static LOWEST: AtomicUsize = AtomicUsize::new(usize::MAX);
 
 /// No map lies at or above.
@@ -51,7 +51,7 @@ impl Drop for ListedMap {
 }
 
 fn change(change: impl FnOnce(&mut BTreeMap<usize, usize>)) {
-    let mut maps = MAPS.write().unwrap_or_else(PoisonError::into_inner);
+    let mut maps = MAPS.here().write().unwrap_or_else(PoisonError::into_inner);
     change(&mut maps);
     // They never overlap, so the last one ends last.
     LOWEST.store(maps.first_key_value().map_or(usize::MAX, |(&start, _)| start), Ordering::Release);
@@ -68,7 +68,7 @@ pub(super) fn in_a_map(buffer: &[u8]) -> bool {
 
 #[cold]
 fn look_up(start: usize, end: usize) -> bool {
-    let maps = MAPS.read().unwrap_or_else(PoisonError::into_inner);
+    let maps = MAPS.here().read().unwrap_or_else(PoisonError::into_inner);
     maps.range(..end).next_back().is_some_and(|(_, &map_end)| map_end > start)
 }
 
