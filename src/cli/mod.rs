@@ -115,7 +115,7 @@ Examples:
   daxcrypt serve vault.img --key-file vault.key --socket vault.sock \\
     --control vault.control &
   daxcrypt status --control vault.control
-  daxcrypt status --control vault.control --watch        # a live table, with what happens in a second
+  daxcrypt status --control vault.control --watch        # a live table
   daxcrypt status --control vault.control --json | jq .exports
   daxcrypt status --control vault.control --json --watch 10 >> status.jsonl")]
     Status(status::StatusArgs),
