@@ -108,8 +108,8 @@ fn a_signal_ends_a_server_that_is_still_unlocking() {
         let bench = with_cost(memory_kib, 1024);
         let socket = bench.path("s");
         let serve = bench.command(&["serve", "vault.img", "--passphrase-file", "pass", "--socket"]);
-        // Whoever runs the tests in the background has SIGINT ignored.
-        let mut command = tool_command("env", &["--default-signal=INT"]);
+        // Whoever runs the tests in the background, or under nohup, has these ignored.
+        let mut command = tool_command("env", &["--default-signal=INT,HUP"]);
         command.arg(serve.get_program()).args(serve.get_args()).current_dir(bench.path(""));
         let mut child = command.arg(&socket).stderr(Stdio::null()).spawn().unwrap();
         let status = format!("/proc/{}/status", child.id());

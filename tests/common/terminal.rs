@@ -12,7 +12,7 @@ import fcntl, json, os, pty, signal, struct, sys, termios
 steps, argv = json.loads(sys.argv[1]), sys.argv[2:]
 pid, terminal = pty.fork()
 if pid == 0:
-    for kind in (signal.SIGINT, signal.SIGQUIT):  # whoever runs the tests in the background has them ignored
+    for kind in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):  # whoever runs the tests in the background has them ignored
         signal.signal(kind, signal.SIG_DFL)
     os.execv(argv[0], argv)
 number = struct.unpack("i", fcntl.ioctl(terminal, 0x80045430, b"\0" * 4))[0]  # TIOCGPTN
